@@ -1,0 +1,45 @@
+# `make sweep` and `make test` need Python 3.11+ and nothing else. pip's own settings are respected: to choose the torch
+# build (a plain install on Linux is a CUDA build of several gigabytes), set pip's index or find-links, as in README.md.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+.PHONY: sweep test lint format docs benchmark clean
+
+sweep: $(VENV)/.installed
+	$(PY) run.py -m attn_mode=softmax,sigmoid seed=1,2,3
+
+test: lint
+	$(PY) -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+docs: $(VENV)/.installed
+	$(PY) -m lnjac columns > docs/columns.md.tmp && mv docs/columns.md.tmp docs/columns.md
+
+benchmark: $(VENV)/.installed
+	$(PY) benchmarks/training_step.py
+	$(PY) benchmarks/diagnostic.py
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11: set PYTHON=..., e.g. make test PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

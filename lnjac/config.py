@@ -1,0 +1,386 @@
+"""Configuration: typed schemas, one check that lists every problem, and the identity of a run.
+
+The yaml files under `conf/` hold every value, so no field here has a default: what is missing is reported, never guessed.
+A group whose members bring their own code (attention mode, method, LayerNorm backward, optimizer, corpus) names a
+dataclass by `_target_`; that dataclass is its schema, its config columns and its behaviour. Such a class may define
+`resolve(config)`, to replace values that depend on the rest, and `problems(config)`, to reject what it cannot do.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lnjac.tables import Column
+
+NUMERICS_VERSION = 1
+"""Part of every run's identity: raised whenever the same config would give other numbers than before."""
+
+EXECUTION = ("device", "threads", "deterministic", "save_model")
+"""How a run is executed: left out of its identity and of its config columns."""
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+class ConfigError(ValueError):
+    """A problem a user can mend: its text is what they read, one line for each problem, each with its remedy."""
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(str, Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp64 = "fp64"
+
+
+class NormKind(str, Enum):
+    layernorm = "layernorm"
+    rmsnorm = "rmsnorm"
+
+
+class Placement(str, Enum):
+    pre = "pre"
+    post = "post"
+
+
+class Split(str, Enum):
+    train = "train"
+    val = "val"
+
+
+class GradAt(str, Enum):
+    """Where a norm's gradient is read: before its affine part (g = γ⊙G) or at its very output (g = G)."""
+
+    normalized = "normalized"
+    output = "output"
+
+
+class Schedule(str, Enum):
+    none = "none"
+    final = "final"
+    linear = "linear"
+    log = "log"
+    list = "list"
+
+
+@dataclass
+class Model:
+    """Shape of the GPT (conf/model)."""
+
+    name: str
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    dropout: float
+    bias: bool
+    norm: NormKind
+    placement: Placement
+    affine: bool
+    eps: float
+    qk_norm: bool
+    tie: bool
+
+    def problems(self, config: "RunConfig") -> Iterator[str]:
+        for field in ("n_layer", "n_head", "n_embd", "block_size"):
+            if (value := getattr(self, field)) < 1:
+                yield f"model.{field}={value} must be at least 1"
+        if self.n_head >= 1 and self.n_embd >= 1 and self.n_embd % self.n_head:
+            below = self.n_embd - self.n_embd % self.n_head
+            tries = " or ".join(str(n) for n in (below, below + self.n_head) if n)
+            yield f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}: try n_embd={tries}"
+        if not 0 <= self.dropout < 1:
+            yield f"model.dropout={self.dropout} must lie in [0, 1)"
+        if self.eps < 0:
+            yield f"model.eps={self.eps} must not be negative: LayerNorm's usual value is 1e-5"
+
+
+@dataclass
+class Diagnostics:
+    """What is measured, when, and on how much (conf/diagnostics)."""
+
+    name: str
+    schedule: Schedule
+    every: int
+    steps: list[int]
+    batches: int
+    batch_size: int
+    split: Split
+    grad_at: GradAt
+
+    def at(self, last: int) -> list[int]:
+        """The steps (numbers of updates done) at which the norms are analysed; the last one is always among them."""
+        match self.schedule:
+            case Schedule.none:
+                return []
+            case Schedule.final:
+                chosen: list[int] = []
+            case Schedule.linear:
+                chosen = list(range(0, last, self.every))
+            case Schedule.log:
+                chosen = [0] + [2**k for k in range(last.bit_length())]
+            case Schedule.list:
+                chosen = list(self.steps)
+        return sorted({step for step in chosen if step < last} | {last})
+
+    def problems(self, config: "RunConfig") -> Iterator[str]:
+        for field in ("batches", "batch_size", "every"):
+            if (value := getattr(self, field)) < 1:
+                yield f"diagnostics.{field}={value} must be at least 1"
+        for step in self.steps:
+            if not 0 <= step <= config.steps:
+                yield f"diagnostics.steps holds {step}, outside the run's 0 to {config.steps}: drop it or raise steps"
+
+
+@dataclass
+class Evaluation:
+    """Validation loss: `every` updates (null: only at the end), on the first `tokens` of the split (null: all)."""
+
+    every: int | None
+    tokens: int | None
+    batch_size: int
+
+    def problems(self, config: "RunConfig") -> Iterator[str]:
+        for field in ("every", "tokens", "batch_size"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                yield f"eval.{field}={value} must be at least 1" + ("" if field == "batch_size" else ", or null")
+
+
+@dataclass
+class RunConfig:
+    """One run: everything that `conf/` decides, as plain typed values."""
+
+    model: Model
+    attn_mode: Any
+    method: Any
+    ln_backward: Any
+    optimizer: Any
+    diagnostics: Diagnostics
+    data: Any
+    eval: Evaluation
+    seed: int
+    steps: int
+    batch_size: int
+    precision: Precision
+    device: Device
+    deterministic: bool
+    threads: int | None
+    save_model: bool
+
+    def parts(self) -> dict[str, Any]:
+        """The config groups by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if _is_group(f)}
+
+
+PLUGIN_GROUPS = ("attn_mode", "method", "ln_backward", "optimizer", "data")
+
+
+def compose(*overrides: str) -> RunConfig:
+    """The config that `python run.py OVERRIDES` would run, for tests and notebooks."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return build(hydra_compose("config", overrides=list(overrides)))
+
+
+def build(node: Mapping[str, Any] | DictConfig) -> RunConfig:
+    """Turn a composed config (or the plain mapping that `to_dict` gave) into dataclasses.
+
+    Raises ConfigError with a line for every unknown, missing or ill-typed value.
+    """
+    problems: list[str] = []
+    try:
+        raw = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from None
+    assert isinstance(raw, dict)
+    values: dict[str, Any] = {str(k): v for k, v in raw.items() if k != "hydra"}
+    parts: dict[str, Any] = {}
+    for group in PLUGIN_GROUPS:
+        if isinstance(value := values.get(group), Mapping):
+            try:
+                parts[group] = _fill(_class(group, value), value, f"{group}.", problems)
+            except ConfigError as error:
+                problems.append(str(error))
+            values[group] = None
+    config: RunConfig = _fill(RunConfig, values, "", problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    for group, part in parts.items():
+        setattr(config, group, part)
+    for part in parts.values():
+        if hasattr(part, "resolve"):
+            part.resolve(config)
+    return config
+
+
+def check(config: RunConfig) -> list[str]:
+    """Every cross-field impossibility, each with its remedy; an empty list for a sound config."""
+    found: list[str] = []
+    if config.seed < 0:
+        found.append(f"seed={config.seed} must not be negative")
+    if config.steps < 0:
+        found.append(f"steps={config.steps} must not be negative: steps=0 analyses the model at initialisation")
+    if config.batch_size < 1:
+        found.append(f"batch_size={config.batch_size} must be at least 1")
+    if config.threads is not None and config.threads < 1:
+        found.append(f"threads={config.threads} must be at least 1, or null for torch's own choice")
+    for part in config.parts().values():
+        if hasattr(part, "problems"):
+            found += part.problems(config)
+    return found
+
+
+def check_corpus(config: RunConfig, n_train: int, n_val: int) -> list[str]:
+    """What the corpus is too short for; n_train and n_val are its splits' lengths in tokens."""
+    need = config.model.block_size + 1
+    return [
+        f"the {split} split has {n} tokens, too few for model.block_size={config.model.block_size}: "
+        f"choose block_size <= {n - 1} or a longer corpus"
+        for split, n in (("training", n_train), ("validation", n_val))
+        if n < need
+    ]
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The config as plain JSON values, from which `build` makes it again."""
+    plain = dataclasses.asdict(config, dict_factory=_plain)
+    for group in PLUGIN_GROUPS:
+        cls = type(getattr(config, group))
+        plain[group] = {"_target_": f"{cls.__module__}.{cls.__qualname__}", **plain[group]}
+    return plain
+
+
+def run_id(config: RunConfig, data_sha256: str) -> str:
+    """Identity of a run's science: equal for two configs exactly when they must train to the same weights and losses."""
+    plain = to_dict(config)
+    for key in (*EXECUTION, "diagnostics", "data"):
+        del plain[key]
+    return _digest({"numerics": NUMERICS_VERSION, "data_sha256": data_sha256, **plain})
+
+
+def diag_id(config: RunConfig) -> str:
+    """Identity of what is measured on a run, apart from the run's own."""
+    return _digest({"numerics": NUMERICS_VERSION, **to_dict(config)["diagnostics"]})
+
+
+def columns(config: RunConfig) -> list[tuple[Column, Any]]:
+    """The config as typed columns and their values: `seed`, `attn_mode` (its name), `attn_mode.bias`, `model.n_embd`, …
+
+    Execution settings and the corpus's paths are left out: a run's science does not depend on them.
+    """
+    plain, found = to_dict(config), []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in EXECUTION:
+            continue
+        if not _is_group(field):
+            found.append((_column(RunConfig, field.name, field.name), plain[field.name]))
+            continue
+        if hasattr(value, "name"):
+            found.append((Column(field.name, "string", "", f"which member of conf/{field.name}"), value.name))
+        if field.name != "data":
+            found += _leaves(type(value), plain[field.name], f"{field.name}.")
+    return found
+
+
+def _leaves(cls: type, plain: Mapping[str, Any], prefix: str) -> Iterator[tuple[Column, Any]]:
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name == "name":
+            continue
+        value = plain[field.name]
+        if dataclasses.is_dataclass(inner := hints[field.name]):
+            yield from _leaves(typing.cast(type, inner), value, f"{prefix}{field.name}.")
+        else:
+            joined = "+".join(map(str, value)) if isinstance(value, list) else value
+            yield _column(cls, field.name, prefix + field.name), joined
+
+
+def _column(cls: type, field: str, name: str) -> Column:
+    hint = typing.get_type_hints(cls)[field]
+    if isinstance(hint, types.UnionType):  # X | None
+        hint = next(arg for arg in hint.__args__ if arg is not type(None))
+    dtype = {bool: "bool", int: "int64", float: "float64"}.get(hint, "string")
+    return Column(name, dtype, "", f"config value {name}")
+
+
+def _is_group(field: "dataclasses.Field[Any]") -> bool:
+    return field.type is Any or dataclasses.is_dataclass(field.type)
+
+
+def _class(group: str, node: Mapping[str, Any]) -> type:
+    target = str(node.get("_target_", ""))
+    module, _, name = target.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise ConfigError(f"{group}._target_={target!r} names no class: write package.module.Class") from None
+    if not dataclasses.is_dataclass(cls):
+        raise ConfigError(f"{group}._target_={target!r} is not a dataclass, so it has no schema to check against")
+    return typing.cast(type, cls)
+
+
+def _fill(cls: type, node: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    """Fill cls's schema from node key by key, so that one bad value does not hide the next."""
+    schema = OmegaConf.structured(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    lists = {name for name, hint in typing.get_type_hints(cls).items() if typing.get_origin(hint) is list}
+    given = {str(key): value for key, value in node.items() if key != "_target_"}
+    for key, value in given.items():
+        if key not in names:
+            close = difflib.get_close_matches(key, names, 1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"
+            problems.append(f"{prefix}{key} is not a setting: {hint}")
+            continue
+        if key in lists and isinstance(value, str):
+            value = [value]
+        inner = typing.get_type_hints(cls)[key]
+        if isinstance(value, bool) and isinstance(inner, type) and issubclass(inner, Enum):
+            value = str(value).lower()  # yaml and Hydra read a member called `true` as a boolean
+        if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
+            filled = _fill(typing.cast(type, inner), value, f"{prefix}{key}.", problems)
+            value = value if filled is None else filled
+            if filled is None:
+                continue
+        try:
+            schema[key] = value
+        except OmegaConfBaseException as error:
+            problems.append(f"{prefix}{key}={value}: {_first_line(error)}")
+    problems += [f"{prefix}{key} has no value: give {prefix}{key}=..." for key in names if key not in given]
+    problems += [
+        f"{prefix}{key} has no value: give {prefix}{key}=..." for key, value in given.items() if value == "???"
+    ]
+    if problems:
+        return None
+    return OmegaConf.to_object(schema)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value.value if isinstance(value, Enum) else value for key, value in items}
+
+
+def _digest(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,156 @@
+"""A run's folder, read and written without torch: tables, status, provenance.
+
+Every file is written beside its final name and moved there in one step; `status.json` is written last. So a folder whose
+status says `done` or `diverged` is whole, whatever happened to the process.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lnjac.tables import CURVES, LAYERS, RUNS, SCHEMA_VERSION, Column
+
+STATUS = "status.json"
+FILES = {"layers": "layers.parquet", "runs": "run.parquet", "curves": "curve.parquet"}
+"""The file of each table in a run's folder."""
+MODEL = "model.safetensors"
+BATCH = "diagnostic_batch.safetensors"
+
+RUNNING, DONE, FAILED, DIVERGED = "running", "done", "failed", "diverged"
+FINISHED = (DONE, DIVERGED)
+
+_ARROW = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "bool": pa.bool_()}
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file in path's folder, then move it to path; on any error path stays as it was."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the file from a group's other members
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def schema(columns: Iterable[Column]) -> pa.Schema:
+    return pa.schema([pa.field(column.name, _ARROW[column.dtype]) for column in columns])
+
+
+def table(
+    declared: Sequence[Column], config: Sequence[tuple[Column, Any]], rows: Sequence[Mapping[str, Any]]
+) -> pa.Table:
+    """Rows as one typed table: declared columns, then the config's (the same in every row).
+
+    Raises KeyError when a row lacks a declared column or holds one that is not declared: a row is never silently cut.
+    """
+    for row in rows:
+        if unknown := set(row) ^ {column.name for column in declared}:
+            raise KeyError(f"row and declared columns differ in {sorted(unknown)}")
+    data: dict[str, list[Any]] = {column.name: [row[column.name] for row in rows] for column in declared}
+    data |= {column.name: [value] * len(rows) for column, value in config}
+    return pa.table(data, schema=schema([*declared, *(column for column, _ in config)]))
+
+
+def write_table(path: Path, data: pa.Table, metadata: Mapping[str, Any]) -> None:
+    """Write a table with checksums on every page; `metadata` goes into the footer as JSON under the key `lnjac`.
+
+    Column statistics are left out: in files of ten rows they are most of the bytes, and nothing here reads them.
+    """
+    note = json.dumps({"schema_version": SCHEMA_VERSION, **metadata}, sort_keys=True)
+    data = data.replace_schema_metadata({"lnjac": note})
+    write_atomically(
+        path,
+        lambda temporary: pq.write_table(
+            data,
+            temporary,
+            compression="zstd",
+            write_statistics=False,
+            write_page_checksum=True,
+            store_schema=False,
+        ),
+    )
+
+
+class RunFolder:
+    """The writing side of one run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def status(self, state: str, **more: Any) -> None:
+        """Say what became of the run: one of running, done, failed, diverged, with an `error` or `step` where one applies."""
+        text = json.dumps({"status": state, "at": now(), **more}, indent=1) + "\n"
+        write_atomically(self.path / STATUS, lambda temporary: temporary.write_text(text))
+
+    def write(
+        self,
+        name: str,
+        rows: Sequence[Mapping[str, Any]],
+        config: Sequence[tuple[Column, Any]],
+        metadata: Mapping[str, Any],
+    ) -> None:
+        """Write one of the tables of FILES; curves leave the config out, as it can be joined by run_id."""
+        declared = {"layers": LAYERS, "runs": RUNS, "curves": CURVES}[name]
+        data = table(declared, () if name == "curves" else config, rows)
+        write_table(self.path / FILES[name], data, {"table": name, **metadata})
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """The folder's status; {} when there is none or it is not readable as one."""
+    try:
+        found = json.loads((folder / STATUS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `write_table` put into the footer. Raises ArrowInvalid for a file that is not parquet, KeyError for another's."""
+    found = json.loads(pq.read_metadata(path).metadata[b"lnjac"])
+    assert isinstance(found, dict)
+    return found
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read one parquet file, verifying its page checksums."""
+    return pq.ParquetFile(path, page_checksum_verification=True).read()
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@cache
+def provenance() -> dict[str, Any]:
+    """Which code runs: git commit and whether tracked files differ from it, and the Python version."""
+    here = Path(__file__).resolve().parent
+    commit = _git(here, "rev-parse", "HEAD")
+    return {
+        "commit": commit,
+        "dirty": None if commit is None else bool(_git(here, "status", "--porcelain", "--untracked-files=no")),
+        "python_version": platform.python_version(),
+    }
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,252 @@
+"""Every column of every table, written down once: the files' schema, the checks and docs/columns.md come from here."""
+
+from typing import NamedTuple
+
+SCHEMA_VERSION = 1
+"""Raised when a column changes its name, type or meaning."""
+
+SURROGATES = ("center_scale", "projected", "ste", "scale", "radial_scale", "center", "radial")
+"""The backwards that are compared with the exact one."""
+
+SIGMA_QUANTILES = {
+    "sigma_q05": 0.05,
+    "sigma_q25": 0.25,
+    "sigma_q50": 0.50,
+    "sigma_q75": 0.75,
+    "sigma_q95": 0.95,
+}
+
+ENERGIES = {
+    "A": "A = d·ḡ², the mean part of ‖g‖²",
+    "B": "B = d·m²/ρ, the radial part (along z) of ‖g‖²",
+    "C": "C = ‖g‖² − A − B, the part that every backward keeps",
+    "B1": "(1−ρ)·B",
+    "B2": "(1−ρ)²·B",
+}
+"""The energies per token whose sums suffice for every flattened cosine, share and gain (docs/maths.md)."""
+
+RSTD_POWERS = {"": 0, "_rstd": 1, "_rstd2": 2}
+"""Suffix of a sum's column, and the power of 1/σ that weighs each token in it."""
+
+
+class Column(NamedTuple):
+    """One column: dtype is int64, float64, string or bool; unit is empty for a pure number."""
+
+    name: str
+    dtype: str
+    unit: str
+    meaning: str
+
+
+RUN_ID = Column(
+    "run_id",
+    "string",
+    "",
+    "identity of the run's science: config with seed, corpus content, numerics version",
+)
+DIAG_ID = Column("diag_id", "string", "", "identity of the diagnostic's settings")
+
+_SITE = [
+    RUN_ID,
+    DIAG_ID,
+    Column("step", "int64", "updates", "optimizer updates done when the row was measured"),
+    Column("site", "string", "", "the norm's dotted module name"),
+    Column("call", "int64", "", "which call of that module in one forward pass, from 0"),
+    Column("block", "int64", "", "block number; null outside the blocks"),
+    Column("role", "string", "", "last part of the site's name: ln_1, ln_2, ln_f, …"),
+    Column("norm", "string", "", "layernorm or rmsnorm"),
+    Column("site_backward", "string", "", "the backward this norm had while training and while measured"),
+    Column(
+        "n_backwards",
+        "int64",
+        "",
+        "distinct ones among the eight backwards: 8; 4 for rmsnorm, where center is no factor",
+    ),
+    Column("d", "int64", "", "size of the normalised vectors"),
+    Column("dtype", "string", "", "dtype of the norm's input; the measurement itself is in float64"),
+    Column("n_tokens", "int64", "tokens", "tokens measured"),
+    Column(
+        "n_zero",
+        "int64",
+        "tokens",
+        "tokens whose ‖g‖ or ‖t‖ is below the dtype's tiny: left out of the mean cosines",
+    ),
+]
+
+_ORIGINAL = [
+    Column(
+        "r_mean",
+        "float64",
+        "",
+        "ΣA/Σ‖g‖²: share of the gradient's energy that mean-centring removes; NaN for rmsnorm",
+    ),
+    Column("r_radial", "float64", "", "Σ‖z·m‖²/Σ‖g‖²: size of the radial term against the gradient"),
+    Column("sigma_mean", "float64", "", "mean over tokens of σ = √(v+ε) (rms for rmsnorm)"),
+    Column("sigma_std", "float64", "", "sample standard deviation over tokens of σ"),
+    Column(
+        "cos_center_vs_true",
+        "float64",
+        "",
+        "mean over tokens of cos(center_scale, true); for rmsnorm cos(scale, true)",
+    ),
+    Column("cos_ste_vs_true", "float64", "", "mean over tokens of cos(ste, true)"),
+    Column("cos_center_vs_ste", "float64", "", "mean over tokens of cos(center_scale, ste); NaN for rmsnorm"),
+]
+
+_SHARES = [
+    Column(
+        "cos_projected_vs_true",
+        "float64",
+        "",
+        "mean over tokens of cos(projected, true): 1 up to rounding, as σ is a scalar",
+    ),
+    Column(
+        "cos_radial_vs_true",
+        "float64",
+        "",
+        "mean over tokens of cos(radial_scale, true): what leaving out only the mean costs",
+    ),
+    Column(
+        "r_kept",
+        "float64",
+        "",
+        "Σ‖u‖²/Σ‖g‖², u = σ·t; r_mean + r_radial + r_kept falls short of 1 by 2Σρ(1−ρ)B/Σ‖g‖²",
+    ),
+    Column("share_mean", "float64", "", "ΣA/Σ‖g‖²; NaN for rmsnorm. The three shares sum to 1 exactly"),
+    Column("share_radial", "float64", "", "ΣB/Σ‖g‖²"),
+    Column("share_kept", "float64", "", "ΣC/Σ‖g‖²"),
+    Column("radial_share", "float64", "", "ΣB/Σ(B+C): the gauge-invariant radial share"),
+    Column("enrichment_mean", "float64", "", "d·r_mean: 1 for a gradient of random direction; NaN for rmsnorm"),
+    Column("enrichment_radial", "float64", "", "d·r_radial: 1 for a gradient of random direction"),
+    Column(
+        "enrichment_radial_share",
+        "float64",
+        "",
+        "(d−1)·radial_share (rmsnorm: d·radial_share): 1 for a random direction",
+    ),
+    Column("rho_mean", "float64", "", "mean over tokens of ρ = v/(v+ε)"),
+    *(Column(name, "float64", "", f"{q:.0%} quantile over tokens of σ") for name, q in SIGMA_QUANTILES.items()),
+    Column(
+        "jacobian_residual",
+        "float64",
+        "",
+        "‖t − autograd‖/‖t‖ of this norm replayed alone with the exact backward",
+    ),
+]
+
+_FLAT = [
+    Column(f"{stat}_{name}", "float64", "", f"{what} over all tokens as one long vector")
+    for name in SURROGATES
+    for stat, what in (("flat_cos", f"cos({name}, true)"), ("gain", f"‖{name}‖/‖true‖"))
+]
+
+_SUMS = [
+    Column(
+        f"sum_{energy}{suffix}",
+        "float64",
+        "",
+        f"Σ over tokens of σ^−{power}·{energy}, for the summed loss; {what}",
+    )
+    for energy, what in ENERGIES.items()
+    for suffix, power in RSTD_POWERS.items()
+]
+
+LAYERS = [*_SITE, *_ORIGINAL, *_SHARES, *_FLAT, *_SUMS]
+
+RUNS = [
+    RUN_ID,
+    DIAG_ID,
+    Column("status", "string", "", "done, or diverged: the loss turned non-finite"),
+    Column("diverged_step", "int64", "updates", "the update whose loss was non-finite; null otherwise"),
+    Column("steps_done", "int64", "updates", "optimizer updates done"),
+    Column(
+        "train_loss_nats",
+        "float64",
+        "nats/token",
+        "mean training loss of the last 10 updates (fewer in a shorter run)",
+    ),
+    Column(
+        "val_loss_nats",
+        "float64",
+        "nats/token",
+        "mean loss over the validation windows after the last update",
+    ),
+    Column(
+        "unigram_nats",
+        "float64",
+        "nats/token",
+        "the corpus's unigram cross-entropy on the same validation tokens",
+    ),
+    Column(
+        "bigram_nats",
+        "float64",
+        "nats/token",
+        "the corpus's bigram cross-entropy on the same validation tokens",
+    ),
+    Column("n_params", "int64", "", "parameters of the model, feedback excluded"),
+    Column("n_params_trained", "int64", "", "parameters the optimizer updates"),
+    Column("tokens_per_s", "float64", "tokens/s", "training tokens over train_s"),
+    Column("train_s", "float64", "s", "wall time of the updates"),
+    Column("eval_s", "float64", "s", "wall time of the validation losses"),
+    Column("diagnostics_s", "float64", "s", "wall time of the diagnostics"),
+    Column("wall_s", "float64", "s", "wall time from start to the writing of the rows"),
+    Column("started_at", "string", "UTC", "when the run began"),
+    Column("commit", "string", "", "git commit of the code; null outside a checkout"),
+    Column("dirty", "bool", "", "whether tracked files differed from that commit"),
+    Column("lnjac_version", "string", "", "version of this package"),
+    Column("numerics_version", "int64", "", "version of the numbers: part of run_id"),
+    Column("torch_version", "string", "", "version of torch"),
+    Column("python_version", "string", "", "version of Python"),
+    Column("device", "string", "", "cpu, or the accelerator's product name"),
+    Column("threads", "int64", "", "threads torch used"),
+    Column("deterministic", "bool", "", "whether torch was held to deterministic algorithms"),
+    Column("data_sha256", "string", "", "SHA-256 of the corpus: vocabulary and both splits"),
+    Column("vocab_size", "int64", "", "tokens in the vocabulary"),
+]
+
+CURVES = [
+    RUN_ID,
+    Column("step", "int64", "updates", "optimizer updates done"),
+    Column("train_loss_nats", "float64", "nats/token", "loss of the batch that made this update; null at step 0"),
+    Column(
+        "val_loss_nats",
+        "float64",
+        "nats/token",
+        "validation loss after this update; null where it was not measured",
+    ),
+    Column("lr", "float64", "", "learning rate of this update; null at step 0"),
+]
+
+TABLES = {"layers": LAYERS, "runs": RUNS, "curves": CURVES}
+KEYS = {
+    "layers": ("run_id", "diag_id", "step", "site", "call"),
+    "runs": ("run_id", "diag_id"),
+    "curves": ("run_id", "step"),
+}
+"""What makes a row of each table unique."""
+
+VOLATILE = tuple(
+    column.name
+    for column in RUNS
+    if column.unit in ("s", "tokens/s", "UTC")
+    or column.name in ("commit", "dirty", "device", "threads", "deterministic")
+    or column.name.endswith("_version")
+)
+"""Columns in which two runs of the same science may differ."""
+
+
+def markdown() -> str:
+    """The text of docs/columns.md."""
+    lines = [
+        "# Columns",
+        "",
+        "Generated by `python -m lnjac columns`; a test keeps it equal to `lnjac/tables.py`. Symbols are those of",
+        "[maths.md](maths.md). `layers` and `runs` also carry the run's config as typed columns, each under its config",
+        "name: `seed`, `steps`, `attn_mode`, `attn_mode.bias`, `model.n_embd`, `ln_backward.sites`, ….",
+        "",
+    ]
+    for table, declared in TABLES.items():
+        lines += [f"## {table}", "", "| column | dtype | unit | meaning |", "| --- | --- | --- | --- |"]
+        lines += [f"| `{c.name}` | {c.dtype} | {c.unit} | {c.meaning} |" for c in declared]
+        lines.append("")
+    return "\n".join(lines)
