@@ -1,0 +1,90 @@
+"""Attention modes: how scores QKᵀ/√d_h become weights. All are causal; n is the configured block size, not the current T.
+
+A mode is a dataclass with `weights`; conf/attn_mode/*.yaml names it and gives its fields.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Attention:
+    """Base of every mode: o = weights(QKᵀ/√d_h)·V."""
+
+    name: str
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> Tensor:
+        """q, k, v: (B, heads, T, d_h) -> (B, heads, T, d_h)."""
+        scores = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5)
+        return self.weights(scores, causal_mask(scores), block_size) @ v
+
+    def weights(self, scores: Tensor, mask: Tensor, block_size: int) -> Tensor:
+        """scores: (B, heads, T, T), mask: (T, T), true where a query may look -> weights, zero where it may not."""
+        raise NotImplementedError(f"{type(self).__name__} is an abstract attention mode: define weights()")
+
+
+def causal_mask(scores: Tensor) -> Tensor:
+    """(T, T) bool: true on and below the diagonal."""
+    t = scores.shape[-1]
+    return torch.ones(t, t, dtype=torch.bool, device=scores.device).tril()
+
+
+@dataclass
+class Softmax(Attention):
+    """softmax(QKᵀ/√d_h) over the keys (Vaswani et al. 2017).
+
+    The fused kernel is used where it was measured to be faster (benchmarks/README.md): everywhere but for bf16 on a CPU,
+    whose backward is slow at short blocks.
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> Tensor:
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+            return super().attend(q, k, v, block_size)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def weights(self, scores: Tensor, mask: Tensor, block_size: int) -> Tensor:
+        return scores.masked_fill(~mask, -math.inf).softmax(-1)
+
+
+@dataclass
+class Sigmoid(Attention):
+    """sigmoid(QKᵀ/√d_h + b) (Ramapuram et al. 2024, arXiv 2409.04431), b fixed; null means −log(block_size).
+
+    With that b, row i's total mass at initialisation is about i/n.
+    """
+
+    bias: float | None
+
+    def resolve(self, config: Any) -> None:
+        if self.bias is None and config.model.block_size >= 1:
+            self.bias = -math.log(config.model.block_size)
+
+    def problems(self, config: Any) -> Iterator[str]:
+        if self.bias is not None and not math.isfinite(self.bias):
+            yield f"attn_mode.bias={self.bias} must be finite, or null for -log(block_size)"
+
+    def weights(self, scores: Tensor, mask: Tensor, block_size: int) -> Tensor:
+        assert self.bias is not None
+        return (scores + self.bias).sigmoid().masked_fill(~mask, 0.0)
+
+
+@dataclass
+class Relu(Attention):
+    """relu(QKᵀ/√d_h)/n (Wortsman et al. 2023, arXiv 2309.08586)."""
+
+    def weights(self, scores: Tensor, mask: Tensor, block_size: int) -> Tensor:
+        return scores.relu().masked_fill(~mask, 0.0) / block_size
+
+
+@dataclass
+class Linear(Attention):
+    """QKᵀ/(√d_h·n): attention without a nonlinearity (von Oswald et al. 2023, arXiv 2212.07677)."""
+
+    def weights(self, scores: Tensor, mask: Tensor, block_size: int) -> Tensor:
+        return scores.masked_fill(~mask, 0.0) / block_size

@@ -1,0 +1,141 @@
+"""A character GPT in nanoGPT's shape: pre-LN blocks, learned positions, N(0, 0.02) initialisation."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lnjac.attention import Attention
+from lnjac.config import Model, NormKind, Placement, Precision, RunConfig
+from lnjac.credit import Broadcast, Cut, Linear, keep
+from lnjac.norm import Norm, set_backward
+from lnjac.streams import torch_stream
+
+INIT_STD = 0.02
+
+
+class SelfAttention(nn.Module):
+    """Causal multi-head attention; what turns scores into weights is the mode's affair."""
+
+    def __init__(self, model: Model, mode: Attention) -> None:
+        super().__init__()
+        d = model.n_embd
+        self.n_head, self.block_size, self.mode = model.n_head, model.block_size, mode
+        self.qkv = Linear(d, 3 * d, bias=model.bias, kind="qkv", init_std=INIT_STD)
+        self.proj = Linear(d, d, bias=model.bias, kind="attn_proj", init_std=residual_std(model))
+        self.q_norm = _norm(model, d // model.n_head) if model.qk_norm else nn.Identity()
+        self.k_norm = _norm(model, d // model.n_head) if model.qk_norm else nn.Identity()
+        self.drop = nn.Dropout(model.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, d) -> (B, T, d)."""
+        b, t, d = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
+        o = self.mode.attend(self.q_norm(q), self.k_norm(k), v, self.block_size)
+        out: Tensor = self.drop(self.proj(o.transpose(1, 2).reshape(b, t, d)))
+        return out
+
+
+class MLP(nn.Module):
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        d = model.n_embd
+        self.fc = Linear(d, 4 * d, bias=model.bias, kind="fc", init_std=INIT_STD)
+        self.proj = Linear(4 * d, d, bias=model.bias, kind="mlp_proj", init_std=residual_std(model))
+        self.drop = nn.Dropout(model.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, d) -> (B, T, d)."""
+        out: Tensor = self.drop(self.proj(F.gelu(self.fc(x))))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-LN: h + f(norm(h)); post-LN: norm(h + f(h))."""
+
+    def __init__(self, model: Model, mode: Attention) -> None:
+        super().__init__()
+        self.pre = model.placement is Placement.pre
+        self.ln_1, self.attn = _norm(model, model.n_embd), SelfAttention(model, mode)
+        self.ln_2, self.mlp = _norm(model, model.n_embd), MLP(model)
+
+    def forward(self, h: Tensor, cut: Cut = keep) -> Tensor:
+        """h: (B, T, d) -> (B, T, d); `cut` is called on each sublayer's output."""
+        if self.pre:
+            h = cut(h + self.attn(self.ln_1(h)), "sublayer")
+            return cut(h + self.mlp(self.ln_2(h)), "block")
+        h = cut(self.ln_1(h + self.attn(h)), "sublayer")
+        return cut(self.ln_2(h + self.mlp(h)), "block")
+
+
+class GPT(nn.Module):
+    """`logits, loss = model(idx, targets)`; loss is the mean cross-entropy in nats. Untied head unless `model.tie`."""
+
+    def __init__(self, model: Model, mode: Attention, vocab_size: int) -> None:
+        super().__init__()
+        d = model.n_embd
+        self.block_size = model.block_size
+        self.wte = nn.Embedding(vocab_size, d)
+        self.wpe = nn.Embedding(model.block_size, d)
+        self.drop = nn.Dropout(model.dropout)
+        self.blocks = nn.ModuleList(Block(model, mode) for _ in range(model.n_layer))
+        self.ln_f = _norm(model, d) if model.placement is Placement.pre else nn.Identity()
+        self.head = Linear(d, vocab_size, bias=False, kind="head", init_std=INIT_STD)
+        if model.tie:
+            self.head.weight = self.wte.weight  # type: ignore[assignment]
+        self.broadcast: Broadcast | None = None
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """idx, targets: (B, T) int64 -> logits: (B, T, vocab), loss: () or None without targets."""
+        taught: list[Tensor] = []
+        cut = keep if self.broadcast is None else self.broadcast.cutter(taught)
+        h = self.drop(self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device)))
+        for block in self.blocks:
+            h = block(h, cut)
+        logits: Tensor = self.head(self.ln_f(h))
+        if targets is None:
+            return logits, None
+        top = logits.float() if logits.dtype == torch.bfloat16 else logits
+        loss = F.cross_entropy(top.flatten(0, -2), targets.flatten())
+        if self.broadcast is not None:
+            loss = loss + self.broadcast.teach(taught, logits, targets, self.head)
+        return logits, loss
+
+
+def build(config: RunConfig, vocab_size: int) -> GPT:
+    """The config's model on the CPU, initialised from its seed, with its method's feedback and its norms' backward.
+
+    Each parameter draws from a stream of its own name: models that share a parameter start it alike.
+    """
+    model = GPT(config.model, config.attn_mode, vocab_size)
+    if config.precision is Precision.fp64:
+        model.double()
+    initialise(model, config.seed)
+    config.method.install(model, config.seed)
+    set_backward(model, config.ln_backward)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: GPT, seed: int) -> None:
+    """Linear and embedding weights N(0, 0.02²), residual projections by 1/√(2·n_layer) smaller; biases 0, γ = 1."""
+    for name, parameter in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif isinstance(module, Norm):
+            parameter.fill_(1.0)
+        else:
+            std = module.init_std if isinstance(module, Linear) else INIT_STD
+            draws = torch.randn(parameter.shape, generator=torch_stream(seed, "init", name), dtype=torch.float64)
+            parameter.copy_(draws * std)
+
+
+def residual_std(model: Model) -> float:
+    return INIT_STD / math.sqrt(2 * model.n_layer)
+
+
+def _norm(model: Model, d: int) -> Norm:
+    rms = model.norm is NormKind.rmsnorm
+    return Norm(d, eps=model.eps, rms=rms, affine=model.affine, bias=model.bias)

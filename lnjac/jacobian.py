@@ -1,0 +1,299 @@
+"""The backward of LayerNorm and RMSNorm taken apart: pure functions of tensors.
+
+Notation, per token of size d (docs/maths.md): input x, σ = √(v+ε), z = (x−μ)/σ (RMSNorm: μ = 0, v = mean(x²)),
+ρ = v/(v+ε), g = ∂L/∂z, ḡ = mean(g), m = mean(g⊙z). The exact pullback is t = (g − ḡ − z·m)/σ; every surrogate leaves
+out some of its three factors. With A = d·ḡ², B = d·m²/ρ, C = ‖g‖² − A − B, the sums over tokens of
+{A, B, C, (1−ρ)B, (1−ρ)²B} × {1, σ⁻¹, σ⁻²} suffice for every flattened share, cosine and gain of all of them.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lnjac.tables import ENERGIES, RSTD_POWERS, SIGMA_QUANTILES
+
+CHUNK_ELEMENTS = 1 << 16
+"""Elements taken to float64 at a time: half a megabyte, so that the passes over a chunk stay in cache."""
+
+
+class Switches(NamedTuple):
+    """Which factors of the backward are kept: subtract ḡ, subtract z·m, divide by σ."""
+
+    center: bool
+    radial: bool
+    scale: bool
+
+
+EXACT = Switches(True, True, True)
+SURROGATES = {
+    "center_scale": Switches(True, False, True),
+    "projected": Switches(True, True, False),
+    "ste": Switches(False, False, False),
+    "scale": Switches(False, False, True),
+    "radial_scale": Switches(False, True, True),
+    "center": Switches(True, False, False),
+    "radial": Switches(False, True, False),
+}
+"""The seven surrogates by name; center_scale and scale are Xu et al. 2019 (arXiv 1911.07013), "detach σ" and DetachNorm."""
+
+
+def center(g: Tensor) -> Tensor:
+    """g − ḡ over the last axis; g: (…, d)."""
+    return g - g.mean(-1, keepdim=True)
+
+
+def remove_radial(z: Tensor, g: Tensor) -> Tensor:
+    """g − z·mean(g⊙z) over the last axis; z, g: (…, d)."""
+    return g - z * (g * z).mean(-1, keepdim=True)
+
+
+def pull_back(g: Tensor, z: Tensor, rstd: Tensor, switches: Switches = EXACT, *, rms: bool = False) -> Tensor:
+    """Pull ∂L/∂z back to ∂L/∂x through the chosen factors. g, z: (…, d); rstd = 1/σ: (…, 1).
+
+    Exact for any ε with `EXACT` (Ba et al. 2016; Zhang & Sennrich 2019 for rms). For RMSNorm there is no mean to remove,
+    so `center` has no effect. The map is symmetric, as its two projections commute (z ⊥ 1): it is its own transpose.
+    """
+    if switches.center and not rms:
+        g = center(g)
+    if switches.radial:
+        g = remove_radial(z, g)
+    return g * rstd if switches.scale else g
+
+
+class Normalised(NamedTuple):
+    """z: (…, d), the normalised input; rstd = 1/σ: (…, 1)."""
+
+    z: Tensor
+    rstd: Tensor
+
+
+def normalise(x: Tensor, eps: float, *, rms: bool = False) -> Normalised:
+    """z and 1/σ of x: (…, d), the variance by two passes (mean(x²) − μ² loses every digit once μ ≫ σ)."""
+    centred = x if rms else center(x)
+    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return Normalised(centred * rstd, rstd)
+
+
+@dataclass
+class Tokens:
+    """Per-token scalars of one norm's backward, float64, each of shape (n,)."""
+
+    sigma: Tensor
+    rho: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    cos_projected: Tensor
+    """cos(u, replay) against autograd's own t; NaN where the norm was not replayed."""
+    residual_sq: Tensor
+    """‖t − replay‖²; NaN where the norm was not replayed."""
+    measurable: Tensor
+    """Whether ‖g‖ and ‖t‖ exceed the tiny of the dtype they were computed in (bool)."""
+
+
+def decompose(
+    x: Tensor,
+    grad: Tensor,
+    eps: float,
+    *,
+    weight: Tensor | None = None,
+    rms: bool = False,
+    replayed: Tensor | None = None,
+    loss_tokens: int = 1,
+) -> Tokens:
+    """Measure one call of a norm. x, grad: (…, d), grad = ∂L/∂y; weight: (d,) takes it to g = γ⊙∂L/∂y.
+
+    `replayed`: (…, d) is autograd's own ∂L/∂x through this norm, to be compared with the formula. `loss_tokens` turns the
+    gradient of a mean loss over that many tokens into the summed loss's, so that micro-batches of any size add up.
+    """
+    d = x.shape[-1]
+    tiny = torch.finfo(grad.dtype).tiny
+    gamma = None if weight is None else weight.detach().double()
+    parts = []
+    for x_, grad_, replayed_ in _chunks(x, grad, replayed):
+        z, rstd = normalise(x_, eps, rms=rms)
+        g = grad_ if gamma is None else grad_ * gamma
+        rstd_ = rstd.squeeze(-1)
+        rho = 1 - eps * rstd_.square()
+        g_sq = g.square().sum(-1)
+        mean_part = torch.zeros_like(rho) if rms else g.sum(-1).square() / d
+        m = (g * z).sum(-1) / d
+        radial_part = torch.where(rho > 0, d * m.square() / rho, 0.0)
+        kept = (g_sq - mean_part - radial_part).clamp_min(0.0)
+        t_sq = (kept + (1 - rho).square() * radial_part) * rstd_.square()
+        if replayed_ is None:
+            residual_sq = cos_projected = torch.full_like(rho, math.nan)
+        else:
+            t = pull_back(g, z, rstd, rms=rms)
+            residual_sq = (t - replayed_).square().sum(-1)
+            # u = σ·t has t's direction, so that t stands for the projected surrogate here
+            cos_projected = (t * replayed_).sum(-1) / (t.norm(dim=-1) * replayed_.norm(dim=-1))
+        measurable = (g_sq > tiny**2) & (t_sq > tiny**2)
+        scale = float(loss_tokens) ** 2
+        parts.append(
+            Tokens(
+                sigma=rstd_.reciprocal(),
+                rho=rho,
+                A=mean_part * scale,
+                B=radial_part * scale,
+                C=kept * scale,
+                cos_projected=cos_projected,
+                residual_sq=residual_sq * scale,
+                measurable=measurable,
+            )
+        )
+    return concatenate(parts)
+
+
+def concatenate(parts: Sequence[Tokens]) -> Tokens:
+    """The tokens of several calls or micro-batches as one."""
+    return Tokens(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Tokens)})
+
+
+def _chunks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The tensors, (…, d) each, as matching float64 pieces of (rows, d); None stays None."""
+    d = next(a.shape[-1] for a in tensors if a is not None)
+    rows = max(1, CHUNK_ELEMENTS // d)
+    pieces = [repeat(None) if a is None else a.detach().reshape(-1, d).split(rows) for a in tensors]
+    for chunk in zip(*pieces, strict=False):  # as long as the tensors; None repeats
+        yield tuple(None if a is None else a.double() for a in chunk)
+
+
+def cosines(tokens: Tokens, *, rms: bool = False) -> dict[str, Tensor]:
+    """Cosine of each direction with the true pullback, per token: (n,); NaN where a vector vanishes.
+
+    N = C + (1−ρ)B is ⟨h, u⟩, U = C + (1−ρ)²B is ‖u‖². A factor of σ does not turn a token's vector: center_scale and
+    center share a cosine, as do ste and scale, radial_scale and radial.
+    """
+    a, b, c, slack = tokens.A, tokens.B, tokens.C, 1 - tokens.rho
+    n, u = c + slack * b, c + slack.square() * b
+    found = {
+        "cos_center_vs_true": n / ((b + c) * u).sqrt(),
+        "cos_ste_vs_true": n / ((a + b + c) * u).sqrt(),
+        "cos_center_vs_ste": ((b + c) / (a + b + c)).sqrt(),
+        "cos_projected_vs_true": tokens.cos_projected,
+        "cos_radial_vs_true": (u / (a + u)).sqrt(),
+    }
+    if rms:
+        found["cos_center_vs_ste"] = torch.full_like(a, math.nan)
+    return found
+
+
+Sums = dict[str, float]
+"""Additive statistics of any number of tokens: those of micro-batches, ranks and runs merge by `add`."""
+
+
+def sums(tokens: Tokens, *, rms: bool = False) -> Sums:
+    """Reduce tokens to their sufficient statistics: energies weighted by 1/σ's powers, and sums of per-token quantities."""
+    slack = 1 - tokens.rho
+    energies = {
+        "A": tokens.A,
+        "B": tokens.B,
+        "C": tokens.C,
+        "B1": slack * tokens.B,
+        "B2": slack.square() * tokens.B,
+    }
+    assert list(energies) == list(ENERGIES)
+    weights = {suffix: tokens.sigma.pow(-power) for suffix, power in RSTD_POWERS.items()}
+    found = {f"sum_{e}{s}": (energy * weight).sum() for e, energy in energies.items() for s, weight in weights.items()}
+    found |= {f"sum_{name}": cos[tokens.measurable].sum() for name, cos in cosines(tokens, rms=rms).items()}
+    found["sum_sigma"] = tokens.sigma.sum()
+    found["sum_sigma_sq"] = tokens.sigma.square().sum()
+    found["sum_rho"] = tokens.rho.sum()
+    found["sum_residual_sq"] = tokens.residual_sq.sum()
+    found["n_tokens"] = torch.tensor(tokens.sigma.numel())
+    found["n_zero"] = (~tokens.measurable).sum()
+    return {name: value.item() for name, value in found.items()}
+
+
+def add(parts: Sequence[Sums]) -> Sums:
+    """The statistics of all tokens together."""
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
+def shares(total: Mapping[str, float], d: int, *, rms: bool = False) -> dict[str, float]:
+    """Ratios of means over tokens: what part of ‖g‖² each factor of the backward removes, and what is kept."""
+    a, b, c, b1, b2 = (total[f"sum_{name}"] for name in ENERGIES)
+    g_sq = a + b + c
+    radial = _ratio(b - 2 * b1 + b2, g_sq)  # ρ²B
+    radial_share = _ratio(b, b + c)
+    mean = math.nan if rms else _ratio(a, g_sq)
+    return {
+        "r_mean": mean,
+        "r_radial": radial,
+        "r_kept": _ratio(c + b2, g_sq),
+        "share_mean": mean,
+        "share_radial": _ratio(b, g_sq),
+        "share_kept": _ratio(c, g_sq),
+        "radial_share": radial_share,
+        "enrichment_mean": d * mean,
+        "enrichment_radial": d * radial,
+        "enrichment_radial_share": (d if rms else d - 1) * radial_share,
+    }
+
+
+class Flattened(NamedTuple):
+    """A surrogate against the true backward, both as one long vector over all tokens: what a weight gradient sees."""
+
+    cos: float
+    gain: float
+
+
+def flattened(total: Mapping[str, float], switches: Switches, *, rms: bool = False) -> Flattened:
+    """Flattened cosine and gain ‖surrogate‖/‖true‖ of any of the eight backwards.
+
+    In the orthogonal parts (mean, radial, kept) of a token, t = (0, (1−ρ)√B, √C)/σ and the surrogate is
+    (√A or 0, √B or (1−ρ)√B, √C), over σ where it scales.
+    """
+    powers = list(RSTD_POWERS)
+    scaled = int(switches.scale)
+
+    def energy(name: str, power: int) -> float:
+        return total[f"sum_{name}{powers[power]}"]
+
+    keeps_mean = rms or not switches.center
+    dot = energy("B2" if switches.radial else "B1", 1 + scaled) + energy("C", 1 + scaled)
+    norm_sq = energy("B2" if switches.radial else "B", 2 * scaled) + energy("C", 2 * scaled)
+    norm_sq += energy("A", 2 * scaled) if keeps_mean else 0.0
+    true_sq = energy("B2", 2) + energy("C", 2)
+    return Flattened(cos=_ratio(dot, math.sqrt(norm_sq * true_sq)), gain=math.sqrt(_ratio(norm_sq, true_sq)))
+
+
+def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = False) -> dict[str, float]:
+    """Every measured column of a layer row, from the added statistics and the per-token σ: (n,), which quantiles need."""
+    n, n_zero = int(total["n_tokens"]), int(total["n_zero"])
+    means = [
+        "cos_center_vs_true",
+        "cos_ste_vs_true",
+        "cos_center_vs_ste",
+        "cos_projected_vs_true",
+        "cos_radial_vs_true",
+    ]
+    found: dict[str, float] = {name: _ratio(total[f"sum_{name}"], n - n_zero) for name in means}
+    found |= shares(total, d, rms=rms)
+    for name, switches in SURROGATES.items():
+        found[f"flat_cos_{name}"], found[f"gain_{name}"] = flattened(total, switches, rms=rms)
+    quantiles = torch.quantile(
+        sigma.double(), torch.tensor(list(SIGMA_QUANTILES.values()), dtype=torch.float64, device=sigma.device)
+    )
+    found |= dict(zip(SIGMA_QUANTILES, quantiles.tolist(), strict=True))
+    return found | {
+        "n_tokens": n,
+        "n_zero": n_zero,
+        "sigma_mean": total["sum_sigma"] / n,
+        "sigma_std": math.sqrt(max(0.0, total["sum_sigma_sq"] - total["sum_sigma"] ** 2 / n) / (n - 1))
+        if n > 1
+        else math.nan,
+        "rho_mean": total["sum_rho"] / n,
+        "jacobian_residual": math.sqrt(_ratio(total["sum_residual_sq"], total["sum_C_rstd2"] + total["sum_B2_rstd2"])),
+        **{name: total[name] for name in (f"sum_{e}{s}" for e in ENERGIES for s in RSTD_POWERS)},
+    }
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below > 0 else math.nan

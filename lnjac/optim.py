@@ -1,0 +1,111 @@
+"""Optimizers and their learning-rate schedules (conf/optimizer/*.yaml)."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from lnjac.credit import Method
+
+
+class Decay(str, Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+@dataclass
+class Optimizer:
+    """Base of every optimizer: lr rises over `warmup_steps`, then decays to lr·final_lr_ratio at the last update."""
+
+    name: str
+    lr: float
+    weight_decay: float
+    warmup_steps: int
+    decay: Decay
+    final_lr_ratio: float
+    grad_clip: float | None
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        raise NotImplementedError(f"{type(self).__name__} is an abstract optimizer: define build()")
+
+    def lr_at(self, update: int, updates: int) -> float:
+        """Learning rate of update number `update` (from 0) of `updates`."""
+        if update < self.warmup_steps:
+            return self.lr * (update + 1) / self.warmup_steps
+        done = (update - self.warmup_steps) / max(1, updates - 1 - self.warmup_steps)
+        match self.decay:
+            case Decay.constant:
+                return self.lr
+            case Decay.linear:
+                share = 1 - done
+            case Decay.cosine:
+                share = 0.5 * (1 + math.cos(math.pi * done))
+        return self.lr * (self.final_lr_ratio + (1 - self.final_lr_ratio) * share)
+
+    def problems(self, config: Any) -> Iterator[str]:
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            yield f"optimizer.lr={self.lr} must be positive"
+        if not self.weight_decay >= 0:
+            yield f"optimizer.weight_decay={self.weight_decay} must not be negative"
+        if not 0 <= self.warmup_steps <= max(config.steps, 0):
+            yield f"optimizer.warmup_steps={self.warmup_steps} must lie between 0 and steps={config.steps}"
+        if not 0 <= self.final_lr_ratio <= 1:
+            yield f"optimizer.final_lr_ratio={self.final_lr_ratio} must lie in [0, 1]"
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            yield f"optimizer.grad_clip={self.grad_clip} must be positive, or null for none"
+
+
+@dataclass
+class AdamW(Optimizer):
+    """Loshchilov & Hutter 2019, arXiv 1711.05101."""
+
+    beta1: float
+    beta2: float
+    eps: float
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
+
+    def problems(self, config: Any) -> Iterator[str]:
+        yield from super().problems(config)
+        for field in ("beta1", "beta2"):
+            if not 0 <= getattr(self, field) < 1:
+                yield f"optimizer.{field}={getattr(self, field)} must lie in [0, 1)"
+        if not self.eps >= 0:
+            yield f"optimizer.eps={self.eps} must not be negative"
+
+
+@dataclass
+class SGD(Optimizer):
+    """Stochastic gradient descent, with momentum where it is not 0; weight decay is coupled (added to the gradient)."""
+
+    momentum: float
+    nesterov: bool
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
+
+    def problems(self, config: Any) -> Iterator[str]:
+        yield from super().problems(config)
+        if not 0 <= self.momentum < 1:
+            yield f"optimizer.momentum={self.momentum} must lie in [0, 1)"
+        if self.nesterov and self.momentum == 0:
+            yield "optimizer.nesterov=true needs momentum: set optimizer.momentum=0.9, or nesterov=false"
+
+
+def trained(model: nn.Module, method: Method) -> dict[str, nn.Parameter]:
+    """The parameters the optimizer gets, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if method.trains(name)}
+
+
+def groups(model: nn.Module, method: Method, weight_decay: float) -> list[dict[str, Any]]:
+    """The trained parameters in groups of one weight decay each: the method may set its own for some."""
+    by_decay: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trained(model, method).items():
+        by_decay.setdefault(method.weight_decay(model, name, weight_decay), []).append(parameter)
+    return [{"params": parameters, "weight_decay": decay} for decay, parameters in by_decay.items()]
