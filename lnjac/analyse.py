@@ -1,0 +1,112 @@
+"""Rows of any model's norms: capture each call, decompose its backward, merge micro-batches by their sums."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lnjac import jacobian
+from lnjac.capture import Capture, capture
+from lnjac.config import GradAt
+from lnjac.norm import Norm
+
+
+@dataclass
+class Measured:
+    """One micro-batch's statistics of one call of a norm; sigma: (n,) is kept for its quantiles, which do not add."""
+
+    site: str
+    call: int
+    d: int
+    rms: bool
+    dtype: torch.dtype
+    sums: jacobian.Sums
+    sigma: Tensor
+
+
+def analyse(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], tuple[Tensor, int]],
+    *,
+    grad_at: GradAt | str = GradAt.normalized,
+) -> list[dict[str, Any]]:
+    """One row per norm and call over all batches, as a dict of the measured columns of `layers` (docs/columns.md).
+
+    `loss(model, batch)` gives the mean loss and the number of tokens it is the mean of. Parameters' `.grad` are left as
+    they were found. Raises ValueError where `capture` does, and when no gradient arrived at any norm.
+    """
+    at = GradAt(grad_at)
+    before = [(p, p.grad) for p in model.parameters()]
+    merged: dict[tuple[str, int], list[Measured]] = {}
+    tokens = 0  # of the present batch: known with its loss, before any gradient arrives
+    try:
+        for batch in batches:
+            for p, _ in before:
+                p.grad = None
+            with capture(model, lambda call: measure(call, at, tokens)) as found:
+                value, tokens = loss(model, batch)
+                value.backward()  # type: ignore[no-untyped-call]
+            for part in found:
+                merged.setdefault((part.site, part.call), []).append(part)
+    finally:
+        for p, grad in before:
+            p.grad = grad
+    if not merged:
+        raise ValueError(
+            "no gradient arrived at any norm: is the loss computed from the model's output, with grad enabled?"
+        )
+    return [_row(model, parts) for parts in merged.values()]
+
+
+def measure(call: Capture, at: GradAt, loss_tokens: int) -> Measured:
+    """Reduce one call: replay the norm alone for autograd's own pullback, decompose, add up."""
+    weight = call.weight if at is GradAt.normalized else None
+    tokens = jacobian.decompose(
+        call.x,
+        call.grad,
+        call.eps,
+        weight=weight,
+        rms=call.rms,
+        replayed=replay(call.x, call.grad, call.eps, weight=weight, rms=call.rms),
+        loss_tokens=loss_tokens,
+    )
+    sums = jacobian.sums(tokens, rms=call.rms)
+    return Measured(call.site, call.call, call.x.shape[-1], call.rms, call.x.dtype, sums, tokens.sigma)
+
+
+def replay(x: Tensor, grad: Tensor, eps: float, *, weight: Tensor | None, rms: bool) -> Tensor:
+    """Autograd's ∂L/∂x through this norm alone, with its exact backward, in x's dtype. x, grad: (…, d); weight: (d,)."""
+    d = (x.shape[-1],)
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        leaf = x.detach().clone().requires_grad_()
+        gamma = None if weight is None else weight.to(x.dtype)
+        y = F.rms_norm(leaf, d, gamma, eps) if rms else F.layer_norm(leaf, d, gamma, None, eps)
+        return torch.autograd.grad(y, leaf, grad.to(y.dtype))[0]
+
+
+def _row(model: nn.Module, parts: Sequence[Measured]) -> dict[str, Any]:
+    one = parts[0]
+    module = model.get_submodule(one.site)
+    rule = module.backward_rule if isinstance(module, Norm) else None
+    numbers = [int(word) for word in one.site.split(".") if word.isdigit()]
+    return {
+        "site": one.site,
+        "call": one.call,
+        "block": numbers[0] if numbers else None,
+        "role": one.site.rpartition(".")[2],
+        "norm": "rmsnorm" if one.rms else "layernorm",
+        "site_backward": "exact" if rule is None else rule.name,
+        "n_backwards": 4 if one.rms else 8,
+        "d": one.d,
+        "dtype": str(one.dtype).removeprefix("torch."),
+        **jacobian.summary(
+            jacobian.add([part.sums for part in parts]),
+            torch.cat([part.sigma for part in parts]),
+            one.d,
+            rms=one.rms,
+        ),
+    }
