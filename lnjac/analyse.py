@@ -42,15 +42,11 @@ def analyse(
     at = GradAt(grad_at)
     before = [(p, p.grad) for p in model.parameters()]
     merged: dict[tuple[str, int], list[Measured]] = {}
-    tokens = 0  # of the present batch: known with its loss, before any gradient arrives
     try:
         for batch in batches:
             for p, _ in before:
                 p.grad = None
-            with capture(model, lambda call: measure(call, at, tokens)) as found:
-                value, tokens = loss(model, batch)
-                value.backward()  # type: ignore[no-untyped-call]
-            for part in found:
+            for part in _measure_batch(model, batch, loss, at):
                 merged.setdefault((part.site, part.call), []).append(part)
     finally:
         for p, grad in before:
@@ -60,6 +56,16 @@ def analyse(
             "no gradient arrived at any norm: is the loss computed from the model's output, with grad enabled?"
         )
     return [_row(model, parts) for parts in merged.values()]
+
+
+def _measure_batch(
+    model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], tuple[Tensor, int]], at: GradAt
+) -> list[Measured]:
+    tokens = 0  # known with the loss, before any gradient arrives
+    with capture(model, lambda call: measure(call, at, tokens)) as found:
+        value, tokens = loss(model, batch)
+        value.backward()  # type: ignore[no-untyped-call]
+    return found
 
 
 def measure(call: Capture, at: GradAt, loss_tokens: int) -> Measured:

@@ -198,7 +198,8 @@ def compose(*overrides: str) -> RunConfig:
     from hydra import initialize_config_dir
 
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return build(hydra_compose("config", overrides=list(overrides)))
+        # our sweeper is found beside run.py only, and nothing is swept here
+        return build(hydra_compose("config", overrides=["hydra/sweeper=basic", *overrides]))
 
 
 def build(node: Mapping[str, Any] | DictConfig) -> RunConfig:
@@ -207,12 +208,13 @@ def build(node: Mapping[str, Any] | DictConfig) -> RunConfig:
     Raises ConfigError with a line for every unknown, missing or ill-typed value.
     """
     problems: list[str] = []
-    try:
-        raw = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
-    except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from None
-    assert isinstance(raw, dict)
-    values: dict[str, Any] = {str(k): v for k, v in raw.items() if k != "hydra"}
+    values: Any = dict(node)
+    if isinstance(node, DictConfig):  # without Hydra's own part, which is complete only once a job runs
+        ours = OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"])
+        try:
+            values = OmegaConf.to_container(ours, resolve=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(_first_line(error)) from None
     parts: dict[str, Any] = {}
     for group in PLUGIN_GROUPS:
         if isinstance(value := values.get(group), Mapping):

@@ -31,7 +31,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, d) -> (B, T, d)."""
         b, t, d = x.shape
-        q, k, v = self.qkv(x).view(b, t, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = (part.view(b, t, self.n_head, -1).transpose(1, 2) for part in self.qkv(x).split(d, dim=-1))
         o = self.mode.attend(self.q_norm(q), self.k_norm(k), v, self.block_size)
         out: Tensor = self.drop(self.proj(o.transpose(1, 2).reshape(b, t, d)))
         return out

@@ -159,7 +159,7 @@ def _chunks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The tensors, (…, d) each, as matching float64 pieces of (rows, d); None stays None."""
     d = next(a.shape[-1] for a in tensors if a is not None)
     rows = max(1, CHUNK_ELEMENTS // d)
-    pieces = [repeat(None) if a is None else a.detach().reshape(-1, d).split(rows) for a in tensors]
+    pieces = [repeat(None) if a is None else a.detach().reshape(-1, d).split(rows) for a in tensors]  # type: ignore[no-untyped-call]
     for chunk in zip(*pieces, strict=False):  # as long as the tensors; None repeats
         yield tuple(None if a is None else a.double() for a in chunk)
 

@@ -72,18 +72,20 @@ def write_table(path: Path, data: pa.Table, metadata: Mapping[str, Any]) -> None
     Column statistics are left out: in files of ten rows they are most of the bytes, and nothing here reads them.
     """
     note = json.dumps({"schema_version": SCHEMA_VERSION, **metadata}, sort_keys=True)
-    data = data.replace_schema_metadata({"lnjac": note})
-    write_atomically(
-        path,
-        lambda temporary: pq.write_table(
-            data,
+
+    def write(temporary: Path) -> None:
+        with pq.ParquetWriter(
             temporary,
+            data.schema.remove_metadata(),
             compression="zstd",
             write_statistics=False,
             write_page_checksum=True,
             store_schema=False,
-        ),
-    )
+        ) as writer:
+            writer.write_table(data)
+            writer.add_key_value_metadata({"lnjac": note})
+
+    write_atomically(path, write)
 
 
 class RunFolder:

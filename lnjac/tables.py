@@ -157,7 +157,7 @@ RUNS = [
     RUN_ID,
     DIAG_ID,
     Column("status", "string", "", "done, or diverged: the loss turned non-finite"),
-    Column("diverged_step", "int64", "updates", "the update whose loss was non-finite; null otherwise"),
+    Column("diverged_step", "int64", "updates", "updates done when the loss turned non-finite; null otherwise"),
     Column("steps_done", "int64", "updates", "optimizer updates done"),
     Column(
         "train_loss_nats",

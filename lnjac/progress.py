@@ -1,0 +1,75 @@
+"""How a long job tells of itself: a bar on a terminal, plain dated lines in the log."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Reports a run's updates: `tick` after each one; a log line every tenth of the run and at least every 30 s."""
+
+    def __init__(self, total: int, tokens_per_update: int) -> None:
+        self.total, self.tokens = total, tokens_per_update
+        self.started = self.spoken = time.perf_counter()
+        self.bar: object | None = None
+
+    def tick(self, done: int, loss: float) -> None:
+        now = time.perf_counter()
+        rate = done * self.tokens / max(now - self.started, 1e-9)
+        if self.bar is not None:
+            self.bar.update(0, completed=done, loss=loss, rate=rate)  # type: ignore[attr-defined]
+        tenth = max(1, self.total // 10)
+        if done % tenth == 0 or done == self.total or now - self.spoken > 30:
+            self.spoken = now
+            left = (self.total - done) * (now - self.started) / done
+            log.info("step %d/%d  loss %.4f  %.0f tokens/s  %.0f s left", done, self.total, loss, rate, left)
+
+
+@contextmanager
+def progress(total: int, tokens_per_update: int) -> Iterator[Progress]:
+    """A Progress; on a terminal with a live bar (loss, tokens/s, time left) in place of log lines on the screen."""
+    report = Progress(total, tokens_per_update)
+    if not sys.stderr.isatty():
+        yield report
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with _log_to_files_only(), Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        bar.add_task("", total=total, loss=float("nan"), rate=0.0)
+        report.bar = bar
+        yield report
+
+
+@contextmanager
+def _log_to_files_only() -> Iterator[None]:
+    """While a bar is drawn, lines of this module stay off the screen (they would tear it) and go to the log file."""
+    screens = [
+        handler
+        for handler in logging.getLogger().handlers
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
+    ]
+
+    def not_ours(record: logging.LogRecord) -> bool:
+        return record.name != __name__
+
+    for handler in screens:
+        handler.addFilter(not_ours)
+    try:
+        yield
+    finally:
+        for handler in screens:
+            handler.removeFilter(not_ours)

@@ -1,0 +1,81 @@
+"""Re-open a finished run: its tables without torch, its model and diagnostic batch with it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lnjac import runs
+from lnjac.config import ConfigError, RunConfig, build
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from lnjac.gpt import GPT
+
+
+class Run:
+    """A finished run's folder. `.layers`, `.run` and `.curve` are its tables as pandas frames."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        status = runs.read_status(self.folder).get("status")
+        if status not in runs.FINISHED:
+            said = f"status {status}" if status else f"no {runs.STATUS}"
+            raise ConfigError(
+                f"{folder} is not a finished run ({said}): name a folder whose status is done or diverged"
+            )
+        self.metadata = runs.read_metadata(self.folder / runs.FILES["runs"])
+
+    @cached_property
+    def config(self) -> RunConfig:
+        return build(self.metadata["config"])
+
+    @cached_property
+    def layers(self) -> pd.DataFrame:
+        return self._frame("layers")
+
+    @cached_property
+    def run(self) -> pd.DataFrame:
+        return self._frame("runs")
+
+    @cached_property
+    def curve(self) -> pd.DataFrame:
+        return self._frame("curves")
+
+    def model(self) -> GPT:
+        """The model as it was when the run ended: weights, feedback and norms' backward; in eval mode, on the CPU.
+
+        Raises ConfigError when the run was made with save_model=false.
+        """
+        from safetensors.torch import load_file
+
+        from lnjac import gpt
+
+        path = self.folder / runs.MODEL
+        if not path.exists():
+            raise ConfigError(f"{self.folder} holds no weights: it was run with save_model=false")
+        model = gpt.build(self.config, self.metadata["provenance"]["vocab_size"])
+        state = load_file(path)
+        if self.config.model.tie:
+            state["head.weight"] = state["wte.weight"]
+        model.load_state_dict(state)
+        return model.eval()
+
+    def diagnostic_batch(self) -> tuple[Tensor, Tensor]:
+        """(idx, targets) the norms were analysed on: (batches, B, T) int64 each."""
+        from safetensors.torch import load_file
+
+        found = load_file(self.folder / runs.BATCH)
+        return found["idx"], found["targets"]
+
+    def _frame(self, name: str) -> pd.DataFrame:
+        frame: pd.DataFrame = runs.read_table(self.folder / runs.FILES[name]).to_pandas()
+        return frame
+
+
+def load_run(folder: str | Path) -> Run:
+    """Open the run in folder. Raises ConfigError unless its status is done or diverged."""
+    return Run(folder)

@@ -1,0 +1,331 @@
+"""One run: train, validate, analyse, write rows."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lnjac import config as configs
+from lnjac import data, gpt, optim, runs
+from lnjac.analyse import analyse
+from lnjac.config import ConfigError, Device, Precision, RunConfig, Split
+from lnjac.credit import is_feedback
+from lnjac.data import Corpus
+from lnjac.norm import norms, unmatched
+from lnjac.progress import progress
+from lnjac.streams import numpy_stream, sequence
+from lnjac.summary import layer_table
+
+log = logging.getLogger(__name__)
+
+LAST_LOSSES = 10
+"""Updates whose mean loss is a run's train_loss_nats."""
+
+
+def admit(config: RunConfig) -> Corpus:
+    """Everything that can be known before training: loads the corpus and raises ConfigError with every problem found."""
+    problems = configs.check(config)
+    problems += _hardware_problems(config)
+    if not problems:
+        with torch.device("meta"):
+            sites = [name for name, _ in norms(gpt.GPT(config.model, config.attn_mode, vocab_size=1))]
+        problems += [
+            f"ln_backward.sites={pattern} matches no norm of this model: it has {', '.join(sites)}"
+            for pattern in unmatched(sites, config.ln_backward)
+        ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    corpus: Corpus = config.data.load()
+    if problems := configs.check_corpus(config, len(corpus.train), len(corpus.val)):
+        raise ConfigError("\n".join(problems))
+    return corpus
+
+
+def _hardware_problems(config: RunConfig) -> list[str]:
+    if config.device is Device.cuda and not torch.cuda.is_available():
+        return ["device=cuda, but torch finds no CUDA device: use device=cpu or device=auto"]
+    if config.precision is Precision.bf16 and _device(config).type == "cuda" and not torch.cuda.is_bf16_supported():
+        return ["precision=bf16 is not supported by this GPU: use precision=fp32"]
+    return []
+
+
+def _device(config: RunConfig) -> torch.device:
+    if config.device is Device.auto:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device.value)
+
+
+@dataclass
+class Clock:
+    """Wall seconds spent on each part of a run."""
+
+    train: float = 0.0
+    evaluate: float = 0.0
+    diagnose: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def timing(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, part, getattr(self, part) + time.perf_counter() - start)
+
+
+class Training:
+    """A model with its method, optimizer and batches, advanced one update at a time. `updates` counts those done."""
+
+    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
+        self.config, self.corpus, self.device = config, corpus, _device(config)
+        self.model = gpt.build(config, corpus.vocab_size).to(self.device)
+        self.trained = optim.trained(self.model, config.method)
+        groups = optim.groups(self.model, config.method, config.optimizer.weight_decay)
+        self.optimizer = config.optimizer.build(groups)
+        self.batches = data.Batches(
+            corpus.train, config.batch_size, config.model.block_size, numpy_stream(config.seed, "batches")
+        )
+        torch.manual_seed(int(sequence(config.seed, "dropout").generate_state(1, np.uint64)[0]))
+        self.updates = 0
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        bf16 = self.config.precision is Precision.bf16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        """Mean cross-entropy of a batch (idx, targets): (B, T) each, and the number of tokens it is the mean of."""
+        idx, targets = (part.to(self.device, non_blocking=True) for part in batch)
+        with self.autocast():
+            return model(idx, targets)[1], targets.numel()
+
+    def update(self) -> float:
+        """One update; returns its batch's loss in nats. A non-finite loss leaves model and optimizer as they were."""
+        config = self.config
+        self.model.train()
+        config.method.refresh(self.model, config.seed, self.updates)
+        lr = config.optimizer.lr_at(self.updates, config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss, _ = self.loss(self.model, self.batches.next())
+        if not math.isfinite(value := loss.item()):
+            return value
+        self.model.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if config.optimizer.grad_clip is not None:
+            trained = [parameter for name, parameter in self.trained.items() if not is_feedback(name)]
+            nn.utils.clip_grad_norm_(trained, config.optimizer.grad_clip)
+        config.method.before_update(self.model)
+        self.optimizer.step()
+        self.updates += 1
+        return value
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Mean loss in nats per token over the validation windows."""
+        evaluation = self.config.eval
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        count = 0
+        for batch in data.windows(
+            self.corpus.val, self.config.model.block_size, evaluation.batch_size, evaluation.tokens
+        ):
+            loss, n = self.loss(self.model, batch)
+            total += loss.double() * n
+            count += n
+        return float(total) / count
+
+    def diagnostic_batches(self) -> list[tuple[Tensor, Tensor]]:
+        """The batches (idx, targets) the norms are analysed on: the same at every step and for every mode of one seed."""
+        settings = self.config.diagnostics
+        split = self.corpus.train if settings.split is Split.train else self.corpus.val
+        source = data.Batches(
+            split,
+            settings.batch_size,
+            self.config.model.block_size,
+            numpy_stream(self.config.seed, "diagnostic"),
+        )
+        return [source.next() for _ in range(settings.batches)]
+
+    def diagnose(self) -> list[dict[str, Any]]:
+        """Measured columns of a row per norm, with dropout off."""
+        self.model.eval()
+        rows = analyse(self.model, self.diagnostic_batches(), self.loss, grad_at=self.config.diagnostics.grad_at)
+        return [{"step": self.updates, **row} for row in rows]
+
+
+@contextmanager
+def execution(config: RunConfig) -> Iterator[None]:
+    """torch's threads and determinism as configured, and as they were afterwards."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(config.threads or threads)
+    torch.use_deterministic_algorithms(config.deterministic)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def run(config: RunConfig, folder: Path, corpus: Corpus | None = None) -> str:
+    """Train, analyse and write one run into folder; returns its status, done or diverged.
+
+    Raises ConfigError before any work for what `admit` finds. On any other error, and on Ctrl-C, what was measured so far
+    is left out, the folder's status says why it failed, and the error goes on.
+    """
+    corpus = corpus or admit(config)
+    out = runs.RunFolder(folder)
+    started_at = runs.now()
+    out.status(runs.RUNNING)
+    try:
+        with execution(config):
+            status = _run(config, corpus, out, started_at)
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        out.status(runs.FAILED, error="interrupted" if interrupted else f"{type(error).__name__}: {error}")
+        raise
+    return status
+
+
+class Record:
+    """What a run measures on its way: rows of layers and of the curve."""
+
+    def __init__(self, training: Training, identity: dict[str, str], clock: Clock) -> None:
+        self.training, self.identity, self.clock = training, identity, clock
+        self.analysed_at = set(training.config.diagnostics.at(training.config.steps))
+        self.layers: list[dict[str, Any]] = []
+        self.curve: list[dict[str, Any]] = []
+
+    def observe(self, train_loss: float | None = None, lr: float | None = None) -> bool:
+        """Measure what is due after the updates done so far; False when it is not finite, which is then left out."""
+        done, config = self.training.updates, self.training.config
+        val_loss = None
+        if done == config.steps or (config.eval.every is not None and done % config.eval.every == 0):
+            with self.clock.timing("evaluate"):
+                val_loss = self.training.validation_loss()
+        healthy = val_loss is None or math.isfinite(val_loss)
+        if healthy and done in self.analysed_at:
+            with self.clock.timing("diagnose"):
+                rows = self.training.diagnose()
+            healthy = all(math.isfinite(row["sum_C_rstd2"]) for row in rows)
+            self.layers += [{**self.identity, **row} for row in rows if healthy]
+        if train_loss is not None or val_loss is not None:
+            point = {"step": done, "train_loss_nats": train_loss, "val_loss_nats": val_loss, "lr": lr}
+            self.curve.append({"run_id": self.identity["run_id"], **point})
+        return healthy
+
+
+def _train(training: Training, record: Record) -> int | None:
+    """Run all updates; returns the number of updates done when something turned non-finite, or None."""
+    config = training.config
+    if not record.observe():
+        return 0
+    with progress(config.steps, config.batch_size * config.model.block_size) as report:
+        while training.updates < config.steps:
+            with record.clock.timing("train"):
+                loss = training.update()
+            if not (math.isfinite(loss) and record.observe(loss, training.optimizer.param_groups[0]["lr"])):
+                return training.updates
+            report.tick(training.updates, loss)
+    return None
+
+
+def _run(config: RunConfig, corpus: Corpus, out: runs.RunFolder, started_at: str) -> str:
+    for part in config.parts().values():
+        for warning in part.warnings(config) if hasattr(part, "warnings") else ():
+            log.warning(warning)
+    clock = Clock()
+    training = Training(config, corpus)
+    identity = {"run_id": configs.run_id(config, corpus.sha256), "diag_id": configs.diag_id(config)}
+    log.info("run %s on %s: %s", identity["run_id"], training.device.type, _brief(config))
+    record = Record(training, identity, clock)
+    diverged_step = _train(training, record)
+    status = runs.DONE if diverged_step is None else runs.DIVERGED
+    with clock.timing("evaluate"):
+        baselines = data.baselines(corpus, config.eval.tokens)
+    losses = [row["train_loss_nats"] for row in record.curve if row["train_loss_nats"] is not None][-LAST_LOSSES:]
+    tokens = training.updates * config.batch_size * config.model.block_size
+    result = {
+        **identity,
+        "status": status,
+        "diverged_step": diverged_step,
+        "steps_done": training.updates,
+        "train_loss_nats": sum(losses) / len(losses) if losses else None,
+        "val_loss_nats": record.curve[-1]["val_loss_nats"] if status == runs.DONE else None,
+        "unigram_nats": baselines.unigram_nats,
+        "bigram_nats": baselines.bigram_nats,
+        "n_params": sum(p.numel() for name, p in training.model.named_parameters() if not is_feedback(name)),
+        "n_params_trained": sum(p.numel() for name, p in training.trained.items() if not is_feedback(name)),
+        "tokens_per_s": tokens / clock.train if clock.train else None,
+        "train_s": clock.train,
+        "eval_s": clock.evaluate,
+        "diagnostics_s": clock.diagnose,
+        "wall_s": time.perf_counter() - clock.started,
+        "started_at": started_at,
+        **_environment(config, training),
+    }
+    tables = {"layers": record.layers, "runs": [result], "curves": record.curve}
+    _write(out, training, identity, tables)
+    out.status(status, **({} if diverged_step is None else {"step": diverged_step}))
+    _say(result, record.layers)
+    return status
+
+
+def _write(
+    out: runs.RunFolder, training: Training, identity: dict[str, str], tables: dict[str, list[dict[str, Any]]]
+) -> None:
+    config = training.config
+    metadata = {**identity, "config": configs.to_dict(config), "provenance": _environment(config, training)}
+    columns = configs.columns(config)
+    for name, rows in tables.items():
+        out.write(name, rows, columns, metadata)
+    idx, targets = (torch.stack(part) for part in zip(*training.diagnostic_batches(), strict=True))
+    runs.write_atomically(out.path / runs.BATCH, lambda path: save_file({"idx": idx, "targets": targets}, path))
+    if config.save_model:
+        state = {name: value.detach().cpu().contiguous() for name, value in training.model.state_dict().items()}
+        if config.model.tie:  # safetensors refuses two names for one storage; load_run ties them again
+            del state["head.weight"]
+        runs.write_atomically(out.path / runs.MODEL, lambda path: save_file(state, path))
+
+
+def _environment(config: RunConfig, training: Training) -> dict[str, Any]:
+    """Which code, machine and data made the numbers."""
+    from lnjac import __version__
+
+    device = training.device
+    return {
+        **runs.provenance(),
+        "lnjac_version": __version__,
+        "numerics_version": configs.NUMERICS_VERSION,
+        "torch_version": str(torch.__version__),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "deterministic": config.deterministic,
+        "data_sha256": training.corpus.sha256,
+        "vocab_size": training.corpus.vocab_size,
+    }
+
+
+def _brief(config: RunConfig) -> str:
+    names = [f"{group}={part.name}" for group, part in config.parts().items() if hasattr(part, "name")]
+    return " ".join([*names, f"seed={config.seed}", f"steps={config.steps}"])
+
+
+def _say(result: dict[str, Any], layers: list[dict[str, Any]]) -> None:
+    """The run's outcome and the original script's table."""
+    if result["status"] == runs.DIVERGED:
+        log.warning("diverged after %d updates: the loss is not finite", result["diverged_step"])
+    else:
+        losses = (result[f"{name}_nats"] for name in ("val_loss", "unigram", "bigram"))
+        log.info("validation loss %.4f nats (unigram %.4f, bigram %.4f); %.1f s", *losses, result["wall_s"])
+    if layers:
+        last = max(row["step"] for row in layers)
+        log.info("norms after step %d\n%s", last, layer_table([row for row in layers if row["step"] == last]))
