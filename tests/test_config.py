@@ -1,0 +1,174 @@
+"""Typed configuration: every bad value is said, with its remedy; the run identity means what it says."""
+
+import dataclasses
+import math
+
+import pytest
+from hydra.errors import HydraException
+
+from lnjac import config, train
+from lnjac.config import ConfigError, build, check, columns, compose, diag_id, run_id, to_dict
+
+
+def problems(*overrides: str) -> str:
+    """What a user would read for these overrides."""
+    try:
+        return "\n".join(check(compose(*overrides)))
+    except ConfigError as error:
+        return str(error)
+
+
+def test_bare_default_is_the_original_run() -> None:
+    c = compose()
+    m = c.model
+    assert (m.n_layer, m.n_head, m.n_embd, m.block_size, m.dropout) == (4, 4, 128, 64, 0.0)
+    assert (c.batch_size, c.steps, c.seed, c.precision) == (32, 250, 1337, "fp32")
+    assert (c.method.name, c.attn_mode.name, c.data.name, c.ln_backward.name) == ("fa", "softmax", "play", "exact")
+    assert (c.optimizer.name, c.optimizer.lr, c.optimizer.weight_decay) == ("adamw", 1e-3, 0.01)
+    assert check(c) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["seed=abc"], "seed=abc: Value 'abc' of type 'str' could not be converted to Integer"),
+        (["steps=2.5"], "steps=2.5"),
+        (["model.n_embd=130"], "try n_embd=128 or 132"),
+        (["steps=-1"], "steps=0 analyses the model at initialisation"),
+        (["batch_size=0"], "batch_size=0 must be at least 1"),
+        (["+foo=1"], "foo is not a setting"),
+        (["+attn_mode.bais=1", "attn_mode=sigmoid"], "did you mean bias?"),
+        (["device=gpu"], "expected one of [auto, cpu, cuda]"),
+        (["precision=fp16"], "expected one of [fp32, bf16, fp64]"),
+        (["model.norm=batchnorm"], "[layernorm, rmsnorm]"),
+        (["data=nanogpt"], "data.dir has no value"),
+        (["method=dfa", "method.policy.head=random"], "use method=fa"),
+        (["method=fa", "model.tie=true"], "use model.tie=false"),
+        (["method.policy={qkv:true,attn_proj:true,fc:true,mlp_proj:true,head:true}"], "use method=bp"),
+        (["method=kp", "method.decay=0"], "use method=fa"),
+        (["method.scale=-1"], "method.scale=-1.0 must be positive"),
+        (["method=usf", "method.redraw=true"], "use method=brsf"),
+        (["optimizer.lr=0"], "optimizer.lr=0.0 must be positive"),
+        (["optimizer=sgd", "optimizer.momentum=0", "optimizer.nesterov=true"], "set optimizer.momentum=0.9"),
+        (["diagnostics.schedule=list", "diagnostics.steps=[0,300]"], "drop it or raise steps"),
+        (["eval.every=0"], "or null"),
+        (["model.dropout=1.0"], "[0, 1)"),
+        (["threads=0"], "null for torch's own choice"),
+        (["seed=-1"], "seed=-1 must not be negative"),
+        (["attn_mode=sigmoid", "attn_mode.bias=inf"], "must be finite"),
+        (["method.policy.qkv=maybe"], "expected one of [random, true]"),
+    ],
+)
+def test_a_bad_value_is_one_readable_line(overrides: list[str], said: str) -> None:
+    text = problems(*overrides)
+    assert said in text
+    assert "Traceback" not in text
+
+
+def test_every_bad_value_is_said_at_once() -> None:
+    text = problems("seed=x", "steps=y", "optimizer.lr=z")
+    assert all(f"{key}=" in text for key in ("seed", "steps", "optimizer.lr"))
+    text = problems("steps=-1", "batch_size=0", "model.n_embd=130")
+    assert len(text.splitlines()) == 3
+
+
+@pytest.mark.parametrize("override", ["attn_mode=softmx", "attn_mod=softmax", "attn_mode.bias=1"])
+def test_typos_in_groups_and_keys_are_refused_by_hydra(override: str) -> None:
+    with pytest.raises(HydraException):
+        compose(override)
+
+
+def test_a_pattern_without_a_site_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"ln_backward.sites=ln_x matches no norm.*ln_f"):
+        train.admit(compose("ln_backward=ste", "ln_backward.sites=ln_x"))
+
+
+def test_too_long_a_block_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config.check_corpus(compose("model.block_size=10"), 11, 11) == []
+    (said,) = config.check_corpus(compose("model.block_size=11"), 1000, 11)
+    assert "validation split has 11 tokens" in said
+    assert "block_size <= 10" in said
+
+
+def test_missing_group_target_is_said() -> None:
+    plain = to_dict(compose())
+    plain["attn_mode"]["_target_"] = "lnjac.attention.Sofmax"
+    with pytest.raises(ConfigError, match="names no class"):
+        build(plain)
+
+
+def test_a_config_survives_the_round_trip_through_plain_values() -> None:
+    for overrides in ([], ["attn_mode=sigmoid", "method=dfa", "ln_backward=ste", "ln_backward.sites=[ln_1,ln_f]"]):
+        c = compose(*overrides)
+        assert build(to_dict(c)) == c
+
+
+def test_sigmoid_bias_default_is_resolved_and_recorded() -> None:
+    c = compose("attn_mode=sigmoid")
+    assert c.attn_mode.bias == -math.log(64)
+    assert {col.name: v for col, v in columns(c)}["attn_mode.bias"] == -math.log(64)
+    explicit = compose("attn_mode=sigmoid", f"attn_mode.bias={-math.log(64)!r}")
+    assert run_id(c, "d") == run_id(explicit, "d")
+
+
+SCIENCE = ["seed=1", "steps=9", "attn_mode=sigmoid", "method=bp", "ln_backward=ste", "optimizer.lr=0.01",
+           "model.n_embd=64", "precision=fp64", "batch_size=8", "eval.tokens=100"]  # fmt: skip
+NOT_SCIENCE = ["device=cpu", "threads=1", "deterministic=true", "save_model=false", "data.dir=elsewhere",
+               "diagnostics=trajectory", "diagnostics.grad_at=output"]  # fmt: skip
+
+
+def test_run_id_changes_with_science_alone() -> None:
+    bare = run_id(compose(), "data")
+    assert all(run_id(compose(o), "data") != bare for o in SCIENCE)
+    assert all(run_id(compose(o), "data") == bare for o in NOT_SCIENCE)
+    assert run_id(compose(), "other data") != bare
+
+
+def test_run_id_depends_on_the_numerics_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = run_id(compose(), "data")
+    monkeypatch.setattr(config, "NUMERICS_VERSION", config.NUMERICS_VERSION + 1)
+    assert run_id(compose(), "data") != bare
+
+
+def test_diag_id_changes_with_diagnostics_alone() -> None:
+    bare = diag_id(compose())
+    assert all(diag_id(compose(o)) == bare for o in SCIENCE)
+    assert diag_id(compose("diagnostics.grad_at=output")) != bare
+
+
+def test_columns_are_typed_scalars_without_paths_or_execution() -> None:
+    found = {col.name: (col.dtype, value) for col, value in columns(compose("ln_backward.sites=[ln_1,ln_f]"))}
+    assert found["attn_mode"] == ("string", "softmax")
+    assert found["model.n_embd"] == ("int64", 128)
+    assert found["optimizer.lr"] == ("float64", 1e-3)
+    assert found["ln_backward.sites"] == ("string", "ln_1+ln_f")
+    assert found["method.policy.head"] == ("string", "random")
+    assert found["optimizer.grad_clip"] == ("float64", None)
+    assert found["precision"] == ("string", "fp32")
+    kinds = {"string": str, "int64": int, "float64": float, "bool": bool}
+    assert all(value is None or type(value) is kinds[dtype] for dtype, value in found.values())
+    assert not {name for name in found if name in config.EXECUTION or name.startswith("data.")}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "last", "steps"),
+    [
+        (["schedule=none"], 10, []),
+        (["schedule=final"], 10, [10]),
+        (["schedule=linear", "every=4"], 10, [0, 4, 8, 10]),
+        (["schedule=log"], 10, [0, 1, 2, 4, 8, 10]),
+        (["schedule=log"], 0, [0]),
+        (["schedule=list", "steps=[3,1]"], 10, [1, 3, 10]),
+    ],
+)
+def test_diagnostic_schedules(overrides: list[str], last: int, steps: list[int]) -> None:
+    assert compose(*(f"diagnostics.{o}" for o in overrides)).diagnostics.at(last) == steps
+
+
+def test_values_live_in_conf() -> None:
+    """A default in code would be a second, silent source: a corpus, which is also made by hand, may repeat conf's."""
+    c = compose()
+    for name, part in {"": c, **c.parts()}.items():
+        for field in dataclasses.fields(part):
+            said = getattr(part, field.name) if name == "data" else dataclasses.MISSING
+            assert field.default in (dataclasses.MISSING, said), f"{type(part).__name__}.{field.name}"

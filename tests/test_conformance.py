@@ -1,0 +1,130 @@
+"""What every member of every config group must do: a newcomer's yaml file is tested unasked."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+from lnjac import gpt, runs, train
+from lnjac.config import check, columns, compose
+from lnjac.data import Corpus
+from lnjac.norm import norms
+
+SMALL = ("model.n_layer=2", "model.n_head=2", "model.n_embd=8", "model.block_size=8", "batch_size=4", "steps=3",
+         "eval.tokens=40", "diagnostics.batch_size=2", "device=cpu")  # fmt: skip
+
+
+def members(group: str) -> list[str]:
+    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+def corpus() -> Corpus:
+    tokens = np.random.default_rng(0).integers(0, 11, 400).astype(np.uint16)
+    return Corpus("made", tokens[:300], tokens[300:], 11, "0" * 64, None)
+
+
+GROUPS = ("model", "attn_mode", "method", "ln_backward", "optimizer", "diagnostics")
+CASES = [(group, name) for group in GROUPS for name in members(group)]
+
+
+def small(group: str, name: str, *more: str) -> list[str]:
+    """The smallest run with this member; a model member keeps its own shape but for its size."""
+    return [f"{group}={name}", *SMALL, *more]
+
+
+@pytest.mark.parametrize("group", [*GROUPS, "data"])
+def test_name_is_the_files(group: str) -> None:
+    for name in members(group):
+        assert yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())["name"] == name
+
+
+@pytest.mark.parametrize(("group", "name"), CASES)
+def test_a_run_writes_its_rows(group: str, name: str, tmp_path: Path) -> None:
+    config = compose(*small(group, name))
+    assert check(config) == []
+    assert train.run(config, tmp_path, corpus()) == runs.DONE
+    assert runs.read_status(tmp_path)["status"] == runs.DONE
+    layers = runs.read_table(tmp_path / runs.FILES["layers"])
+    steps = config.diagnostics.at(config.steps)
+    assert layers.num_rows == len(steps) * len(norms(gpt.build(config, 11)))
+    assert set(layers["step"].to_pylist()) == set(steps)
+    run = runs.read_table(tmp_path / runs.FILES["runs"]).to_pylist()[0]
+    assert run["status"] == "done"
+    assert 0 < run["val_loss_nats"] < 10
+    assert run[group] == name
+    declared = {column.name for column, _ in columns(config)}
+    assert declared <= set(layers.column_names)
+    curve = runs.read_table(tmp_path / runs.FILES["curves"]).to_pylist()
+    assert [row["step"] for row in curve] == [1, 2, 3]
+    assert curve[-1]["val_loss_nats"] == run["val_loss_nats"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
+@pytest.mark.parametrize(
+    ("group", "name"), [case for case in CASES if case[0] in ("attn_mode", "method", "ln_backward")]
+)
+def test_an_update_is_finite_in_every_precision(group: str, name: str, precision: str) -> None:
+    training = train.Training(compose(*small(group, name, f"precision={precision}")), corpus())
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    assert all(p.dtype == dtype for p in training.model.parameters())
+    before = {n: p.detach().clone() for n, p in training.trained.items()}
+    assert np.isfinite([training.update() for _ in range(2)]).all()
+    assert all(p.isfinite().all() for p in training.model.parameters())
+    assert any(not torch.equal(p, before[n]) for n, p in training.trained.items())
+
+
+@pytest.mark.parametrize("name", members("attn_mode"))
+def test_no_token_sees_a_later_one(name: str) -> None:
+    config = compose(*small("attn_mode", name, "precision=fp64"))
+    model = gpt.build(config, 11)
+    idx = torch.randint(11, (1, 8), generator=torch.Generator().manual_seed(0))
+    changed = idx.clone()
+    changed[0, 5:] = (changed[0, 5:] + 1) % 11
+    one, other = model(idx)[0], model(changed)[0]
+    assert torch.equal(one[:, :5], other[:, :5])
+    assert not torch.equal(one[:, 5:], other[:, 5:])
+
+
+@pytest.mark.parametrize("name", members("method"))
+def test_a_method_changes_gradients_not_values(name: str) -> None:
+    idx = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(0))
+    losses = [
+        gpt.build(compose(*small("method", method, "precision=fp64")), 11)(idx, idx)[1].item()
+        for method in ("bp", name)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("name", members("experiment"))
+def test_an_experiment_says_its_claim_and_command(name: str) -> None:
+    text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
+    assert "# Claim:" in text
+    assert f"python run.py +experiment={name}" in text
+    assert check(compose(f"+experiment={name}", "data=play")) == []
+
+
+@pytest.mark.parametrize("options", [
+    ["model.norm=rmsnorm"], ["model.placement=post"], ["model.affine=false"], ["model.bias=false"],
+    ["model.qk_norm=true"], ["model.dropout=0.1"], ["model.tie=true", "method=bp"],
+    ["model.norm=rmsnorm", "model.placement=post", "model.affine=false", "ln_backward=radial"],
+    ["method=dfa", "method.inject=sublayer", "method.error=hidden", "method.cut_head=false"],
+    ["method=dfa", "model.affine=false", "model.placement=post"],
+    ["optimizer.grad_clip=1.0", "method=kp"], ["diagnostics.batches=3", "diagnostics.split=val"],
+    ["ln_backward=center_scale", "ln_backward.sites=ln_f"], ["steps=0"], ["eval.every=2"],
+])  # fmt: skip
+def test_options_run_and_write(options: list[str], tmp_path: Path) -> None:
+    config = compose(*SMALL, *options)
+    assert check(config) == []
+    assert train.run(config, tmp_path, corpus()) == runs.DONE
+    sites = [name for name, _ in norms(gpt.build(config, 11))]
+    layers = runs.read_table(tmp_path / runs.FILES["layers"]).to_pylist()
+    assert [row["site"] for row in layers] == sites
+    expected = {"ln_backward=center_scale": {"ln_f": "center_scale"}}.get(options[0], {})
+    for row in layers:
+        assert row["jacobian_residual"] < 1e-5
+        if not expected:
+            continue
+        assert row["site_backward"] == expected.get(row["site"], "exact")

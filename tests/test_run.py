@@ -1,0 +1,342 @@
+"""A run end to end: rows, folder, replay, reproducibility, bad days; and the command line as a user meets it."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from test_conformance import SMALL, corpus
+from torch import Tensor, nn
+
+import lnjac
+from lnjac import runs, train
+from lnjac.analyse import analyse
+from lnjac.config import ConfigError, compose
+from lnjac.tables import RUNS, VOLATILE
+
+
+def finished(folder: Path, *overrides: str) -> lnjac.Run:
+    assert train.run(compose(*SMALL, *overrides), folder, corpus()) == runs.DONE
+    return lnjac.load_run(folder)
+
+
+def command(*words: str, cwd: Path, **more: Any) -> "subprocess.CompletedProcess[str]":
+    """`python run.py WORDS`, in a folder of its own with the project's data linked in."""
+    if not (cwd / "data").exists():
+        (cwd / "data").symlink_to(ROOT / "data")
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *words], cwd=cwd, capture_output=True, text=True, timeout=300, **more
+    )
+
+
+# ---------------------------------------------------------------- rows against plain formulas
+
+
+def plain_rows(model: nn.Module, idx: Tensor, targets: Tensor, at: str) -> dict[str, dict[str, float]]:
+    """r_mean, r_radial, radial_share and cosines of each norm by the textbook formulas, through ordinary torch hooks."""
+    seen: dict[str, dict[str, Tensor]] = {}
+
+    def hook(name: str) -> Any:
+        def on_forward(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            seen[name] = {"x": args[0].detach().double()}
+            output.register_hook(lambda grad: seen[name].update(G=grad.double()))
+
+        return on_forward
+
+    names = [name for name, module in model.named_modules() if type(module).__name__ == "Norm"]
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    model(idx, targets)[1].backward()
+    for handle in handles:
+        handle.remove()
+    rows = {}
+    for name in names:
+        module = model.get_submodule(name)
+        x, g = seen[name]["x"], seen[name]["G"]
+        if at == "normalized":
+            g = g * module.weight.detach().double()
+        d = x.shape[-1]
+        sigma = (x.var(-1, unbiased=False, keepdim=True) + module.eps).sqrt()
+        z = (x - x.mean(-1, keepdim=True)) / sigma
+        mean = g.mean(-1, keepdim=True).expand_as(g)
+        radial = z * (g * z).mean(-1, keepdim=True)
+        true = (g - mean - radial) / sigma
+        along = z / z.norm(dim=-1, keepdim=True)
+        radial_energy = (g * along).sum(-1).square()
+
+        def cos(a: Tensor, b: Tensor) -> float:
+            return float(((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean())
+
+        rows[name] = {
+            "r_mean": float(mean.square().sum() / g.square().sum()),
+            "r_radial": float(radial.square().sum() / g.square().sum()),
+            "radial_share": float(radial_energy.sum() / (g.square().sum() - d * g.mean(-1).square().sum())),
+            "sigma_mean": float(sigma.mean()),
+            "sigma_std": float(sigma.std()),
+            "cos_center_vs_true": cos((g - mean) / sigma, true),
+            "cos_ste_vs_true": cos(g, true),
+            "cos_center_vs_ste": cos((g - mean) / sigma, g),
+            "flat_cos_projected": float((true * sigma * true).sum() / ((true * sigma).norm() * true.norm())),
+            "gain_ste": float(g.norm() / true.norm()),
+        }
+    return rows
+
+
+@pytest.mark.parametrize("at", ["normalized", "output"])
+@pytest.mark.parametrize("method", ["bp", "fa", "dfa"])
+def test_rows_can_be_recomputed_from_the_folder(tmp_path: Path, method: str, at: str) -> None:
+    # three updates at a high rate move γ off one, so that the two places of reading differ
+    run = finished(tmp_path, f"method={method}", f"diagnostics.grad_at={at}", "optimizer.lr=0.05", "precision=fp64")
+    idx, targets = run.diagnostic_batch()
+    expected = plain_rows(run.model(), idx[0], targets[0], at)
+    layers = run.layers.set_index("site")
+    assert list(layers.index) == list(expected)
+    assert set(layers["diagnostics.grad_at"]) == {at}
+    for site, values in expected.items():
+        for column, value in values.items():
+            assert layers.loc[site, column] == pytest.approx(value, rel=1e-8), (site, column)
+
+
+def test_the_two_places_of_reading_differ(tmp_path: Path) -> None:
+    pair = [
+        finished(tmp_path / at, f"diagnostics.grad_at={at}", "optimizer.lr=0.05") for at in ("normalized", "output")
+    ]
+    assert pair[0].run["run_id"][0] == pair[1].run["run_id"][0]
+    assert pair[0].layers["diag_id"][0] != pair[1].layers["diag_id"][0]
+    assert (pair[0].layers["r_mean"] - pair[1].layers["r_mean"]).abs().min() > 1e-6
+
+
+# ---------------------------------------------------------------- reproducibility and pairing
+
+
+def test_the_same_run_twice_gives_the_same_science(tmp_path: Path) -> None:
+    one, other = (finished(tmp_path / name, "model.dropout=0.1") for name in "ab")
+    pd.testing.assert_frame_equal(one.layers, other.layers)
+    pd.testing.assert_frame_equal(one.curve, other.curve)
+    pd.testing.assert_frame_equal(one.run.drop(columns=[*VOLATILE]), other.run.drop(columns=[*VOLATILE]))
+    for name, value in one.model().state_dict().items():
+        assert torch.equal(value, other.model().state_dict()[name])
+
+
+@pytest.mark.parametrize("override", ["attn_mode=sigmoid", "ln_backward=ste"])
+def test_runs_of_one_seed_share_init_feedback_batches_and_diagnostic_batch(override: str) -> None:
+    one, other = (train.Training(compose(*SMALL, *more), corpus()) for more in ([], [override]))
+    for name, value in one.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[name]), name
+    assert any("feedback" in name for name in one.model.state_dict())
+    for a, b in zip(one.diagnostic_batches(), other.diagnostic_batches(), strict=True):
+        assert torch.equal(a[0], b[0])
+    for _ in range(3):
+        assert torch.equal(one.batches.next()[0], other.batches.next()[0])
+
+
+def test_measuring_along_the_way_does_not_change_the_run(tmp_path: Path) -> None:
+    plain = finished(tmp_path / "plain", "model.dropout=0.1")
+    watched = finished(tmp_path / "watched", "model.dropout=0.1", "diagnostics=trajectory")
+    for name, value in plain.model().state_dict().items():
+        assert torch.equal(value, watched.model().state_dict()[name])
+
+
+def test_micro_batches_of_the_diagnostic_add_up(tmp_path: Path) -> None:
+    """Two batches' row equals the row of their union: sums are added, ratios never averaged."""
+    run = finished(tmp_path, "diagnostics.batches=2", "precision=fp64")
+    idx, targets = run.diagnostic_batch()
+    assert idx.shape[0] == 2
+    union = analyse(
+        run.model(), [(idx.flatten(0, 1), targets.flatten(0, 1))], lambda m, b: (m(*b)[1], b[0].numel())
+    )
+    for row, (_, stored) in zip(union, run.layers.iterrows(), strict=True):
+        for column in ("r_mean", "radial_share", "flat_cos_ste", "gain_center", "sigma_q50", "sum_A", "sum_C_rstd2"):
+            assert stored[column] == pytest.approx(row[column], rel=1e-9), column
+
+
+def test_tied_embeddings_come_back(tmp_path: Path) -> None:
+    model = finished(tmp_path, "method=bp", "model.tie=true").model()
+    assert model.head.weight is model.wte.weight
+
+
+# ---------------------------------------------------------------- losses
+
+
+def test_validation_loss_is_the_mean_over_the_whole_split(tmp_path: Path) -> None:
+    run = finished(tmp_path, "eval.tokens=null", "eval.batch_size=3", "precision=fp64")
+    val, t = torch.from_numpy(corpus().val.astype("int64")), run.config.model.block_size
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(val) - 1, t):
+            window = val[start : start + t + 1]
+            total += float(run.model()(window[None, :-1], window[None, 1:])[1]) * (len(window) - 1)
+    assert run.run["val_loss_nats"][0] == pytest.approx(total / (len(val) - 1), rel=1e-12)
+
+
+def test_evaluation_happens_when_asked(tmp_path: Path) -> None:
+    curve = finished(tmp_path, "eval.every=2").curve
+    assert curve["step"].tolist() == [0, 1, 2, 3]
+    assert curve["val_loss_nats"].notna().tolist() == [True, False, True, True]
+
+
+# ---------------------------------------------------------------- bad days
+
+
+def test_a_diverging_run_stops_and_keeps_what_it_has(tmp_path: Path) -> None:
+    wild = compose(*SMALL, "optimizer=sgd", "optimizer.lr=1e30", "diagnostics=trajectory", "steps=50", "method=bp")
+    assert train.run(wild, tmp_path, corpus()) == runs.DIVERGED
+    status = runs.read_status(tmp_path)
+    run = lnjac.load_run(tmp_path)
+    step = int(run.run["diverged_step"][0])
+    assert status == {"status": "diverged", "step": step, "at": status["at"]}
+    assert 0 < step < 50
+    assert run.curve["step"].max() == step
+    assert math.isfinite(run.curve["train_loss_nats"].iloc[-1])
+    assert 0 in run.layers["step"].tolist()
+    assert pd.isna(run.run["val_loss_nats"][0])
+
+
+def test_a_failing_run_says_why_and_leaves_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: object) -> float:
+        raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr(train.Training, "update", broken)
+    with pytest.raises(RuntimeError):
+        train.run(compose(*SMALL), tmp_path, corpus())
+    assert runs.read_status(tmp_path)["status"] == "failed"
+    assert "disk is on fire" in runs.read_status(tmp_path)["error"]
+    assert {path.name for path in tmp_path.iterdir()} == {runs.STATUS}
+    with pytest.raises(ConfigError, match="not a finished run"):
+        lnjac.load_run(tmp_path)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def interrupted(temporary: Path) -> None:
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.write_atomically(path, interrupted)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_row_is_never_silently_cut() -> None:
+    with pytest.raises(KeyError, match="unheard"):
+        runs.table(RUNS, (), [{**{column.name: None for column in RUNS}, "unheard": 1}])
+
+
+def test_weights_can_be_left_out(tmp_path: Path) -> None:
+    run = finished(tmp_path, "save_model=false")
+    assert not (tmp_path / runs.MODEL).exists()
+    with pytest.raises(ConfigError, match="save_model=false"):
+        run.model()
+
+
+# ---------------------------------------------------------------- the command line
+
+TINY = ("model=tiny", "steps=4", "eval.tokens=500", "batch_size=4", "threads=1")
+
+
+@pytest.mark.slow
+def test_a_sweep_checks_runs_and_merges(tmp_path: Path) -> None:
+    done = command("-m", *TINY, "attn_mode=softmax,sigmoid", "seed=1,2", "hydra.sweep.dir=out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    layers = pd.read_parquet(tmp_path / "out" / "all.parquet")
+    assert len(layers) == 4 * 5
+    assert set(layers["attn_mode"]) == {"softmax", "sigmoid"}
+    assert layers.groupby("run_id").size().tolist() == [5] * 4
+    assert "AVG" in done.stdout
+    assert all((tmp_path / "out" / str(i) / "run.log").stat().st_size for i in range(4))
+
+
+@pytest.mark.slow
+def test_a_sweep_with_bad_jobs_starts_none_and_lists_all(tmp_path: Path) -> None:
+    done = command("-m", *TINY, "model.n_embd=32,33,35", "hydra.sweep.dir=out", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "2 of 3 jobs cannot run; none was started" in done.stderr
+    assert "model.n_embd=33 is not divisible" in done.stderr
+    assert "model.n_embd=35 is not divisible" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_of_nothing_is_refused(tmp_path: Path) -> None:
+    done = command("-m", "attn_mode=glob(zz*)", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "the sweep has no jobs" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_failed_job_does_not_lose_the_others(tmp_path: Path) -> None:
+    """One job cannot write (its folder's name is taken by a file): the rest run, are merged, and the exit code tells."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0").mkdir()
+    (tmp_path / "out" / "0" / "layers.parquet").mkdir()  # os.replace cannot put a file over a folder
+    done = command("-m", *TINY, "seed=1,2", "hydra.sweep.dir=out", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "1 of 2 jobs failed" in done.stderr
+    assert set(pd.read_parquet(tmp_path / "out" / "all.parquet")["seed"]) == {2}
+    assert "Traceback" in (tmp_path / "out" / "0" / "run.log").read_text()
+    assert runs.read_status(tmp_path / "out" / "0")["status"] == "failed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "bad",
+    ["attn_mode=softmx", "attn_mod=softmax", "seed=abc", "model.n_embd=130", "method=dfa method.policy.head=random"],
+)
+def test_a_bad_value_exits_without_traceback(tmp_path: Path, bad: str) -> None:
+    done = command(*bad.split(), cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stdout + done.stderr
+    assert bad.split("=")[0].split(".")[0] in done.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_half_written_file(tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    words = [sys.executable, str(ROOT / "run.py"), "model=tiny", "steps=100000", "threads=1", "hydra.run.dir=out"]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while runs.read_status(tmp_path / "out").get("status") != "running" and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1.0)
+        os.kill(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert runs.read_status(tmp_path / "out") | {"at": ""} == {"status": "failed", "error": "interrupted", "at": ""}
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {".hydra", "run.log", runs.STATUS}
+    json.loads((tmp_path / "out" / runs.STATUS).read_text())
+
+
+@pytest.mark.slow
+def test_help_is_quick(tmp_path: Path) -> None:
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = command("--help", cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    assert "attn_mode: linear, relu, sigmoid, softmax" in done.stdout
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert cpu_s < 2.0  # about 0.6 s where it was measured (benchmarks/README.md); the margin is for busy machines
+
+
+@pytest.mark.slow
+def test_original_sweeps_both_modes_without_being_told(tmp_path: Path) -> None:
+    done = command("+experiment=original", "data=play", *TINY, "hydra.sweep.dir=out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert pd.read_parquet(tmp_path / "out" / "all.runs.parquet")["attn_mode"].tolist() == ["softmax", "sigmoid"]
