@@ -4,6 +4,7 @@ Every file is written beside its final name and moved there in one step; `status
 status says `done` or `diverged` is whole, whatever happened to the process.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -94,10 +95,14 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
+        self.written: dict[str, str] = {}
 
     def status(self, state: str, **more: Any) -> None:
-        """Say what became of the run: one of running, done, failed, diverged, with an `error` or `step` where one applies."""
-        text = json.dumps({"status": state, "at": now(), **more}, indent=1) + "\n"
+        """Say what became of the run: one of running, done, failed, diverged, with an `error` or `step` where one applies.
+
+        The status also holds the SHA-256 of each table written so far: page checksums leave a file's footer unguarded.
+        """
+        text = json.dumps({"status": state, "at": now(), **more, "sha256": self.written}, indent=1) + "\n"
         write_atomically(self.path / STATUS, lambda temporary: temporary.write_text(text))
 
     def write(
@@ -110,7 +115,9 @@ class RunFolder:
         """Write one of the tables of FILES; curves leave the config out, as it can be joined by run_id."""
         declared = {"layers": LAYERS, "runs": RUNS, "curves": CURVES}[name]
         data = table(declared, () if name == "curves" else config, rows)
-        write_table(self.path / FILES[name], data, {"table": name, **metadata})
+        path = self.path / FILES[name]
+        write_table(path, data, {"table": name, **metadata})
+        self.written[path.name] = file_sha256(path)
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -132,6 +139,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def read_table(path: Path) -> pa.Table:
     """Read one parquet file, verifying its page checksums."""
     return pq.ParquetFile(path, page_checksum_verification=True).read()
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def now() -> str:

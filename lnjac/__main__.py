@@ -1,0 +1,5 @@
+"""`python -m lnjac` is `lnjac`."""
+
+from lnjac.cli import main
+
+main()

@@ -1,0 +1,62 @@
+"""The original script's table, one line per norm, as plain text."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HEADINGS = {
+    "r_mean": "r_mean",
+    "r_radial": "r_rad",
+    "sigma_mean": "σ_μ",
+    "cos_center_vs_true": "cos_c/t",
+    "cos_ste_vs_true": "cos_s/t",
+}
+"""The table's columns of numbers: name in `lnjac.tables`, heading."""
+
+
+def layer_table(rows: "Sequence[Mapping[str, Any]] | pd.DataFrame") -> str:
+    """The layer rows of one step as text: a header, a line for each site (or call of it), the plain mean over all lines.
+
+    A value that is missing in a row is missing in the mean too: both are shown as `-`.
+    """
+    records = _records(rows)
+    calls = Counter(row["site"] for row in records)
+    lines = [["name", *HEADINGS.values()]]
+    for row in records:
+        name = f"{row['site']} [{row['call']}]" if calls[row["site"]] > 1 else str(row["site"])
+        lines.append([name, *(number(row[column]) for column in HEADINGS)])
+    if records:
+        lines.append(["AVG", *(number(_mean([row[column] for row in records])) for column in HEADINGS)])
+    return _aligned(lines)
+
+
+def number(value: float | None) -> str:
+    """Four decimals; three significant digits where those would hide a small or a huge value; `-` for none or NaN."""
+    if value is None or math.isnan(value):
+        return "-"
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e6) and math.isfinite(value):
+        return f"{value:.2e}"
+    return f"{value:.4f}"
+
+
+def _records(rows: "Sequence[Mapping[str, Any]] | pd.DataFrame") -> Sequence[Mapping[str, Any]]:
+    if isinstance(rows, Sequence):
+        return rows
+    return cast("list[Mapping[str, Any]]", rows.to_dict("records"))
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    return math.fsum(math.nan if value is None else value for value in values) / len(values)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Names to the left, numbers to the right, two spaces between columns."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )

@@ -1,0 +1,256 @@
+"""The command: its texts, its exit codes, and that it starts fast and without torch."""
+
+import json
+import math
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lnjac import cli, runs, tables
+from lnjac.tables import Column
+
+FILL = {"int64": 7, "float64": 0.25, "string": "x", "bool": False}
+
+
+def make_run(folder: Path, seed: int = 1, *, steps: tuple[int, ...] = (0, 100), **run: Any) -> Path:
+    ids = {"run_id": f"abc{seed}", "diag_id": "d"}
+    config = [(Column("seed", "int64", "", ""), seed), (Column("attn_mode.bias", "bool", "", ""), True)]
+
+    def row(table: str, **given: Any) -> dict[str, Any]:
+        return {c.name: given.get(c.name, FILL[c.dtype]) for c in tables.TABLES[table]}
+
+    out = runs.RunFolder(folder)
+    layers = [
+        row("layers", **ids, step=step, site=site, r_mean=step / 1000 + i / 10, r_radial=math.nan)
+        for step in steps
+        for i, site in enumerate(("blocks.0.ln_1", "ln_f"))
+    ]
+    out.write("layers", layers, config, {})
+    known = {
+        "status": "done",
+        "diverged_step": None,
+        "val_loss_nats": 1.5,
+        "unigram_nats": 3.0,
+        "bigram_nats": 2.0,
+    }
+    out.write("runs", [row("runs", **(ids | known | run))], config, {})
+    out.write("curves", [row("curves", run_id=ids["run_id"], step=0)], config, {})
+    out.status(run.get("status", "done"))
+    return folder
+
+
+@pytest.fixture
+def lnjac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Call the command in this process: (exit code, stdout, stderr)."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lnjac", *map(str, words)])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr()
+        return code or 0, said.out, said.err
+
+    return call
+
+
+# Starting
+
+
+def test_reading_code_never_imports_torch():
+    code = "import lnjac.cli, lnjac.sweep, lnjac.summary, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_is_quick_and_module_runs():
+    def cpu_s() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-m", "lnjac", "--help"], check=True, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert "merge" in done.stdout
+        assert "columns" not in done.stdout
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+    assert min(cpu_s() for _ in range(3)) < 0.5
+
+
+def test_a_user_error_is_one_line_and_exit_code_1(tmp_path: Path):
+    words = [sys.executable, "-m", "lnjac", "merge", str(tmp_path / "nope"), "-o", "x.parquet"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"lnjac: {tmp_path / 'nope'} does not exist\n"
+
+
+@pytest.mark.parametrize("command", ["merge", "show", "columns"])
+def test_every_command_has_help_with_an_example(lnjac: Any, command: str):
+    code, text, _ = lnjac(command, "--help")
+    assert code == 0
+    assert "Example:" in text
+    assert f"\n      lnjac {command}" in text
+
+
+def test_a_bug_is_not_dressed_up_as_a_user_error(lnjac: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tables, "markdown", lambda: int("bug"))
+    with pytest.raises(ValueError, match="bug"):
+        lnjac("columns")
+
+
+def test_columns_prints_the_reference(lnjac: Any):
+    assert lnjac("columns") == (0, tables.markdown(), "")
+
+
+# merge
+
+
+def test_merge_says_what_it_did(lnjac: Any, tmp_path: Path):
+    make_run(tmp_path / "s" / "0", 1)
+    make_run(tmp_path / "s" / "1", 2, status="running")
+    out = tmp_path / "all.parquet"
+    code, text, err = lnjac("merge", tmp_path / "s", "-o", out)
+    assert (code, err) == (0, "")
+    assert text.splitlines() == [
+        f"{out}: 1 of 2 runs found, 4 rows of layers, 1 rows of runs, 1 rows of curves",
+        f"skipped {tmp_path / 's' / '1'}: running",
+    ]
+    code, text, err = lnjac("merge", tmp_path / "s", out, "-o", out, "--json")
+    assert json.loads(text)["duplicates"]["runs"] == 1
+    assert json.loads(text) == json.loads(out.with_suffix(".merge.json").read_text())
+
+
+def test_merge_strict_and_rtol(lnjac: Any, tmp_path: Path):
+    make_run(tmp_path / "s" / "0", 1)
+    make_run(tmp_path / "s" / "1", 1, val_loss_nats=1.5001)
+    out = tmp_path / "all.parquet"
+    code, text, err = lnjac("merge", tmp_path / "s", "-o", out)
+    assert (code, text) == (1, "")
+    assert err.startswith(f"lnjac: {tmp_path / 's' / '0'} and {tmp_path / 's' / '1'} both hold")
+    assert lnjac("merge", tmp_path / "s", "-o", out, "--rtol", 0.01)[0] == 0
+    make_run(tmp_path / "s" / "2", 2, status="running")
+    code, text, err = lnjac("merge", tmp_path / "s", "-o", tmp_path / "strict.parquet", "--rtol", 0.01, "--strict")
+    assert (code, text) == (1, "")
+    assert err.splitlines() == [
+        "lnjac: strict: no run may be skipped",
+        f"lnjac: {tmp_path / 's' / '2'}: running",
+    ]
+    assert not (tmp_path / "strict.parquet").exists()
+
+
+def test_merge_refuses_a_bad_output_name(lnjac: Any, tmp_path: Path):
+    code, _, err = lnjac("merge", make_run(tmp_path / "0"), "-o", tmp_path / "all.csv")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "must end in .parquet" in err
+
+
+def test_a_bar_is_drawn_on_a_terminal_only(lnjac: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import rich.progress
+
+    seen: list[tuple[int, int]] = []
+    real = rich.progress.Progress.update
+
+    def spy(self: Any, task: Any, *, completed: int, total: int) -> None:
+        seen.append((completed, total))
+        real(self, task, completed=completed, total=total)
+
+    monkeypatch.setattr(rich.progress.Progress, "update", spy)
+    words = ("merge", make_run(tmp_path / "0"), "-o", tmp_path / "all.parquet")
+    assert lnjac(*words)[0] == 0
+    assert seen == []
+    monkeypatch.setattr(cli, "_on_a_terminal", lambda: True)
+    code, text, _ = lnjac(*words)
+    assert (code, seen) == (0, [(1, 1)])
+    assert len(text.splitlines()) == 1
+
+
+# show
+
+
+def test_show_prints_the_last_step(lnjac: Any, tmp_path: Path):
+    code, text, err = lnjac("show", make_run(tmp_path / "0"))
+    assert (code, err) == (0, "")
+    lines = text.splitlines()
+    assert lines[0] == "seed=1 | done | val loss 1.5000, unigram 3.0000, bigram 2.0000 nats/token"
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["name", "r_mean", "r_rad"],
+        ["blocks.0.ln_1", "0.1000", "-"],
+        ["ln_f", "0.2000", "-"],
+        ["AVG", "0.1500", "-"],
+    ]
+
+
+def test_show_another_step(lnjac: Any, tmp_path: Path):
+    folder = make_run(tmp_path / "0")
+    assert "ln_f           0.1000" in lnjac("show", folder, "--step", 0)[1]
+    code, _, err = lnjac("show", folder, "--step", 5)
+    assert (code, err) == (1, f"lnjac: {folder} was not measured at step 5: choose one of 0, 100\n")
+
+
+def test_show_as_json(lnjac: Any, tmp_path: Path):
+    folder = make_run(tmp_path / "0", status="diverged", diverged_step=9, val_loss_nats=math.inf)
+    code, text, _ = lnjac("show", folder, "--json", "--step", 100)
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert code == 0
+    assert [(row["site"], row["r_mean"], row["r_radial"]) for row in found["layers"]] == [
+        ("blocks.0.ln_1", 0.1, None),
+        ("ln_f", 0.2, None),
+    ]
+    assert {key: found["run"][key] for key in ("status", "val_loss_nats", "attn_mode.bias", "seed")} == {
+        "status": "diverged",
+        "val_loss_nats": "inf",
+        "attn_mode.bias": True,
+        "seed": 1,
+    }
+
+
+def test_show_a_diverged_run_and_one_without_diagnostics(lnjac: Any, tmp_path: Path):
+    folder = make_run(tmp_path / "0", status="diverged", diverged_step=9, val_loss_nats=math.nan, steps=())
+    code, text, _ = lnjac("show", folder)
+    assert code == 0
+    assert "| diverged at step 9 | val loss -," in text
+    assert text.endswith("no norms were measured\n")
+
+
+@pytest.mark.parametrize(
+    ("state", "more", "said"),
+    [("running", {}, "running"), ("failed", {"error": "out of\nmemory"}, "failed: out of memory")],
+)
+def test_show_an_unfinished_run_says_why(lnjac: Any, tmp_path: Path, state: str, more: dict[str, str], said: str):
+    folder = make_run(tmp_path / "0")
+    runs.RunFolder(folder).status(state, **more)
+    assert lnjac("show", folder) == (1, "", f"lnjac: {folder}: {said}\n")
+
+
+def test_show_a_sweep_lists_the_runs_to_choose_from(lnjac: Any, tmp_path: Path):
+    make_run(tmp_path / "0", 1)
+    assert lnjac("show", tmp_path)[0] == 0  # the only run in there
+    make_run(tmp_path / "1", 2)
+    code, _, err = lnjac("show", tmp_path)
+    assert code == 1
+    assert err == f"lnjac: {tmp_path} holds 2 runs: choose one of {tmp_path / '0'}, {tmp_path / '1'}\n"
+
+
+def test_show_a_merged_file_asks_for_one_of_its_runs(lnjac: Any, tmp_path: Path):
+    make_run(tmp_path / "0", 1)
+    make_run(tmp_path / "1", 2)
+    out = tmp_path / "all.parquet"
+    lnjac("merge", tmp_path, "-o", out)
+    assert lnjac("show", out) == (1, "", f"lnjac: {out} holds 2 runs: choose one by --run from abc1, abc2\n")
+    assert lnjac("show", out, "--run", "abc2")[1] == lnjac("show", tmp_path / "1")[1]
+    code, _, err = lnjac("show", out, "--run", "zzz")
+    assert (code, err) == (1, f"lnjac: {out} holds no run zzz: choose one by --run from abc1, abc2\n")
+
+
+@pytest.mark.parametrize("name", ["nope", "empty", "text.parquet"])
+def test_show_what_is_no_run_is_one_line(lnjac: Any, tmp_path: Path, name: str):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.parquet").write_text("no table")
+    code, text, err = lnjac("show", tmp_path / name)
+    assert (code, text, err.count("\n")) == (1, "", 1)
+    assert err.startswith("lnjac: ")
+    assert name in err

@@ -1,0 +1,842 @@
+"""Merging: what is found, what is skipped and why, types, duplicates, order, and that nothing is lost unsaid."""
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lnjac import runs, sweep
+from lnjac.config import ConfigError
+from lnjac.sweep import companions, load, merge
+from lnjac.tables import CURVES, LAYERS, RUNS, SCHEMA_VERSION, TABLES, Column
+
+SITES = (
+    "blocks.0.ln_1",
+    "blocks.0.ln_2",
+    "ln_f",
+)  # not in alphabetical order of role: the run's own order must stay
+
+
+def noise(*key: object) -> float:
+    """A number in [0, 1) that depends on the key alone."""
+    return zlib.crc32(repr(key).encode()) / 2**32
+
+
+def row(declared: Sequence[Column], key: object, **given: Any) -> dict[str, Any]:
+    """A value for each declared column: the given one, else one that depends on the key alone."""
+    made = {
+        "int64": lambda name: 7,
+        "float64": lambda name: noise(key, name),
+        "string": str,
+        "bool": lambda name: False,
+    }
+    return {c.name: given.get(c.name, made[c.dtype](c.name)) for c in declared}
+
+
+def make_run(
+    folder: Path,
+    *,
+    seed: int = 1,
+    attn_mode: str = "softmax",
+    run_id: str | None = None,
+    diag_id: str = "d",
+    status: str = "done",
+    steps: Sequence[int] = (0, 100),
+    sites: Sequence[str] = SITES,
+    config: Sequence[tuple[Column, Any]] = (),
+    layers: Mapping[str, Any] | None = None,
+    run: Mapping[str, Any] | None = None,
+    curves: Mapping[str, Any] | None = None,
+    note: Mapping[str, Any] | None = None,
+) -> Path:
+    """A run's folder as the trainer would write it; equal arguments give equal science."""
+    run_id = run_id or f"{attn_mode}-{seed}"
+    ids = {"run_id": run_id, "diag_id": diag_id}
+    columns = [
+        (Column("seed", "int64", "", ""), seed),
+        (Column("attn_mode", "string", "", ""), attn_mode),
+        (Column("data", "string", "", ""), "play"),
+        *config,
+    ]
+    out = runs.RunFolder(folder)
+    rows = {
+        "layers": [
+            row(
+                LAYERS,
+                (run_id, step, site),
+                **(ids | {"step": step, "site": site, "call": 0, "block": None} | (layers or {})),
+            )
+            for step in steps
+            for site in sites
+        ],
+        "runs": [
+            row(
+                RUNS,
+                run_id,
+                **(
+                    ids
+                    | {
+                        "status": status,
+                        "diverged_step": None,
+                        "started_at": f"2024-01-01T00:00:{seed:02}+00:00",
+                    }
+                    | (run or {})
+                ),
+            )
+        ],
+        "curves": [
+            row(CURVES, (run_id, step), **({"run_id": run_id, "step": step} | (curves or {}))) for step in (0, 50, 100)
+        ],
+    }
+    for name, content in rows.items():
+        out.write(name, content, columns, note or {})
+    out.status(status)
+    return folder
+
+
+def rewrite(path: Path, edit: Callable[[pa.Table], pa.Table], **note: Any) -> None:
+    """Change a table in place as a run would have written it, and say in its note what is given."""
+    old = runs.read_metadata(path)
+    runs.write_table(path, edit(runs.read_table(path)), old | note)
+    status = path.parent / runs.STATUS
+    if status.exists():
+        said = json.loads(status.read_text())
+        said["sha256"][path.name] = runs.file_sha256(path)
+        status.write_text(json.dumps(said))
+
+
+def with_column(name: str, values: pa.Array) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: table.set_column(table.schema.get_field_index(name), name, values)
+
+
+def rows_of(layers: Path) -> dict[str, tuple[str, str]]:
+    """Schema and rows of a merge in an order and a form in which NaN equals itself."""
+    tables = {name: runs.read_table(path).replace_schema_metadata() for name, path in companions(layers).items()}
+    return {name: (str(table.schema), repr(table.to_pylist())) for name, table in tables.items()}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out" / "all.parquet"
+
+
+# What is found
+
+
+def test_runs_sweeps_and_merged_files_mix(tmp_path: Path, out: Path):
+    merge([make_run(tmp_path / "old", seed=1)], tmp_path / "old.parquet")
+    make_run(tmp_path / "sweep" / "0", seed=2)
+    make_run(tmp_path / "sweep" / "deeper" / "1", seed=3)
+    one = make_run(tmp_path / "one", seed=4)
+    report = merge([tmp_path / "old.parquet", tmp_path / "sweep", one], out)
+    assert (report.found, report.merged, report.skipped) == (4, 4, [])
+    assert load(companions(out)["runs"])["seed"].tolist() == [1, 2, 3, 4]
+    assert report.rows == {"layers": 4 * 6, "runs": 4, "curves": 4 * 3}
+    assert {name: len(load(path)) for name, path in companions(out).items()} == report.rows
+
+
+def test_hidden_folders_are_not_searched(tmp_path: Path, out: Path):
+    make_run(tmp_path / "sweep" / "0")
+    make_run(tmp_path / "sweep" / ".hydra" / "1", seed=2)
+    assert merge([tmp_path / "sweep"], out).found == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "with space",
+        "seed=1,attn_mode=x",
+        "größe-√σ-模型",
+        "x" * 200 + "/" + "y" * 150,
+        "seed=1/attn_mode=relu",
+        "a'b\"c#d%20",
+    ],
+)
+def test_any_folder_name_will_do(tmp_path: Path, out: Path, name: str):
+    make_run(tmp_path / name / "0", seed=5)
+    merge([tmp_path], out)
+    frame = load(companions(out)["runs"])
+    assert frame["seed"].tolist() == [5]
+    assert frame["attn_mode"].tolist() == ["softmax"]  # from the file, not from the path
+
+
+def test_one_folder_under_two_names_is_read_once(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
+    make_run(tmp_path / "sweep" / "0")
+    (tmp_path / "link").symlink_to(tmp_path / "sweep")
+    (tmp_path / "sweep" / "loop").symlink_to(tmp_path / "sweep")
+    monkeypatch.chdir(tmp_path)
+    names = ["sweep", "./sweep/0", "sweep/../sweep", "link", str(tmp_path / "sweep")]
+    report = merge([Path(name) for name in names], out)
+    assert (report.found, report.merged, report.duplicates["runs"]) == (1, 1, 0)
+
+
+def test_a_merged_file_counts_only_when_named(tmp_path: Path, out: Path):
+    make_run(tmp_path / "sweep" / "0", seed=1)
+    inside = tmp_path / "sweep" / "all.parquet"
+    merge([make_run(tmp_path / "else", seed=2)], inside)
+    assert merge([tmp_path / "sweep"], out).found == 1
+    assert merge([tmp_path / "sweep", inside], out).found == 2
+
+
+def test_a_shell_pattern_that_names_all_files_of_a_merge_names_one(tmp_path: Path, out: Path):
+    first = tmp_path / "first.v1.parquet"
+    merge([make_run(tmp_path / "0")], first)
+    report = merge(sorted(tmp_path.glob("*.parquet")), out)
+    assert (report.found, report.merged, report.duplicates["runs"]) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["layers.parquet", "run.parquet", "status.json"])
+def test_one_file_of_a_run_is_refused_with_the_remedy(tmp_path: Path, out: Path, name: str):
+    folder = make_run(tmp_path / "0")
+    with pytest.raises(ConfigError, match="name its folder"):
+        merge([folder / name], out)
+
+
+def test_nothing_found_says_what_to_name(tmp_path: Path, out: Path):
+    with pytest.raises(ConfigError, match=r"no runs in .*name run folders"):
+        merge([tmp_path], out)
+    with pytest.raises(ConfigError, match="does not exist"):
+        merge([tmp_path / "nope"], out)
+
+
+# What is skipped
+
+
+def test_unfinished_runs_are_skipped_with_the_reason(tmp_path: Path, out: Path):
+    make_run(tmp_path / "s" / "done", seed=1)
+    make_run(tmp_path / "s" / "diverged", seed=2, status="diverged", run={"diverged_step": 3})
+    make_run(tmp_path / "s" / "running", seed=3, status="running")
+    failed = make_run(tmp_path / "s" / "failed", seed=4)
+    runs.RunFolder(failed).status("failed", error="ValueError:\n  out of memory")
+    (make_run(tmp_path / "s" / "silent", seed=5) / "status.json").unlink()
+    (make_run(tmp_path / "s" / "torn", seed=6) / "status.json").write_text('{"status": "do')
+    (tmp_path / "s" / "early").mkdir()
+    runs.RunFolder(tmp_path / "s" / "early").status("running")
+    report = merge([tmp_path / "s"], out)
+    assert {Path(path).name: reason for path, reason in report.skipped} == {
+        "early": "running",
+        "failed": "failed: ValueError: out of memory",
+        "running": "running",
+        "silent": "no readable status.json",
+        "torn": "no readable status.json",
+    }
+    assert (report.found, report.merged) == (7, 2)
+    assert load(companions(out)["runs"])["status"].tolist() == ["done", "diverged"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def foreign(path: Path) -> None:
+    pq.write_table(runs.read_table(path).replace_schema_metadata(), path)
+
+
+def foreign_note(path: Path) -> None:
+    pq.write_table(runs.read_table(path).replace_schema_metadata({"lnjac": "[not ours"}), path)
+
+
+def edited(edit: Callable[[pa.Table], pa.Table], **note: Any) -> Callable[[Path], None]:
+    return lambda path: rewrite(path, edit, **note)
+
+
+def noted(**note: Any) -> Callable[[Path], None]:
+    return edited(lambda table: table, **note)
+
+
+def all_are(value: Any, *names: str) -> Callable[[Path], None]:
+    """Every row holds `value` in the first of these columns that the table has."""
+
+    def edit(table: pa.Table) -> pa.Table:
+        name = next(name for name in names if name in table.column_names)
+        return with_column(name, pa.array([value] * len(table)))(table)
+
+    return edited(edit)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (truncate, "cannot be read"),
+    "cut short": (cut_short, "cannot be read"),
+    "zero bytes": (lambda path: path.write_bytes(b""), "cannot be read"),
+    "text": (lambda path: path.write_text("not a parquet file" * 99), "cannot be read"),
+    "missing": (lambda path: path.unlink(), "is missing"),
+    "foreign": (foreign, "was not written by lnjac"),
+    "foreign note": (foreign_note, "was not written by lnjac"),
+    "another table": (noted(table="else"), "does not hold the"),
+    "a merge's": (noted(merged=True), "does not hold the"),
+    "next schema": (noted(schema_version=SCHEMA_VERSION + 1), f"has schema version {SCHEMA_VERSION + 1}"),
+    "column lost": (edited(lambda table: table.drop_columns([table.column_names[2]])), "lacks the column"),
+    "text for numbers": (all_are("x", "step", "threads"), "as string, which is no int64"),
+    "numbers for text": (all_are(1, "run_id"), "as int64, which is no string"),
+    "half a step": (all_are(0.5, "step", "threads"), "does not fit int64"),
+    "lists": (edited(lambda t: t.append_column("more", pa.array([[1]] * len(t)))), "lists or records"),
+    "another run's rows": (all_are("x", "run_id"), "of a run that it does not have"),
+}
+
+
+@pytest.mark.parametrize("table", list(TABLES))
+@pytest.mark.parametrize("kind", list(DAMAGE))
+def test_a_damaged_run_is_named_and_the_others_merged(tmp_path: Path, out: Path, table: str, kind: str):
+    make_run(tmp_path / "s" / "good", seed=1)
+    bad = make_run(tmp_path / "s" / "bad", seed=2)
+    damage, reason = DAMAGE[kind]
+    damage(bad / runs.FILES[table])
+    report = merge([tmp_path / "s"], out)
+    assert (report.found, report.merged) == (2, 1)
+    assert [Path(skip.path).name for skip in report.skipped] == ["bad"]
+    assert reason in report.skipped[0].reason
+    assert "\n" not in report.skipped[0].reason
+    assert load(companions(out)["runs"])["seed"].tolist() == [1]
+
+
+@pytest.mark.parametrize("file", runs.FILES.values())
+def test_a_readable_file_that_the_run_did_not_write_is_skipped(tmp_path: Path, out: Path, file: str):
+    """What page checksums cannot see: a valid table put in another's place, or a flipped bit in its footer."""
+    make_run(tmp_path / "s" / "good", seed=1)
+    bad = make_run(tmp_path / "s" / "bad", seed=2)
+    table, note = runs.read_table(bad / file), runs.read_metadata(bad / file)
+    runs.write_table(bad / file, table, note | {"edited": True})
+    (skip,) = merge([tmp_path / "s"], out).skipped
+    assert skip.path == str(bad)
+    assert skip.reason.startswith(f"{file} is not the file that the run wrote")
+
+
+def test_a_run_file_holds_one_run(tmp_path: Path, out: Path):
+    make_run(tmp_path / "s" / "good", seed=1)
+    for i, (n, _) in enumerate([(0, "none"), (2, "two")]):
+        folder = make_run(tmp_path / "s" / f"bad{i}", seed=2 + i)
+        rewrite(folder / "run.parquet", lambda t, n=n: pa.concat_tables([t] * n) if n else t.slice(0, 0))
+    assert [skip.reason for skip in merge([tmp_path / "s"], out).skipped] == ["holds 0 runs", "holds 2 runs"]
+
+
+def flip_in_data(path: Path, column: str) -> bytes:
+    """Flip one byte in the column's pages such that a reader that does not verify gets other numbers; the bytes before."""
+    good, before = pq.read_table(path), path.read_bytes()
+    layout = pq.read_metadata(path)
+    group = layout.row_group(0)
+    chunk = next(c for i in range(group.num_columns) if (c := group.column(i)).path_in_schema == column)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    for place in reversed(range(start, start + chunk.total_compressed_size)):
+        path.write_bytes(before[:place] + bytes([before[place] ^ 16]) + before[place + 1 :])
+        try:
+            read = pq.read_table(path)
+        except (OSError, pa.ArrowException):
+            continue
+        if read[column].to_pylist() != good[column].to_pylist():
+            return before
+    raise AssertionError("no flip in this column goes unnoticed")
+
+
+@pytest.mark.parametrize(
+    ("table", "column"), [("layers", "r_mean"), ("runs", "val_loss_nats"), ("curves", "train_loss_nats")]
+)
+def test_a_flipped_bit_in_the_data_is_caught_by_its_checksum(tmp_path: Path, out: Path, table: str, column: str):
+    make_run(tmp_path / "s" / "good", seed=1)
+    path = make_run(tmp_path / "s" / "bad", seed=2) / runs.FILES[table]
+    before = flip_in_data(path, column)  # shows that pyarrow alone reads a wrong number
+    assert [skip.path for skip in merge([tmp_path / "s"], out).skipped] == [str(path.parent)]
+    path.write_bytes(before)
+    assert merge([tmp_path / "s"], out).skipped == []
+
+
+def test_a_merged_file_carries_checksums_too(tmp_path: Path, out: Path):
+    merge([make_run(tmp_path / "0", seed=1), make_run(tmp_path / "1", seed=2)], out)
+    flip_in_data(out, "r_mean")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(out)
+
+
+def test_no_flipped_byte_ends_in_a_traceback(tmp_path: Path):
+    path = make_run(tmp_path / "0", steps=(0,)) / "layers.parquet"
+    before = path.read_bytes()
+    n_caught = 0
+    for i in range(150):
+        place = i * len(before) // 150
+        path.write_bytes(before[:place] + bytes([before[place] ^ (1 << i % 8)]) + before[place + 1 :])
+        try:
+            sweep.read(sweep.Source(path.parent, merged=False))
+        except sweep.Unfit:
+            n_caught += 1
+    assert n_caught > 75
+
+
+def test_empty_layers_are_fine(tmp_path: Path, out: Path):
+    make_run(tmp_path / "s" / "0", seed=1, steps=())
+    make_run(tmp_path / "s" / "1", seed=2, status="diverged", sites=())
+    report = merge([tmp_path / "s"], out)
+    assert (report.merged, report.rows["layers"]) == (2, 0)
+    assert runs.read_table(out).schema.field("r_mean").type == pa.float64()
+
+
+def test_a_broken_merged_file_is_skipped_as_one(tmp_path: Path, out: Path):
+    run = make_run(tmp_path / "0", seed=1)
+    old = tmp_path / "old.parquet"
+    merge([make_run(tmp_path / "1", seed=2), make_run(tmp_path / "2", seed=3)], old)
+    truncate(companions(old)["curves"])
+    report = merge([old, run], out)
+    assert (report.found, report.merged) == (2, 1)
+    assert report.skipped[0].path == str(old)
+    assert "old.curves.parquet cannot be read" in report.skipped[0].reason
+
+
+def test_files_of_two_merges_are_not_taken_for_one(tmp_path: Path, out: Path):
+    one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
+    merge([make_run(tmp_path / "0", seed=1)], one)
+    merge([tmp_path / "0", make_run(tmp_path / "1", seed=2)], two)
+    companions(one)["runs"].write_bytes(companions(two)["runs"].read_bytes())
+    with pytest.raises(ConfigError, match="not of one merge"):
+        merge([one], out)
+
+
+def test_none_mergeable_and_strict_write_nothing(tmp_path: Path, out: Path):
+    make_run(tmp_path / "s" / "0", status="running")
+    failed = make_run(tmp_path / "s" / "1", seed=2)
+    runs.RunFolder(failed).status("failed", error="boom")
+    with pytest.raises(ConfigError, match=r"none of the runs(?s:.*)0: running\n.*1: failed: boom"):
+        merge([tmp_path / "s"], out)
+    make_run(tmp_path / "s" / "2", seed=3)
+    with pytest.raises(ConfigError, match=r"strict(?s:.*)0: running"):
+        merge([tmp_path / "s"], out, strict=True)
+    assert not out.parent.exists()
+    assert merge([tmp_path / "s" / "2"], out, strict=True).merged == 1
+
+
+def test_very_many_skips_of_one_kind_are_counted_for_the_reader_and_all_named_in_the_file(tmp_path: Path, out: Path):
+    make_run(tmp_path / "s" / "good")
+    for i in range(30):
+        (tmp_path / "s" / f"bad{i}").mkdir()
+        (tmp_path / "s" / f"bad{i}" / "run.parquet").touch()
+    report = merge([tmp_path / "s"], out)
+    assert sum("no readable status.json" in line for line in report.lines()) == 21
+    assert "skipped and 10 more: no readable status.json" in report.lines()
+    assert len(json.loads(out.with_suffix(".merge.json").read_text())["skipped"]) == 30
+
+
+# Types and columns
+
+
+def test_every_declared_column_has_its_type_and_place(tmp_path: Path, out: Path):
+    make_run(tmp_path / "s" / "0", seed=1)
+    make_run(tmp_path / "s" / "1", seed=2)
+    merge([tmp_path / "s"], out)
+    for name, path in companions(out).items():
+        declared = runs.schema(TABLES[name])
+        found = runs.read_table(path).schema.remove_metadata()
+        assert pa.schema(list(found)[: len(declared)]) == declared
+        assert found.names[len(declared) :] == ([] if name == "curves" else ["seed", "attn_mode", "data"])
+
+
+def test_an_all_null_column_keeps_its_type(tmp_path: Path, out: Path):
+    merge([make_run(tmp_path / "0", config=[(Column("eval.every", "int64", "", ""), None)])], out)
+    schema = runs.read_table(companions(out)["runs"]).schema
+    assert [schema.field(name).type for name in ("diverged_step", "eval.every")] == [pa.int64(), pa.int64()]
+    assert runs.read_table(out).schema.field("block").type == pa.int64()
+
+
+def test_columns_in_another_order_or_width_are_brought_to_the_schema(tmp_path: Path, out: Path):
+    folder = make_run(tmp_path / "0")
+    merge([folder], out)
+    expected = rows_of(out)
+    rewrite(
+        folder / "layers.parquet",
+        lambda t: t.select([*reversed(t.column_names[: len(LAYERS)]), *t.column_names[len(LAYERS) :]]),
+    )
+    rewrite(folder / "layers.parquet", lambda t: with_column("step", t["step"].cast(pa.int32()))(t))
+    rewrite(folder / "layers.parquet", lambda t: with_column("site", t["site"].cast(pa.large_string()))(t))
+    rewrite(folder / "layers.parquet", lambda t: with_column("block", pa.nulls(len(t)))(t))
+    rewrite(folder / "layers.parquet", lambda t: with_column("call", t["call"].cast(pa.float64()))(t))
+    merge([folder], out)
+    assert rows_of(out) == expected
+
+
+def test_config_columns_are_united_and_typed(tmp_path: Path, out: Path):
+    whole, half = Column("model.gain", "int64", "", ""), Column("model.gain", "float64", "", "")
+    late = Column("attn_mode.bias", "bool", "", "")
+    make_run(tmp_path / "s" / "0", seed=1, config=[(whole, 2)])
+    make_run(tmp_path / "s" / "1", seed=2, config=[(half, 0.5), (late, True)])
+    make_run(tmp_path / "s" / "2", seed=3)
+    report = merge([tmp_path / "s"], out)
+    for path in (out, companions(out)["runs"]):
+        table = runs.read_table(path)
+        assert table.column_names[-5:] == ["seed", "attn_mode", "data", "model.gain", "attn_mode.bias"]
+        assert (table["model.gain"].type, table["attn_mode.bias"].type) == (pa.float64(), pa.bool_())
+    assert table["model.gain"].to_pylist() == [2.0, 0.5, None]
+    assert table["attn_mode.bias"].to_pylist() == [None, True, None]
+    partial = "mixed schema: only some sources have model.gain; null in the others"
+    assert partial in report.warnings  # attn_mode.bias is one mode's own: that others lack it is no news
+
+
+@pytest.mark.parametrize(("one", "other"), [("int64", "string"), ("bool", "int64"), ("string", "float64")])
+def test_columns_of_two_kinds_are_an_error_that_names_both(tmp_path: Path, out: Path, one: str, other: str):
+    value = {"int64": 1, "string": "x", "bool": True, "float64": 0.5}
+    for i, dtype in enumerate((one, other)):
+        make_run(tmp_path / "s" / f"run{i}", seed=i, config=[(Column("method.b", dtype, "", ""), value[dtype])])
+    arrow = {"float64": "double"}
+    with pytest.raises(
+        ConfigError,
+        match=f"method.b is {arrow.get(one, one)} in .*run0 but {arrow.get(other, other)} in .*run1",
+    ):
+        merge([tmp_path / "s"], out)
+    assert not out.exists()
+
+
+def test_an_undeclared_column_is_kept(tmp_path: Path, out: Path):
+    folder = make_run(tmp_path / "s" / "0", seed=1)
+    make_run(tmp_path / "s" / "1", seed=2)
+    rewrite(folder / "layers.parquet", lambda t: t.append_column("my_own", pa.array(range(len(t)), pa.int16())))
+    rewrite(folder / "curve.parquet", lambda t: t.append_column("all_null", pa.nulls(len(t))))
+    merge([tmp_path / "s"], out)
+    assert runs.read_table(out)["my_own"].to_pylist() == [0, 1, 2, 3, 4, 5] + [None] * 6
+    assert "all_null" in runs.read_table(companions(out)["curves"]).column_names
+
+
+def test_more_runs_than_are_stacked_at_once(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
+    for i in range(7):
+        extra = [(Column("method.b", "float64" if i > 4 else "int64", "", ""), i)] if i > 2 else []
+        make_run(tmp_path / "s" / str(i), seed=i, config=extra)
+    merge([tmp_path / "s"], out)
+    expected = rows_of(out)
+    monkeypatch.setattr(sweep, "STACKED_AT_ONCE", 2)
+    merge([tmp_path / "s"], out)
+    assert rows_of(out) == expected
+
+
+def test_load_names_a_table_that_is_not_merged(tmp_path: Path):
+    folder = make_run(tmp_path / "0")
+    with pytest.raises(ConfigError, match="not a merged table"):
+        load(folder / "layers.parquet")
+    with pytest.raises(ConfigError, match="is missing"):
+        load(tmp_path / "nope.parquet")
+
+
+# Duplicates
+
+
+def test_an_equal_run_is_dropped_and_counted(tmp_path: Path, out: Path):
+    late = make_run(tmp_path / "a", run={"started_at": "2024-05-02T00:00:00+00:00", "wall_s": 9.0, "commit": "late"})
+    early = make_run(tmp_path / "b", run={"started_at": "2024-05-01T00:00:00+00:00", "wall_s": 1.0, "commit": "early"})
+    for sources in ([late, early], [early, late]):
+        report = merge(sources, out)
+        assert report.duplicates == {"layers": 6, "runs": 1, "curves": 3}
+        assert report.found == report.merged + len(report.skipped) + report.duplicates["runs"] == 2
+        assert load(companions(out)["runs"])["commit"].tolist() == ["early"]
+        assert any(line.startswith("duplicates: 6 rows of layers, 1 rows of runs") for line in report.lines())
+
+
+def test_runs_begun_in_the_same_second_give_one_result_whatever_the_order(tmp_path: Path, out: Path):
+    pair = [make_run(tmp_path / name, run={"device": name}) for name in ("b", "a")]
+    for sources in (pair, pair[::-1]):
+        merge(sources, out)
+        assert load(companions(out)["runs"])["device"].tolist() == ["a"]
+
+
+def test_another_diagnostic_of_the_same_run_is_no_duplicate_but_its_curve_is(tmp_path: Path, out: Path):
+    report = merge([make_run(tmp_path / "a", diag_id="d1"), make_run(tmp_path / "b", diag_id="d2")], out)
+    assert report.duplicates == {"layers": 0, "runs": 0, "curves": 3}
+    assert (report.merged, report.rows) == (2, {"layers": 12, "runs": 2, "curves": 3})
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "agree"),
+    [
+        (1.0, 1.0 + 1e-8, True),
+        (1.0, 1.0 + 1e-4, False),
+        (1e-30, 1.1e-30, False),  # relative, however small
+        (math.nan, math.nan, True),
+        (None, None, True),
+        (None, math.nan, False),
+        (math.nan, 1.0, False),
+        (math.inf, math.inf, True),
+        (math.inf, -math.inf, False),
+    ],
+)
+def test_science_agrees_within_the_tolerance(
+    tmp_path: Path, out: Path, one: float | None, other: float | None, agree: bool
+):
+    folders = [make_run(tmp_path / str(i), layers={"r_radial": value}) for i, value in enumerate((one, other))]
+    if agree:
+        assert merge(folders, out).duplicates["layers"] == 6
+    else:
+        with pytest.raises(ConfigError, match="r_radial"):
+            merge(folders, out)
+
+
+def test_a_contradiction_names_sources_key_column_and_both_values(tmp_path: Path, out: Path):
+    one = make_run(tmp_path / "one", layers={"r_mean": 0.25, "r_radial": 0.5})
+    other = make_run(tmp_path / "other", layers={"r_mean": 0.25, "r_radial": 0.75})
+    with pytest.raises(ConfigError) as caught:
+        merge([one, other], out)
+    text = str(caught.value)
+    for part in (
+        str(one),
+        str(other),
+        "run_id=softmax-1, diag_id=d, step=0, site=blocks.0.ln_1, call=0",
+        "r_radial is 0.5 ",
+        "0.75",
+    ):
+        assert part in text
+    assert "r_mean" not in text
+    assert "\n" not in text
+    assert not out.exists()
+    assert merge([one, other], out, rtol=1.0).duplicates["layers"] == 6
+
+
+@pytest.mark.parametrize(
+    ("table", "change"),
+    [
+        ("run", {"val_loss_nats": 3.0}),
+        ("run", {"steps_done": 99}),
+        ("run", {"data_sha256": "other"}),
+        ("curves", {"lr": 3.0}),
+        ("layers", {"norm": "rmsnorm"}),
+        ("layers", {"n_zero": 1}),
+    ],
+)
+def test_any_science_column_of_any_table_can_contradict(tmp_path: Path, out: Path, table: str, change: dict[str, Any]):
+    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", **{table: change})]
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        merge(folders, out)
+
+
+def test_what_may_differ_may_differ(tmp_path: Path, out: Path):
+    free = {
+        "train_s": 1.0,
+        "tokens_per_s": 1.0,
+        "device": "x",
+        "threads": 1,
+        "dirty": True,
+        "commit": None,
+        "torch_version": "0",
+    }
+    folders = [
+        make_run(tmp_path / "a"),
+        make_run(tmp_path / "b", run=free, layers={"jacobian_residual": 1e-3}),
+    ]
+    assert merge(folders, out).duplicates["runs"] == 1
+
+
+@pytest.mark.parametrize("year", [2023, 2025])  # the part began before or after the whole: is kept or is dropped
+@pytest.mark.parametrize("fewer", [{"steps": (100,)}, {"sites": SITES[:2]}, {"steps": ()}, {"steps": (0, 50)}])
+def test_the_same_run_with_other_rows_is_a_contradiction(tmp_path: Path, out: Path, fewer: dict[str, Any], year: int):
+    whole = make_run(tmp_path / "whole")
+    part = make_run(tmp_path / "part", run={"started_at": f"{year}-01-01T00:00:00+00:00"}, **fewer)
+    with pytest.raises(ConfigError, match="not the same rows of layers") as caught:
+        merge([whole, part], out)
+    assert str(whole) in str(caught.value)
+    assert str(part) in str(caught.value)
+
+
+def test_a_row_twice_in_one_file_is_counted(tmp_path: Path, out: Path):
+    folder = make_run(tmp_path / "0")
+    rewrite(folder / "curve.parquet", lambda t: pa.concat_tables([t, t.slice(0, 1)]))
+    assert merge([folder], out).duplicates == {"layers": 0, "runs": 0, "curves": 1}
+
+
+# Order
+
+
+def test_rows_come_by_start_of_run_then_step_then_as_in_the_run(tmp_path: Path, out: Path):
+    for seed in (3, 1, 2):
+        make_run(tmp_path / "s" / f"{9 - seed}", seed=seed, steps=(100, 0), sites=("z", "a", "m"))
+    merge([tmp_path / "s"], out)
+    frame = load(out)
+    assert frame["seed"].tolist() == [1] * 6 + [2] * 6 + [3] * 6
+    assert frame["step"].tolist() == [0, 0, 0, 100, 100, 100] * 3
+    assert frame["site"].tolist() == ["z", "a", "m"] * 6
+    assert load(companions(out)["curves"])["step"].tolist() == [0, 50, 100] * 3
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Runs with duplicates (also begun in one second), two diagnostics, other columns and types, and no layers."""
+    root = tmp_path_factory.mktemp("pool")
+    gain = [(Column("method.gain", dtype, "", ""), 1) for dtype in ("int64", "float64")]
+    return [
+        make_run(root / "a", seed=1),
+        make_run(root / "b", seed=1, run={"device": "other"}),
+        make_run(root / "c", seed=1, run={"started_at": "2023-01-01T00:00:00+00:00"}),
+        make_run(root / "d", seed=1, diag_id="d2", run={"started_at": "2022-01-01T00:00:00+00:00"}),
+        make_run(root / "e", seed=2, config=gain[:1]),
+        make_run(root / "f", seed=3, config=gain[1:]),
+        make_run(root / "g", seed=4, status="diverged", steps=(), run={"started_at": None}),
+        make_run(root / "h", seed=5, layers={"r_mean": math.nan}),
+    ]
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_merging_in_stages_gives_the_same_rows(pool: list[Path], tmp_path: Path, data: st.DataObject):
+    order = data.draw(st.permutations(pool))
+    cut, end = sorted(data.draw(st.sets(st.integers(1, len(pool)), min_size=2, max_size=2)))
+    ab, abc, at_once, again, other = (
+        tmp_path / f"{name}.parquet" for name in ("ab", "abc", "at_once", "again", "other")
+    )
+    merge(order[:cut], ab)
+    merge([ab, *order[cut:end]], abc)
+    merge(order[:end], at_once)
+    assert rows_of(abc) == rows_of(at_once)
+    merge([abc, at_once, ab], again)
+    assert rows_of(again) == rows_of(at_once)
+    merge(order[:end][::-1], other)  # another order of sources changes at most the order of config columns
+    for name, path in companions(other).items():
+        pd.testing.assert_frame_equal(load(path), load(companions(at_once)[name]), check_like=True)
+
+
+# What is said
+
+
+def test_the_report_is_written_beside_the_output(tmp_path: Path, out: Path):
+    make_run(tmp_path / "s" / "0", seed=1)
+    make_run(tmp_path / "s" / "1", seed=2, status="running")
+    report = merge([tmp_path / "s"], out)
+    written = json.loads(out.with_suffix(".merge.json").read_text())
+    assert written == json.loads(report.to_json())
+    assert written["skipped"] == [{"path": str(tmp_path / "s" / "1"), "reason": "running"}]
+    assert (written["found"], written["merged"], written["rows"]["runs"]) == (2, 1, 1)
+
+
+def test_the_files_say_what_they_are(tmp_path: Path, out: Path):
+    merge([make_run(tmp_path / "0")], out)
+    for name, path in companions(out).items():
+        note = runs.read_metadata(path)
+        assert (note["table"], note["merged"], note["schema_version"]) == (name, True, SCHEMA_VERSION)
+        assert note["rows"] == {"layers": 6, "runs": 1, "curves": 3}
+
+
+def warnings_of(out: Path, *folders: Path) -> str:
+    return "\n".join(merge(folders, out).warnings)
+
+
+def test_a_clean_merge_warns_of_nothing(tmp_path: Path, out: Path):
+    assert warnings_of(out, make_run(tmp_path / "0", seed=1), make_run(tmp_path / "1", seed=2)) == ""
+
+
+def test_doubts_are_said(tmp_path: Path, out: Path):
+    one = make_run(
+        tmp_path / "0",
+        seed=1,
+        run={"commit": "aaa", "dirty": True, "data_sha256": "s1", "numerics_version": 1},
+    )
+    two = make_run(
+        tmp_path / "1",
+        seed=2,
+        run={"commit": None, "dirty": None, "data_sha256": "s2", "numerics_version": 2},
+    )
+    text = warnings_of(out, one, two)
+    assert "mixed commits: None (1 runs), aaa (1 runs)" in text
+    assert "1 runs were made by code with uncommitted changes" in text
+    assert "data=play is not one corpus, its data_sha256 are s1, s2" in text
+    assert "mixed numerics versions: 1 (1 runs), 2 (1 runs)" in text
+
+
+def test_missing_seeds_are_named(tmp_path: Path, out: Path):
+    slope = Column("attn_mode.slope", "float64", "", "")
+    for mode, value, seeds in (("softmax", None, (1, 3)), ("relu", 0.5, (1, 2, 3)), ("relu", 1.0, (2,))):
+        for seed in seeds:
+            make_run(
+                tmp_path / "s" / f"{mode}{value}{seed}",
+                seed=seed,
+                attn_mode=mode,
+                config=[(slope, value)],
+                run_id=f"{mode}{value}{seed}",
+            )
+    found = [text for text in merge([tmp_path / "s"], out).warnings if "missing seeds" in text]
+    assert found == [
+        "missing seeds: attn_mode=relu attn_mode.slope=1.0 lacks 1, 3",
+        "missing seeds: attn_mode=softmax attn_mode.slope=null lacks 2",
+    ]
+
+
+def test_progress_is_called_for_each_source(tmp_path: Path, out: Path):
+    for i in range(3):
+        make_run(tmp_path / "s" / str(i), seed=i)
+    calls: list[tuple[int, int]] = []
+    merge([tmp_path / "s"], out, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+
+
+# What is written
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "all",
+        "all.csv",
+        "all.parquet.gz",
+        "layers.parquet",
+        "run.parquet",
+        "all.runs.parquet",
+        "all.curves.parquet",
+    ],
+)
+def test_an_output_name_that_cannot_be_meant_is_refused(tmp_path: Path, name: str):
+    make_run(tmp_path / "s" / "0")
+    with pytest.raises(ConfigError, match="the output"):
+        merge([tmp_path / "s"], tmp_path / "out" / name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_folder_is_refused(tmp_path: Path, out: Path):
+    out.mkdir(parents=True)
+    with pytest.raises(ConfigError, match="is a folder"):
+        merge([make_run(tmp_path / "0")], out)
+
+
+def test_the_output_may_be_among_the_sources(tmp_path: Path, out: Path):
+    merge([make_run(tmp_path / "0", seed=1)], out)
+    assert merge([out, make_run(tmp_path / "1", seed=2)], out).merged == 2
+    assert load(companions(out)["runs"])["seed"].tolist() == [1, 2]
+
+
+def test_a_failing_write_leaves_the_earlier_output_whole(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
+    merge([make_run(tmp_path / "0", seed=1)], out)
+    before = {path.name: path.read_bytes() for path in out.parent.iterdir()}
+    real = runs.write_table
+
+    def full(path: Path, data: pa.Table, metadata: Mapping[str, Any]) -> None:
+        if metadata["table"] == "curves":
+            raise OSError("no space left on device")
+        real(path, data, metadata)
+
+    monkeypatch.setattr(runs, "write_table", full)
+    with pytest.raises(OSError, match="no space"):
+        merge([tmp_path / "0", make_run(tmp_path / "1", seed=2)], out)
+    assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == before
+
+
+def test_the_layers_are_moved_last_and_nothing_else_is_left(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
+    run = make_run(tmp_path / "0")
+    moved: list[str] = []
+    real = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, target: (moved.append(self.name), real(self, target))[1])
+    merge([run], out)
+    expected = {"all.parquet", "all.runs.parquet", "all.curves.parquet", "all.merge.json"}
+    assert set(moved) == {path.name for path in out.parent.iterdir()} == expected
+    assert moved[-1] == "all.parquet"
+
+
+def test_the_same_merge_gives_the_same_bytes_and_readable_files(tmp_path: Path, out: Path):
+    make_run(tmp_path / "s" / "0", seed=1)
+    make_run(tmp_path / "s" / "1", seed=2)
+    merge([tmp_path / "s"], out)
+    before = {path.name: path.read_bytes() for path in out.parent.iterdir()}
+    merge([tmp_path / "s"], out)
+    assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == before
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in out.parent.iterdir()} == {0o666 & ~umask}
