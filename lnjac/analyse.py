@@ -64,7 +64,8 @@ def _measure_batch(
     tokens = 0  # known with the loss, before any gradient arrives
     with capture(model, lambda call: measure(call, at, tokens)) as found:
         value, tokens = loss(model, batch)
-        value.backward()  # type: ignore[no-untyped-call]
+        if value.requires_grad:  # else no gradient arrives, which the caller says
+            value.backward()  # type: ignore[no-untyped-call]
     return found
 
 

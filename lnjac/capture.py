@@ -61,8 +61,10 @@ def capture(model: nn.Module, reduce: Callable[[Capture], Any] | None = None) ->
     sites = {name: spec for name, module in model.named_modules() if (spec := describe(module)) is not None}
     if not sites:
         raise ValueError("the model has no nn.LayerNorm, nn.RMSNorm or lnjac.norm.Norm to capture")
-    if any(hasattr(module, "_orig_mod") for module in model.modules()):
-        raise ValueError("hooks do not fire in a compiled module: capture the original (compiled._orig_mod)")
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+        raise ValueError(
+            "hooks do not fire in a compiled module: capture one that is not compiled (compiled._orig_mod)"
+        )
     recorder = _Recorder(reduce)
     found: list[Any] = []
     handles = [
@@ -74,75 +76,96 @@ def capture(model: nn.Module, reduce: Callable[[Capture], Any] | None = None) ->
     finally:
         for handle in handles:
             handle.remove()
-        recorder.open = False
-        found += recorder.ordered()
+        found += recorder.close()
+
+
+class _Call:
+    """One pass through a norm's forward: the input is held until its gradient has come."""
+
+    def __init__(self, when: int | None, x: Tensor) -> None:
+        self.when, self.x = when, x
 
 
 class _Recorder:
+    """Numbers the calls and pairs each with its gradient.
+
+    Under a reentrant checkpoint a segment's first pass runs without grad, and its recomputation, in the backward pass,
+    gets the gradient. Segments are recomputed last to first, and each is done with before the next, so the calls of a site
+    that were recomputed when a gradient first arrives there are its last ones still without.
+    """
+
     def __init__(self, reduce: Callable[[Capture], Any] | None) -> None:
         self.reduce = reduce or (lambda call: call)
         self.open = True
         self.clock = 0  # calls of any norm seen so far
-        self.order: dict[str, list[int]] = {}  # site -> clock of each of its calls, recomputations left out
-        self.waiting: dict[str, list[tuple[int, float]]] = {}  # calls without grad, which a recomputation may repeat
+        self.order: dict[str, list[int]] = {}  # site -> the clock of each of its calls, recomputations left out
+        self.waiting: dict[str, list[int]] = {}  # site -> calls made without grad
+        self.repeats: dict[str, list[_Call]] = {}  # site -> recomputations not yet paired with a waiting call
         self.results: dict[int, Any] = {}
 
     def hook(self, site: str, spec: NormSpec) -> Callable[..., Tensor | None]:
         def on_forward(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor | None:
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
-            if not torch.is_grad_enabled():  # a reentrant checkpoint's first pass: its recomputation will match
-                self.waiting.setdefault(site, []).append((self._new_call(site), _fingerprint(x)))
+            recomputed = torch._C._current_graph_task_id() != -1  # within a backward pass
+            when = None if recomputed else self._new_call(site)
+            if not torch.is_grad_enabled():
+                if when is not None:
+                    self.waiting.setdefault(site, []).append(when)
                 return None
-            replaced = None
+            x, replaced = (args[0] if args else next(iter(kwargs.values()))).detach(), None
             if not output.requires_grad:  # nothing below is trainable: give the gradient a place to arrive
-                replaced = output = output.detach().requires_grad_()
-            when = self._repeated(site, x)
-            if when is None:
-                when = self._new_call(site)
-            call = self.order[site].index(when)
-            output.register_hook(lambda grad: self._arrived(when, site, call, spec, x, grad))  # type: ignore[no-untyped-call]
+                x = x.clone()  # autograd, which keeps no input here, would not notice one changed in place
+                replaced = output = output.detach().requires_grad_().clone()
+            call = _Call(when, x)
+            if recomputed:
+                self.repeats.setdefault(site, []).append(call)
+            output.register_hook(lambda grad: self._arrived(site, spec, call, grad))  # type: ignore[no-untyped-call]
             return replaced
 
         return on_forward
 
-    def ordered(self) -> list[Any]:
-        return [self.results[when] for when in sorted(self.results)]
+    def close(self) -> list[Any]:
+        """The results in the order of the forward pass; what a spent graph still holds of this recorder is let go."""
+        self.open = False
+        results, self.results = self.results, {}
+        return [results[when] for when in sorted(results)]
 
     def _new_call(self, site: str) -> int:
         self.clock += 1
         self.order.setdefault(site, []).append(self.clock)
         return self.clock
 
-    def _repeated(self, site: str, x: Tensor) -> int | None:
-        """The clock of the call without grad that this one recomputes, if any."""
-        waiting = self.waiting.get(site)
-        if not waiting:
-            return None
-        mark = _fingerprint(x)
-        match = next((i for i, (_, seen) in enumerate(waiting) if seen == mark), None)
-        return None if match is None else waiting.pop(match)[0]
+    def _pair(self, site: str) -> None:
+        repeats, waiting = self.repeats.pop(site), self.waiting.get(site, [])
+        for call, when in zip(repeats, waiting[-len(repeats) :], strict=True):
+            call.when = when
+        del waiting[-len(repeats) :]
 
-    def _arrived(self, when: int, site: str, call: int, spec: NormSpec, x: Tensor, grad: Tensor) -> None:
+    def _arrived(self, site: str, spec: NormSpec, call: _Call, grad: Tensor) -> None:
         if not self.open:
             return
-        d_first = x.dim() - spec.dims
-        eps = torch.finfo(x.dtype).eps if spec.eps is None else spec.eps
-        flat = [None if p is None else p.detach().flatten() for p in (spec.weight, spec.bias)]
-        self.results[when] = self.reduce(
+        if call.when is None:
+            self._pair(site)
+        assert call.when is not None
+        x = call.x
+        first = x.dim() - spec.dims
+        weight, bias = (None if p is None else p.detach().flatten() for p in (spec.weight, spec.bias))
+        self.results[call.when] = self.reduce(
             Capture(
-                site,
-                call,
-                x.flatten(d_first),
-                grad.detach().flatten(d_first),
-                flat[0],
-                flat[1],
-                eps,
-                spec.rms,
+                site=site,
+                call=self.order[site].index(call.when),
+                x=x.flatten(first),
+                grad=grad.detach().flatten(first),
+                weight=weight,
+                bias=bias,
+                eps=_default_eps(x.dtype) if spec.eps is None else spec.eps,
+                rms=spec.rms,
             )
         )
+        del call.x
 
 
-def _fingerprint(x: Tensor) -> float:
-    return float(x.double().sum())
+def _default_eps(dtype: torch.dtype) -> float:
+    """nn.RMSNorm's ε when it is given none: that of the dtype it computes in, float32 for the half ones."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps

@@ -20,6 +20,9 @@ from lnjac.tables import ENERGIES, RSTD_POWERS, SIGMA_QUANTILES
 CHUNK_ELEMENTS = 1 << 16
 """Elements taken to float64 at a time: half a megabyte, so that the passes over a chunk stay in cache."""
 
+ROUNDING_SQ = (64 * torch.finfo(torch.float64).eps) ** 2
+"""A pullback this much shorter than what it was made from, squared, is rounding noise without a direction."""
+
 
 class Switches(NamedTuple):
     """Which factors of the backward are kept: subtract ḡ, subtract z·m, divide by σ."""
@@ -93,7 +96,7 @@ class Tokens:
     residual_sq: Tensor
     """‖t − replay‖²; NaN where the norm was not replayed."""
     measurable: Tensor
-    """Whether ‖g‖ and ‖t‖ exceed the tiny of the dtype they were computed in (bool)."""
+    """Whether ‖g‖ and ‖t‖ exceed the tiny of the dtype they came in, and t is more than rounding noise (bool)."""
 
 
 def decompose(
@@ -119,12 +122,14 @@ def decompose(
         z, rstd = normalise(x_, eps, rms=rms)
         g = grad_ if gamma is None else grad_ * gamma
         rstd_ = rstd.squeeze(-1)
-        rho = 1 - eps * rstd_.square()
-        g_sq = g.square().sum(-1)
+        rho = z.square().mean(-1)  # 1 - ε/σ² would lose its digits where v ≪ ε
+        centred = g if rms else center(g)
         mean_part = torch.zeros_like(rho) if rms else g.sum(-1).square() / d
         m = (g * z).sum(-1) / d
-        radial_part = torch.where(rho > 0, d * m.square() / rho, 0.0)
-        kept = (g_sq - mean_part - radial_part).clamp_min(0.0)
+        along = torch.where(rho > 0, m / rho, 0.0)
+        radial_part = d * m * along
+        kept = (centred - z * along.unsqueeze(-1)).square().sum(-1)
+        g_sq = mean_part + radial_part + kept
         t_sq = (kept + (1 - rho).square() * radial_part) * rstd_.square()
         if replayed_ is None:
             residual_sq = cos_projected = torch.full_like(rho, math.nan)
@@ -133,7 +138,7 @@ def decompose(
             residual_sq = (t - replayed_).square().sum(-1)
             # u = σ·t has t's direction, so that t stands for the projected surrogate here
             cos_projected = (t * replayed_).sum(-1) / (t.norm(dim=-1) * replayed_.norm(dim=-1))
-        measurable = (g_sq > tiny**2) & (t_sq > tiny**2)
+        measurable = (g_sq > tiny**2) & (t_sq > tiny**2) & (t_sq > ROUNDING_SQ * g_sq * rstd_.square())
         scale = float(loss_tokens) ** 2
         parts.append(
             Tokens(

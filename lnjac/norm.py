@@ -42,8 +42,7 @@ class Factors:
         switches = Switches(self.center, self.radial, self.scale)
         if switches == EXACT:
             return None
-        with torch.no_grad():
-            z, rstd = normalise(x, eps, rms=rms)
+        z, rstd = normalise(x.detach(), eps, rms=rms)  # not no_grad, which forward mode would look through
         return pull_back(x, z, rstd, switches, rms=rms)
 
 
@@ -65,9 +64,11 @@ class Norm(nn.Module):
         surrogate = None if self.backward_rule is None else self.backward_rule.surrogate(x, self.eps, rms=self.rms)
         if surrogate is None:
             return self._plain(x, self.weight, self.bias)
+        value = self._plain(x, self.weight, self.bias).detach()  # rounded as the exact norm's, to the last bit
         z = self._plain(x.detach(), None, None) + (surrogate - surrogate.detach())
         y = z if self.weight is None else z * self.weight
-        return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        return value + (y - y.detach())
 
     def _plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.rms:

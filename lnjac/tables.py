@@ -69,7 +69,7 @@ _SITE = [
         "n_zero",
         "int64",
         "tokens",
-        "tokens whose ‖g‖ or ‖t‖ is below the dtype's tiny: left out of the mean cosines",
+        "tokens whose g or t vanishes (below the dtype's tiny, or rounding noise): left out of the mean cosines",
     ),
 ]
 
