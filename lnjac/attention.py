@@ -19,10 +19,11 @@ class Attention:
 
     name: str
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> Tensor:
-        """q, k, v: (B, heads, T, d_h) -> (B, heads, T, d_h)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, block_size: int, dropout: float = 0.0) -> Tensor:
+        """q, k, v: (B, heads, T, d_h) -> (B, heads, T, d_h); `dropout` is the share of weights dropped."""
         scores = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5)
-        return self.weights(scores, causal_mask(scores), block_size) @ v
+        weights = self.weights(scores, causal_mask(scores), block_size)
+        return F.dropout(weights, dropout) @ v
 
     def weights(self, scores: Tensor, mask: Tensor, block_size: int) -> Tensor:
         """scores: (B, heads, T, T), mask: (T, T), true where a query may look -> weights, zero where it may not."""
@@ -43,10 +44,10 @@ class Softmax(Attention):
     whose backward is slow at short blocks.
     """
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, block_size: int, dropout: float = 0.0) -> Tensor:
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-            return super().attend(q, k, v, block_size)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return super().attend(q, k, v, block_size, dropout)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
     def weights(self, scores: Tensor, mask: Tensor, block_size: int) -> Tensor:
         return scores.masked_fill(~mask, -math.inf).softmax(-1)

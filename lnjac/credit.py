@@ -233,6 +233,10 @@ class SignSymmetric(FeedbackMethod):
             return torch.tensor(layer.init_std * self.scale, dtype=torch.float64)
         return super().draw_feedback(layer, generator)
 
+    def install(self, model: nn.Module, seed: int) -> None:
+        super().install(model, seed)
+        self.refresh(model, seed, 0)  # so that an analysis before the first update sees that update's feedback
+
     def refresh(self, model: nn.Module, seed: int, step: int) -> None:
         if not self.redraw:
             return
@@ -250,7 +254,8 @@ class SignSymmetric(FeedbackMethod):
 class KolenPollack(FeedbackMethod):
     """B receives W's own update, and both decay by `decay`, so W − B shrinks by 1 − lr·decay a step (Akrout et al. 2019).
 
-    `decay` replaces the optimizer's weight decay for these matrices: AdamW's 1e-2 would leave plain fa over short runs.
+    So under AdamW, and under SGD without momentum; with momentum W − B is a heavy ball that decay alone drives. `decay`
+    replaces the optimizer's weight decay for these matrices: AdamW's 1e-2 would leave plain fa over short runs.
     """
 
     decay: float
@@ -277,6 +282,11 @@ class KolenPollack(FeedbackMethod):
         yield from super().problems(config)
         if not self.decay > 0:
             yield f"method.decay={self.decay} must be positive: without decay kp is plain fa (use method=fa)"
+        elif not (step := config.optimizer.lr * self.decay) < 1:
+            yield (
+                f"optimizer.lr * method.decay = {step:.3g} must stay below 1, or weights and feedback overshoot zero: "
+                f"try method.decay={0.01 / config.optimizer.lr:.3g}"
+            )
 
     def warnings(self, config: Any) -> Iterator[str]:
         shrink = config.optimizer.lr * self.decay * config.steps
@@ -333,8 +343,8 @@ class DirectFeedback(Method):
     """dfa: each block learns from the top error through its own fixed matrix (Nøkland 2016; Launay et al. 2020).
 
     Blocks are cut from each other, the first one not from the embedding, which therefore learns through it. With
-    `cut_head` the last block is taught as the others are; without it, it gets its true gradient. B_ℓ is the head's
-    initial spread times `scale` where the error is at the logits, scale/√d where it is before the head.
+    `cut_head` the last part (block or sublayer) is taught as the others are; without it, it gets its true gradient.
+    B_ℓ has the head's initial spread times `scale` where the error is at the logits, scale/√d where it is before the head.
     """
 
     inject: Inject
@@ -354,6 +364,8 @@ class DirectFeedback(Method):
         rows, std = (vocab, head.init_std) if self.error is ErrorAt.logits else (d, 1 / math.sqrt(d))
         per_block = 1 if self.inject is Inject.block else 2
         points = per_block * len(model.blocks) - (0 if self.cut_head else 1)  # type: ignore[arg-type]
+        if points == 0:  # one block with a true gradient: nothing to teach
+            return
         model.broadcast = Broadcast(
             [
                 draw(

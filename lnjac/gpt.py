@@ -32,7 +32,8 @@ class SelfAttention(nn.Module):
         """x: (B, T, d) -> (B, T, d)."""
         b, t, d = x.shape
         q, k, v = (part.view(b, t, self.n_head, -1).transpose(1, 2) for part in self.qkv(x).split(d, dim=-1))
-        o = self.mode.attend(self.q_norm(q), self.k_norm(k), v, self.block_size)
+        dropout = self.drop.p if self.training else 0.0
+        o = self.mode.attend(self.q_norm(q), self.k_norm(k), v, self.block_size, dropout)
         out: Tensor = self.drop(self.proj(o.transpose(1, 2).reshape(b, t, d)))
         return out
 

@@ -50,8 +50,8 @@ class Optimizer:
     def problems(self, config: Any) -> Iterator[str]:
         if not (self.lr > 0 and math.isfinite(self.lr)):
             yield f"optimizer.lr={self.lr} must be positive"
-        if not self.weight_decay >= 0:
-            yield f"optimizer.weight_decay={self.weight_decay} must not be negative"
+        if not 0 <= self.weight_decay < math.inf:
+            yield f"optimizer.weight_decay={self.weight_decay} must not be negative or infinite"
         if not 0 <= self.warmup_steps <= max(config.steps, 0):
             yield f"optimizer.warmup_steps={self.warmup_steps} must lie between 0 and steps={config.steps}"
         if not 0 <= self.final_lr_ratio <= 1:
@@ -76,8 +76,8 @@ class AdamW(Optimizer):
         for field in ("beta1", "beta2"):
             if not 0 <= getattr(self, field) < 1:
                 yield f"optimizer.{field}={getattr(self, field)} must lie in [0, 1)"
-        if not self.eps >= 0:
-            yield f"optimizer.eps={self.eps} must not be negative"
+        if not 0 <= self.eps < math.inf:
+            yield f"optimizer.eps={self.eps} must not be negative or infinite: Adam's usual value is 1e-8"
 
 
 @dataclass

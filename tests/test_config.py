@@ -46,6 +46,7 @@ def test_bare_default_is_the_original_run() -> None:
         (["method=fa", "model.tie=true"], "use model.tie=false"),
         (["method.policy={qkv:true,attn_proj:true,fc:true,mlp_proj:true,head:true}"], "use method=bp"),
         (["method=kp", "method.decay=0"], "use method=fa"),
+        (["method=kp", "optimizer=sgd"], "must stay below 1"),
         (["method.scale=-1"], "method.scale=-1.0 must be positive"),
         (["method=usf", "method.redraw=true"], "use method=brsf"),
         (["optimizer.lr=0"], "optimizer.lr=0.0 must be positive"),

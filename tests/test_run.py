@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import reference
 import torch
 from conftest import ROOT
 from test_conformance import SMALL, corpus
@@ -339,3 +340,23 @@ def test_original_sweeps_both_modes_without_being_told(tmp_path: Path) -> None:
     done = command("+experiment=original", "data=play", *TINY, "hydra.sweep.dir=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert pd.read_parquet(tmp_path / "out" / "all.runs.parquet")["attn_mode"].tolist() == ["softmax", "sigmoid"]
+
+
+@pytest.mark.slow
+def test_backprop_on_shakespeare_learns_what_a_plain_reference_learns(tmp_path: Path) -> None:
+    """The bare bp run and a nanoGPT-style script of its own, from one start and on the same batches, 250 updates."""
+    source = ROOT / "../shared/data/tinyshakespeare/input.txt"
+    if not source.exists():
+        pytest.skip("needs tiny Shakespeare in ../shared/data/tinyshakespeare")
+    config = compose("method=bp", "data=shakespeare_char", f"data.source={source}", f"data.dir={tmp_path}")
+    corpus = train.admit(config)
+    ours = train.Training(config, corpus)
+    plain = reference.GPT(corpus.vocab_size, 4, 4, 128, 64)
+    plain.load_state_dict(ours.model.state_dict())
+    batches = iter(train.Training(config, corpus).batches.next, None)
+    reference.train(plain, batches, 250, lr=1e-3, weight_decay=0.01)
+    while ours.updates < 250:
+        ours.update()
+    loss = reference.validation_loss(plain, corpus.val, 64)
+    assert 2.2 < loss < 2.4
+    assert ours.validation_loss() == pytest.approx(loss, abs=0.05)
