@@ -21,9 +21,9 @@ class Run:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        status = runs.read_status(self.folder).get("status")
-        if status not in runs.FINISHED:
-            said = f"status {status}" if status else f"no {runs.STATUS}"
+        self.status = runs.read_status(self.folder)
+        if (state := self.status.get("status")) not in runs.FINISHED:
+            said = f"status {state}" if state else f"no {runs.STATUS}"
             raise ConfigError(
                 f"{folder} is not a finished run ({said}): name a folder whose status is done or diverged"
             )
@@ -54,11 +54,10 @@ class Run:
 
         from lnjac import gpt
 
-        path = self.folder / runs.MODEL
-        if not path.exists():
+        if runs.MODEL not in self.status["sha256"]:  # a file there would be another run's
             raise ConfigError(f"{self.folder} holds no weights: it was run with save_model=false")
         model = gpt.build(self.config, self.metadata["provenance"]["vocab_size"])
-        state = load_file(path)
+        state = load_file(self.folder / runs.MODEL)
         if self.config.model.tie:
             state["head.weight"] = state["wte.weight"]
         model.load_state_dict(state)

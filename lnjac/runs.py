@@ -70,23 +70,20 @@ def table(
 def write_table(path: Path, data: pa.Table, metadata: Mapping[str, Any]) -> None:
     """Write a table with checksums on every page; `metadata` goes into the footer as JSON under the key `lnjac`.
 
-    Column statistics are left out: in files of ten rows they are most of the bytes, and nothing here reads them.
+    Column statistics are left out: in files of ten rows they are most of the bytes, and nothing here reads them. The
+    file is written where it is: what must not be seen half-written goes through `write_atomically`.
     """
     note = json.dumps({"schema_version": SCHEMA_VERSION, **metadata}, sort_keys=True)
-
-    def write(temporary: Path) -> None:
-        with pq.ParquetWriter(
-            temporary,
-            data.schema.remove_metadata(),
-            compression="zstd",
-            write_statistics=False,
-            write_page_checksum=True,
-            store_schema=False,
-        ) as writer:
-            writer.write_table(data)
-            writer.add_key_value_metadata({"lnjac": note})
-
-    write_atomically(path, write)
+    with pq.ParquetWriter(
+        path,
+        data.schema.remove_metadata(),
+        compression="zstd",
+        write_statistics=False,
+        write_page_checksum=True,
+        store_schema=False,
+    ) as writer:
+        writer.write_table(data)
+        writer.add_key_value_metadata({"lnjac": note})
 
 
 class RunFolder:
@@ -100,7 +97,8 @@ class RunFolder:
     def status(self, state: str, **more: Any) -> None:
         """Say what became of the run: one of running, done, failed, diverged, with an `error` or `step` where one applies.
 
-        The status also holds the SHA-256 of each table written so far: page checksums leave a file's footer unguarded.
+        The status also holds the SHA-256 of each file written so far: page checksums leave a table's footer unguarded,
+        and a file that an earlier run left in the folder is not in it.
         """
         text = json.dumps({"status": state, "at": now(), **more, "sha256": self.written}, indent=1) + "\n"
         write_atomically(self.path / STATUS, lambda temporary: temporary.write_text(text))
@@ -115,9 +113,12 @@ class RunFolder:
         """Write one of the tables of FILES; curves leave the config out, as it can be joined by run_id."""
         declared = {"layers": LAYERS, "runs": RUNS, "curves": CURVES}[name]
         data = table(declared, () if name == "curves" else config, rows)
-        path = self.path / FILES[name]
-        write_table(path, data, {"table": name, **metadata})
-        self.written[path.name] = file_sha256(path)
+        self.save(FILES[name], lambda path: write_table(path, data, {"table": name, **metadata}))
+
+    def save(self, file: str, write: Callable[[Path], object]) -> None:
+        """Let `write` make one of the folder's files; on any error it stays as it was."""
+        write_atomically(self.path / file, write)
+        self.written[file] = file_sha256(self.path / file)
 
 
 def read_status(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -167,6 +168,8 @@ def execution(config: RunConfig) -> Iterator[None]:
     """torch's threads and determinism as configured, and as they were afterwards."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(config.threads or threads)
+    if config.deterministic:  # cuBLAS is deterministic only with a workspace of a fixed size
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
     try:
         yield
@@ -288,12 +291,12 @@ def _write(
     for name, rows in tables.items():
         out.write(name, rows, columns, metadata)
     idx, targets = (torch.stack(part) for part in zip(*training.diagnostic_batches(), strict=True))
-    runs.write_atomically(out.path / runs.BATCH, lambda path: save_file({"idx": idx, "targets": targets}, path))
+    out.save(runs.BATCH, lambda path: save_file({"idx": idx, "targets": targets}, path))
     if config.save_model:
         state = {name: value.detach().cpu().contiguous() for name, value in training.model.state_dict().items()}
         if config.model.tie:  # safetensors refuses two names for one storage; load_run ties them again
             del state["head.weight"]
-        runs.write_atomically(out.path / runs.MODEL, lambda path: save_file(state, path))
+        out.save(runs.MODEL, lambda path: save_file(state, path))
 
 
 def _environment(config: RunConfig, training: Training) -> dict[str, Any]:
