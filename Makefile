@@ -26,6 +26,7 @@ docs: $(VENV)/.installed
 
 benchmark: $(VENV)/.installed
 	$(PY) benchmarks/training_step.py
+	$(PY) benchmarks/attention.py
 	$(PY) benchmarks/diagnostic.py
 
 $(PY):

@@ -8,21 +8,15 @@ before.
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
+from interleaved import interleaved, ratio
 from torch.profiler import ProfilerActivity, profile
 
 from lnjac import train
 from lnjac.analyse import analyse
 from lnjac.config import compose
-
-
-def milliseconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
@@ -55,16 +49,10 @@ def main(rounds: int) -> None:
     def diagnostic() -> None:
         analyse(training.model, batches, training.loss)
 
-    times: dict[str, list[float]] = {"plain": [], "diagnostic": []}
-    for i in range(rounds + 3):
-        pair = {"plain": milliseconds(plain), "diagnostic": milliseconds(diagnostic)}
-        if i >= 3:
-            for name, ms in pair.items():
-                times[name].append(ms)
-    ratio = statistics.median(a / b for a, b in zip(times["diagnostic"], times["plain"], strict=True))
+    times = interleaved({"plain": plain, "diagnostic": diagnostic}, rounds)
     for name, values in times.items():
         print(f"{name:12} {statistics.median(values):6.1f} ms")
-    print(f"time ratio   {ratio:6.2f}")
+    print(f"time ratio   {ratio(times, 'diagnostic', 'plain'):6.2f}")
     plain_peak, diagnostic_peak = peak_bytes(plain), peak_bytes(diagnostic)
     print(f"peak memory  {plain_peak / 2**20:.1f} MiB plain, {diagnostic_peak / 2**20:.1f} MiB diagnostic", end="")
     print(f", ratio {diagnostic_peak / plain_peak:.2f}")
