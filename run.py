@@ -1,6 +1,7 @@
 """Train, analyse and write one run, or with -m a sweep of them: see README.md."""
 
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,4 +31,7 @@ def main(cfg: "DictConfig") -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what was finished is kept")

@@ -30,7 +30,7 @@ def main(rounds: int) -> None:
     for precision in ("fp32", "bf16"):
         updates = {}
         for mode in (Fused, Explicit):
-            config = compose(f"precision={precision}")
+            config = compose("device=cpu", f"precision={precision}")
             config.attn_mode = mode("softmax")
             updates[mode.__name__] = train.Training(config, train.admit(config)).update
         times = interleaved(updates, rounds)

@@ -32,7 +32,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 
 def main(rounds: int) -> None:
-    config = compose()
+    config = compose("device=cpu")
     training = train.Training(config, train.admit(config))
     for _ in range(3):
         training.update()

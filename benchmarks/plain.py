@@ -61,7 +61,7 @@ class PlainGPT(nn.Module):
         nn.init.normal_(self.wpe.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(d, heads, layers) for _ in range(layers))
         self.ln_f = nn.LayerNorm(d)
-        self.head = FeedbackLinear(d, vocab)
+        self.head = FeedbackLinear(d, vocab, bias=False)
 
     def forward(self, idx, targets):
         h = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))

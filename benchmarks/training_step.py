@@ -16,7 +16,7 @@ from lnjac.config import compose
 
 def main(rounds: int) -> None:
     for overrides in ([], ["attn_mode=sigmoid"], ["precision=bf16"]):
-        config = compose(*overrides)
+        config = compose("device=cpu", *overrides)
         corpus = train.admit(config)
         ours = train.Training(config, corpus)
         plain = PlainTraining(torch.from_numpy(corpus.train.astype("int64")), corpus.vocab_size)

@@ -63,6 +63,7 @@ class LnjacSweeper(BasicSweeper):
 
         assert self.config is not None
         assert self.hydra_context is not None
+        log.info("checking %d jobs", len(jobs))
         bad = []
         for job in jobs:
             composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(job))

@@ -68,7 +68,9 @@ def merge(
 def show(
     folder: Annotated[Path, typer.Argument(help="A run's folder, or a merged file.")],
     step: Annotated[int | None, typer.Option(help="Which step was measured; the last one unless given.")] = None,
-    run: Annotated[str | None, typer.Option(help="Which run of a merged file: its run_id or the start of it.")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Which run of a merged file: the start of its run_id (or run_id/diag_id).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print a finished run's table: one line per norm.
@@ -92,10 +94,12 @@ def show(
     except sweep.Unfit as error:
         raise ConfigError(f"{found[0].path}: {error}") from None
     known: pd.DataFrame = tables["runs"].to_pandas()
-    chosen = known[known["run_id"].str.startswith(run or "")]
+    names = known["run_id"] + "/" + known["diag_id"]
+    chosen = known[names.str.startswith(run or "")]
     if len(chosen) != 1:
         holds = f"{len(chosen)} runs" if len(chosen) else f"no run {run}"
-        raise ConfigError(f"{folder} holds {holds}: choose one by --run from {_few(list(known['run_id']))}")
+        short = known["run_id"].where(~known["run_id"].duplicated(keep=False), names)
+        raise ConfigError(f"{folder} holds {holds}: choose one by --run from {_few(list(short))}")
     one = chosen.iloc[0]
     layers: pd.DataFrame = tables["layers"].to_pandas()
     layers = layers[(layers["run_id"] == one["run_id"]) & (layers["diag_id"] == one["diag_id"])]

@@ -1,6 +1,6 @@
 """Configuration: typed schemas, one check that lists every problem, and the identity of a run.
 
-The yaml files under `conf/` hold every value, so no field here has a default: what is missing is reported, never guessed.
+The yaml files under `conf/` hold every value, so no field here has a default: what is missing is reported, not guessed.
 A group whose members bring their own code (attention mode, method, LayerNorm backward, optimizer, corpus) names a
 dataclass by `_target_`; that dataclass is its schema, its config columns and its behaviour. Such a class may define
 `resolve(config)`, to replace values that depend on the rest, and `problems(config)`, to reject what it cannot do.
@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import importlib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -107,8 +108,8 @@ class Model:
             yield f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}: try n_embd={tries}"
         if not 0 <= self.dropout < 1:
             yield f"model.dropout={self.dropout} must lie in [0, 1)"
-        if self.eps < 0:
-            yield f"model.eps={self.eps} must not be negative: LayerNorm's usual value is 1e-5"
+        if not 0 <= self.eps < math.inf:
+            yield f"model.eps={self.eps} must not be negative or infinite: LayerNorm's usual value is 1e-5"
 
 
 @dataclass
@@ -143,6 +144,11 @@ class Diagnostics:
         for field in ("batches", "batch_size", "every"):
             if (value := getattr(self, field)) < 1:
                 yield f"diagnostics.{field}={value} must be at least 1"
+        if self.steps and self.schedule is not Schedule.list:
+            yield (
+                f"diagnostics.steps={self.steps} is not used by diagnostics.schedule={self.schedule.value}: "
+                "set diagnostics.schedule=list, or leave steps out"
+            )
         for step in self.steps:
             if not 0 <= step <= config.steps:
                 yield f"diagnostics.steps holds {step}, outside the run's 0 to {config.steps}: drop it or raise steps"
@@ -237,8 +243,8 @@ def build(node: Mapping[str, Any] | DictConfig) -> RunConfig:
 def check(config: RunConfig) -> list[str]:
     """Every cross-field impossibility, each with its remedy; an empty list for a sound config."""
     found: list[str] = []
-    if config.seed < 0:
-        found.append(f"seed={config.seed} must not be negative")
+    if not 0 <= config.seed < 2**63:
+        found.append(f"seed={config.seed} must lie between 0 and 2^63 - 1")
     if config.steps < 0:
         found.append(f"steps={config.steps} must not be negative: steps=0 analyses the model at initialisation")
     if config.batch_size < 1:
@@ -264,7 +270,7 @@ def check_corpus(config: RunConfig, n_train: int, n_val: int) -> list[str]:
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The config as plain JSON values, from which `build` makes it again."""
-    plain = dataclasses.asdict(config, dict_factory=_plain)
+    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
     for group in PLUGIN_GROUPS:
         cls = type(getattr(config, group))
         plain[group] = {"_target_": f"{cls.__module__}.{cls.__qualname__}", **plain[group]}
@@ -272,7 +278,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def run_id(config: RunConfig, data_sha256: str) -> str:
-    """Identity of a run's science: equal for two configs exactly when they must train to the same weights and losses."""
+    """Identity of a run's science: equal for two configs only when they train to the same weights and losses."""
     plain = to_dict(config)
     for key in (*EXECUTION, "diagnostics", "data"):
         del plain[key]
@@ -300,29 +306,39 @@ def columns(config: RunConfig) -> list[tuple[Column, Any]]:
         if hasattr(value, "name"):
             found.append((Column(field.name, "string", "", f"which member of conf/{field.name}"), value.name))
         if field.name != "data":
-            found += _leaves(type(value), plain[field.name], f"{field.name}.")
+            inner = {key: part for key, part in plain[field.name].items() if key not in ("name", "_target_")}
+            found += _leaves(type(value), inner, f"{field.name}.")
     return found
 
 
 def _leaves(cls: type, plain: Mapping[str, Any], prefix: str) -> Iterator[tuple[Column, Any]]:
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if field.name == "name":
+    """A column for each scalar; a list is joined by `+`, what else there may be is written as JSON."""
+    hints = _hints(cls)
+    for name, value in plain.items():
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
+            yield from _leaves(typing.cast(type, hints[name]), value, f"{prefix}{name}.")
             continue
-        value = plain[field.name]
-        if dataclasses.is_dataclass(inner := hints[field.name]):
-            yield from _leaves(typing.cast(type, inner), value, f"{prefix}{field.name}.")
-        else:
-            joined = "+".join(map(str, value)) if isinstance(value, list) else value
-            yield _column(cls, field.name, prefix + field.name), joined
+        if isinstance(value, list) and not any(isinstance(item, (list, Mapping)) for item in value):
+            value = "+".join(map(str, value))
+        elif isinstance(value, (list, Mapping)):
+            value = json.dumps(value, sort_keys=True)
+        yield _column(cls, name, prefix + name), value
 
 
 def _column(cls: type, field: str, name: str) -> Column:
-    hint = typing.get_type_hints(cls)[field]
-    if isinstance(hint, types.UnionType):  # X | None
-        hint = next(arg for arg in hint.__args__ if arg is not type(None))
-    dtype = {bool: "bool", int: "int64", float: "float64"}.get(hint, "string")
+    dtype = {bool: "bool", int: "int64", float: "float64"}.get(_hints(cls)[field], "string")
     return Column(name, dtype, "", f"config value {name}")
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """The type of each field, without `| None`."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        if typing.get_origin(hint) in (types.UnionType, typing.Union):
+            given = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+            hint = given[0] if len(given) == 1 else hint
+        found[name] = hint
+    return found
 
 
 def _is_group(field: "dataclasses.Field[Any]") -> bool:
@@ -344,44 +360,52 @@ def _class(group: str, node: Mapping[str, Any]) -> type:
 def _fill(cls: type, node: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
     """Fill cls's schema from node key by key, so that one bad value does not hide the next."""
     schema = OmegaConf.structured(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    lists = {name for name, hint in typing.get_type_hints(cls).items() if typing.get_origin(hint) is list}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = _hints(cls)
+    before = len(problems)
     given = {str(key): value for key, value in node.items() if key != "_target_"}
     for key, value in given.items():
-        if key not in names:
-            close = difflib.get_close_matches(key, names, 1)
-            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, 1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(fields)}"
             problems.append(f"{prefix}{key} is not a setting: {hint}")
             continue
-        if key in lists and isinstance(value, str):
-            value = [value]
-        inner = typing.get_type_hints(cls)[key]
-        if isinstance(value, bool) and isinstance(inner, type) and issubclass(inner, Enum):
-            value = str(value).lower()  # yaml and Hydra read a member called `true` as a boolean
-        if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
-            filled = _fill(typing.cast(type, inner), value, f"{prefix}{key}.", problems)
-            value = value if filled is None else filled
-            if filled is None:
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            value = _fill(typing.cast(type, hint), value, f"{prefix}{key}.", problems)
+            if value is None:
                 continue
+        if typing.get_origin(hint) is list and isinstance(value, str):
+            value = [value]
+        if isinstance(value, bool) and isinstance(hint, type) and issubclass(hint, Enum):
+            value = str(value).lower()  # yaml and Hydra read a member called `true` as a boolean
         try:
             schema[key] = value
         except OmegaConfBaseException as error:
             problems.append(f"{prefix}{key}={value}: {_first_line(error)}")
-    problems += [f"{prefix}{key} has no value: give {prefix}{key}=..." for key in names if key not in given]
     problems += [
-        f"{prefix}{key} has no value: give {prefix}{key}=..." for key, value in given.items() if value == "???"
+        f"{prefix}{key} has no value: give {prefix}{key}=..."
+        for key, field in fields.items()
+        if given.get(key) == "???" or (key not in given and _required(field))
     ]
-    if problems:
-        return None
-    return OmegaConf.to_object(schema)
+    return None if len(problems) > before else OmegaConf.to_object(schema)
+
+
+def _required(field: "dataclasses.Field[Any]") -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: value.value if isinstance(value, Enum) else value for key, value in items}
+def _plain(value: Any) -> Any:
+    """Enum members by their name, by which OmegaConf reads them again; the rest as it is."""
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {str(_plain(key)): _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _digest(plain: Mapping[str, Any]) -> str:

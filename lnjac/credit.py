@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lnjac.streams import torch_stream
+from lnjac.streams import normal, stream, uniform
 
 KINDS = ("qkv", "attn_proj", "fc", "mlp_proj", "head")
 """The kinds of matrix in a GPT that a policy can treat apart."""
@@ -112,11 +113,11 @@ def linears(model: nn.Module) -> list[tuple[str, Linear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
 
 
-def draw(shape: tuple[int, ...], std: float, distribution: Distribution, generator: torch.Generator) -> Tensor:
-    """Zero-mean draws of standard deviation std, in float64 so that every precision rounds the same numbers."""
+def draw(shape: tuple[int, ...], std: float, distribution: Distribution, generator: np.random.Generator) -> Tensor:
+    """Zero-mean draws of standard deviation std, in float64."""
     if distribution is Distribution.normal:
-        return torch.randn(shape, generator=generator, dtype=torch.float64) * std
-    return (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * (std * math.sqrt(3))
+        return normal(shape, generator) * std
+    return (uniform(shape, generator) * 2 - 1) * (std * math.sqrt(3))
 
 
 def is_feedback(parameter: str) -> bool:
@@ -190,7 +191,7 @@ class FeedbackMethod(Method):
         """B from W and M: (out, in)."""
         return m
 
-    def draw_feedback(self, layer: Linear, generator: torch.Generator) -> Tensor:
+    def draw_feedback(self, layer: Linear, generator: np.random.Generator) -> Tensor:
         return draw(tuple(layer.weight.shape), layer.init_std * self.scale, self.distribution, generator)
 
     def chosen(self, model: nn.Module) -> list[tuple[str, Linear]]:
@@ -199,7 +200,7 @@ class FeedbackMethod(Method):
 
     def install(self, model: nn.Module, seed: int) -> None:
         for name, layer in self.chosen(model):
-            layer.feedback = self.draw_feedback(layer, torch_stream(seed, "feedback", name)).to(layer.weight)
+            layer.feedback = self.draw_feedback(layer, stream(seed, "feedback", name)).to(layer.weight)
             layer.feedback_rule = self.rule
 
     def problems(self, config: Any) -> Iterator[str]:
@@ -228,7 +229,7 @@ class SignSymmetric(FeedbackMethod):
     def rule(self, weight: Tensor, m: Tensor) -> Tensor:
         return m.abs() * weight.sign()
 
-    def draw_feedback(self, layer: Linear, generator: torch.Generator) -> Tensor:
+    def draw_feedback(self, layer: Linear, generator: np.random.Generator) -> Tensor:
         if self.uniform:
             return torch.tensor(layer.init_std * self.scale, dtype=torch.float64)
         return super().draw_feedback(layer, generator)
@@ -242,7 +243,7 @@ class SignSymmetric(FeedbackMethod):
             return
         for name, layer in self.chosen(model):
             assert layer.feedback is not None
-            layer.feedback.copy_(self.draw_feedback(layer, torch_stream(seed, "feedback", name, step)))
+            layer.feedback.copy_(self.draw_feedback(layer, stream(seed, "feedback", name, step)))
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
@@ -364,15 +365,13 @@ class DirectFeedback(Method):
         rows, std = (vocab, head.init_std) if self.error is ErrorAt.logits else (d, 1 / math.sqrt(d))
         per_block = 1 if self.inject is Inject.block else 2
         points = per_block * len(model.blocks) - (0 if self.cut_head else 1)  # type: ignore[arg-type]
-        if points == 0:  # one block with a true gradient: nothing to teach
-            return
         model.broadcast = Broadcast(
             [
                 draw(
                     (rows, d),
                     std * self.scale,
                     self.distribution,
-                    torch_stream(seed, "feedback", "broadcast", i),
+                    stream(seed, "feedback", "broadcast", i),
                 ).to(head.weight)
                 for i in range(points)
             ],
@@ -387,5 +386,7 @@ class DirectFeedback(Method):
                 "method.policy.head=random makes no sense under dfa, whose head learns by its own true gradient: "
                 "set it to true, or use method=fa"
             )
+        if config.model.n_layer == 1 and self.inject is Inject.block and not self.cut_head:
+            yield "dfa teaches nothing in one block that gets its true gradient: set method.cut_head=true, or use method=bp"
         if not (self.scale > 0 and math.isfinite(self.scale)):
             yield f"method.scale={self.scale} must be positive: it multiplies the feedback's spread"

@@ -11,16 +11,14 @@ import io
 import json
 import logging
 import math
-import os
 import pickle
 import pickletools
-import secrets
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -30,11 +28,13 @@ import torch
 
 from lnjac import play
 from lnjac.config import ConfigError
+from lnjac.runs import write_atomically
 
 Tokens = npt.NDArray[np.uint16]
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 SPLITS = ("train", "val")
+MARKER = ".lnjac"  # written first into a folder that is prepared here, and so may be written again
 DTYPE = np.dtype("<u2")
 MOST_TOKENS = 2**16  # distinct tokens that a uint16 can name
 CHUNK = 2**22  # tokens of a split in memory at once
@@ -292,7 +292,15 @@ def _meta(meta: Any) -> Meta:
 
 
 def prepare(folder: Path, text: str, val_fraction: float = 0.1) -> None:
-    """Write text, by characters, as a folder that nanoGPT can read; two processes may do so at once."""
+    """Write text, by characters, as a folder that nanoGPT can read; two processes may do so at once.
+
+    Raises ConfigError for a folder that holds tokens and was not prepared here: nobody's data is written over.
+    """
+    if not (folder / MARKER).exists() and any(file.exists() for file in _files(folder)):
+        raise ConfigError(
+            f"{folder} holds another's tokens, which are left alone: use data=nanogpt data.dir={folder} to train on them, "
+            "or set data.dir to a folder of its own"
+        )
     tokens, vocabulary = encode(text)
     cut = int((1 - val_fraction) * len(tokens))
     splits = {"train": tokens[:cut], "val": tokens[cut:]}
@@ -309,9 +317,9 @@ def prepare(folder: Path, text: str, val_fraction: float = 0.1) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for split in SPLITS:
-            _write(folder / f"{split}.bin", splits[split].tobytes())
-        _write(folder / "meta.pkl", pickle.dumps(meta, protocol=4))
+        contents = {f"{split}.bin": splits[split].tobytes() for split in SPLITS}
+        for name, content in {MARKER: b"", **contents, "meta.pkl": pickle.dumps(meta, protocol=4)}.items():
+            write_atomically(folder / name, partial(Path.write_bytes, data=content))
     except OSError as error:
         raise ConfigError(
             f"cannot write {folder} ({error.strerror}): set data.dir to a folder you may write to"
@@ -327,16 +335,6 @@ def encode(text: str) -> tuple[Tokens, tuple[str, ...]]:
     token_of = np.zeros(used[-1] + 1 if len(used) else 0, dtype=DTYPE)
     token_of[used] = np.arange(len(used))
     return token_of[codes], tuple(map(chr, used))
-
-
-def _write(file: Path, content: bytes) -> None:
-    """All of the file or none of it, even beside another writer."""
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _download(url: str, timeout_s: float, most: int = 2**24) -> bytes:

@@ -10,7 +10,7 @@ from lnjac.attention import Attention
 from lnjac.config import Model, NormKind, Placement, Precision, RunConfig
 from lnjac.credit import Broadcast, Cut, Linear, keep
 from lnjac.norm import Norm, set_backward
-from lnjac.streams import torch_stream
+from lnjac.streams import normal, stream
 
 INIT_STD = 0.02
 
@@ -90,7 +90,8 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """idx, targets: (B, T) int64 -> logits: (B, T, vocab), loss: () or None without targets."""
         taught: list[Tensor] = []
-        cut = keep if self.broadcast is None else self.broadcast.cutter(taught)
+        broadcast = self.broadcast if torch.is_grad_enabled() else None
+        cut = keep if broadcast is None else broadcast.cutter(taught)
         h = self.drop(self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device)))
         for block in self.blocks:
             h = block(h, cut)
@@ -99,8 +100,8 @@ class GPT(nn.Module):
             return logits, None
         top = logits.float() if logits.dtype == torch.bfloat16 else logits
         loss = F.cross_entropy(top.flatten(0, -2), targets.flatten())
-        if self.broadcast is not None:
-            loss = loss + self.broadcast.teach(taught, logits, targets, self.head)
+        if broadcast is not None:
+            loss = loss + broadcast.teach(taught, logits, targets, self.head)
         return logits, loss
 
 
@@ -129,8 +130,7 @@ def initialise(model: GPT, seed: int) -> None:
             parameter.fill_(1.0)
         else:
             std = module.init_std if isinstance(module, Linear) else INIT_STD
-            draws = torch.randn(parameter.shape, generator=torch_stream(seed, "init", name), dtype=torch.float64)
-            parameter.copy_(draws * std)
+            parameter.copy_(normal(tuple(parameter.shape), stream(seed, "init", name)) * std)
 
 
 def residual_std(model: Model) -> float:

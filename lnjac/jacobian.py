@@ -12,9 +12,11 @@ from dataclasses import dataclass, fields
 from itertools import repeat
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lnjac import tables
 from lnjac.tables import ENERGIES, RSTD_POWERS, SIGMA_QUANTILES
 
 CHUNK_ELEMENTS = 1 << 16
@@ -33,15 +35,7 @@ class Switches(NamedTuple):
 
 
 EXACT = Switches(True, True, True)
-SURROGATES = {
-    "center_scale": Switches(True, False, True),
-    "projected": Switches(True, True, False),
-    "ste": Switches(False, False, False),
-    "scale": Switches(False, False, True),
-    "radial_scale": Switches(False, True, True),
-    "center": Switches(True, False, False),
-    "radial": Switches(False, True, False),
-}
+SURROGATES = {name: Switches(*factors) for name, factors in tables.SURROGATES.items()}
 """The seven surrogates by name; center_scale and scale are Xu et al. 2019 (arXiv 1911.07013), "detach σ" and DetachNorm."""
 
 
@@ -208,7 +202,6 @@ def sums(tokens: Tokens, *, rms: bool = False) -> Sums:
     found = {f"sum_{e}{s}": (energy * weight).sum() for e, energy in energies.items() for s, weight in weights.items()}
     found |= {f"sum_{name}": cos[tokens.measurable].sum() for name, cos in cosines(tokens, rms=rms).items()}
     found["sum_sigma"] = tokens.sigma.sum()
-    found["sum_sigma_sq"] = tokens.sigma.square().sum()
     found["sum_rho"] = tokens.rho.sum()
     found["sum_residual_sq"] = tokens.residual_sq.sum()
     found["n_tokens"] = torch.tensor(tokens.sigma.numel())
@@ -270,30 +263,23 @@ def flattened(total: Mapping[str, float], switches: Switches, *, rms: bool = Fal
 
 
 def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = False) -> dict[str, float]:
-    """Every measured column of a layer row, from the added statistics and the per-token σ: (n,), which quantiles need."""
+    """Every measured column of a layer row, from the added statistics and, for spread and quantiles, every σ: (n,)."""
     n, n_zero = int(total["n_tokens"]), int(total["n_zero"])
-    means = [
-        "cos_center_vs_true",
-        "cos_ste_vs_true",
-        "cos_center_vs_ste",
-        "cos_projected_vs_true",
-        "cos_radial_vs_true",
-    ]
-    found: dict[str, float] = {name: _ratio(total[f"sum_{name}"], n - n_zero) for name in means}
+    found: dict[str, float] = {
+        name.removeprefix("sum_"): _ratio(value, n - n_zero)
+        for name, value in total.items()
+        if name.startswith("sum_cos_")
+    }
     found |= shares(total, d, rms=rms)
     for name, switches in SURROGATES.items():
         found[f"flat_cos_{name}"], found[f"gain_{name}"] = flattened(total, switches, rms=rms)
-    quantiles = torch.quantile(
-        sigma.double(), torch.tensor(list(SIGMA_QUANTILES.values()), dtype=torch.float64, device=sigma.device)
-    )
-    found |= dict(zip(SIGMA_QUANTILES, quantiles.tolist(), strict=True))
+    sigmas = sigma.double().cpu().numpy()  # numpy's quantile takes any number of tokens, torch's 2^24
+    found |= dict(zip(SIGMA_QUANTILES, np.quantile(sigmas, list(SIGMA_QUANTILES.values())).tolist(), strict=True))
     return found | {
         "n_tokens": n,
         "n_zero": n_zero,
         "sigma_mean": total["sum_sigma"] / n,
-        "sigma_std": math.sqrt(max(0.0, total["sum_sigma_sq"] - total["sum_sigma"] ** 2 / n) / (n - 1))
-        if n > 1
-        else math.nan,
+        "sigma_std": float(sigmas.std(ddof=1)) if n > 1 else math.nan,
         "rho_mean": total["sum_rho"] / n,
         "jacobian_residual": math.sqrt(_ratio(total["sum_residual_sq"], total["sum_C_rstd2"] + total["sum_B2_rstd2"])),
         **{name: total[name] for name in (f"sum_{e}{s}" for e in ENERGIES for s in RSTD_POWERS)},

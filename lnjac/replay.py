@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lnjac import runs
-from lnjac.config import ConfigError, RunConfig, build
+from lnjac.config import PLUGIN_GROUPS, ConfigError, RunConfig, build
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Run:
     """A finished run's folder. `.layers`, `.run` and `.curve` are its tables as pandas frames."""
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, *, trust: bool = False) -> None:
+        self.folder, self.trust = Path(folder), trust
         self.status = runs.read_status(self.folder)
         if (state := self.status.get("status")) not in runs.FINISHED:
             said = f"status {state}" if state else f"no {runs.STATUS}"
@@ -31,7 +31,16 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
-        return build(self.metadata["config"])
+        """The run's config. Its classes are imported by name, so those of other packages only when `trust` is given."""
+        plain = self.metadata["config"]
+        targets = [plain[group]["_target_"] for group in PLUGIN_GROUPS]
+        foreign = [target for target in targets if not target.startswith("lnjac.")]
+        if foreign and not self.trust:
+            raise ConfigError(
+                f"{self.folder} names code outside lnjac ({', '.join(foreign)}): if it is yours, "
+                "open the run by load_run(folder, trust=True)"
+            )
+        return build(plain)
 
     @cached_property
     def layers(self) -> pd.DataFrame:
@@ -75,6 +84,9 @@ class Run:
         return frame
 
 
-def load_run(folder: str | Path) -> Run:
-    """Open the run in folder. Raises ConfigError unless its status is done or diverged."""
-    return Run(folder)
+def load_run(folder: str | Path, *, trust: bool = False) -> Run:
+    """Open the run in folder; `trust` lets it import the modules its config names beside lnjac's own.
+
+    Raises ConfigError unless the run's status is done or diverged.
+    """
+    return Run(folder, trust=trust)

@@ -8,6 +8,7 @@ import hashlib
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def sequence(seed: int, *labels: str | int) -> np.random.SeedSequence:
@@ -16,11 +17,16 @@ def sequence(seed: int, *labels: str | int) -> np.random.SeedSequence:
     return np.random.SeedSequence(seed, spawn_key=tuple(np.frombuffer(words, dtype="<u4").tolist()))
 
 
-def numpy_stream(seed: int, *labels: str | int) -> np.random.Generator:
+def stream(seed: int, *labels: str | int) -> np.random.Generator:
+    """The generator of these labels. Tensors are drawn from it too, on the CPU: torch's own keep 32 bits of a seed."""
     return np.random.Generator(np.random.PCG64(sequence(seed, *labels)))
 
 
-def torch_stream(seed: int, *labels: str | int) -> torch.Generator:
-    """A CPU generator: draws are made there and moved, so that every device starts from the same numbers."""
-    state = int(sequence(seed, *labels).generate_state(1, np.uint64)[0])
-    return torch.Generator().manual_seed(state)
+def normal(shape: tuple[int, ...], generator: np.random.Generator) -> Tensor:
+    """Standard normal draws in float64, so that every precision and device rounds the same numbers."""
+    return torch.from_numpy(generator.standard_normal(shape))
+
+
+def uniform(shape: tuple[int, ...], generator: np.random.Generator) -> Tensor:
+    """Draws from [0, 1) in float64."""
+    return torch.from_numpy(generator.random(shape))

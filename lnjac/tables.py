@@ -5,8 +5,16 @@ from typing import NamedTuple
 SCHEMA_VERSION = 1
 """Raised when a column changes its name, type or meaning."""
 
-SURROGATES = ("center_scale", "projected", "ste", "scale", "radial_scale", "center", "radial")
-"""The backwards that are compared with the exact one."""
+SURROGATES = {
+    "center_scale": (True, False, True),
+    "projected": (True, True, False),
+    "ste": (False, False, False),
+    "scale": (False, False, True),
+    "radial_scale": (False, True, True),
+    "center": (True, False, False),
+    "radial": (False, True, False),
+}
+"""The backwards that are compared with the exact one: whether each centres, removes the radial part, scales by 1/σ."""
 
 SIGMA_QUANTILES = {
     "sigma_q05": 0.05,

@@ -1,5 +1,6 @@
 """One run: train, validate, analyse, write rows."""
 
+import json
 import logging
 import math
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from lnjac.credit import is_feedback
 from lnjac.data import Corpus
 from lnjac.norm import norms, unmatched
 from lnjac.progress import progress
-from lnjac.streams import numpy_stream, sequence
+from lnjac.streams import sequence, stream
 from lnjac.summary import layer_table
 
 log = logging.getLogger(__name__)
@@ -36,9 +38,16 @@ def admit(config: RunConfig) -> Corpus:
     """Everything that can be known before training: loads the corpus and raises ConfigError with every problem found."""
     problems = configs.check(config)
     problems += _hardware_problems(config)
+    try:
+        runs.table((), configs.columns(config), [{}])
+        json.dumps(configs.to_dict(config))
+    except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
+        problems.append(f"the config cannot be stored in a table: {error}; give its dataclass plain typed values")
     if not problems:
         with torch.device("meta"):
             sites = [name for name, _ in norms(gpt.GPT(config.model, config.attn_mode, vocab_size=1))]
+        if not config.ln_backward.sites:
+            problems.append("ln_backward.sites is empty: name a site, or use ln_backward=exact")
         problems += [
             f"ln_backward.sites={pattern} matches no norm of this model: it has {', '.join(sites)}"
             for pattern in unmatched(sites, config.ln_backward)
@@ -76,6 +85,8 @@ class Clock:
 
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:
+        if part != "train" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()  # what is left of the update is not this part's
         start = time.perf_counter()
         try:
             yield
@@ -93,9 +104,8 @@ class Training:
         groups = optim.groups(self.model, config.method, config.optimizer.weight_decay)
         self.optimizer = config.optimizer.build(groups)
         self.batches = data.Batches(
-            corpus.train, config.batch_size, config.model.block_size, numpy_stream(config.seed, "batches")
+            corpus.train, config.batch_size, config.model.block_size, stream(config.seed, "batches")
         )
-        torch.manual_seed(int(sequence(config.seed, "dropout").generate_state(1, np.uint64)[0]))
         self.updates = 0
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -152,7 +162,7 @@ class Training:
             split,
             settings.batch_size,
             self.config.model.block_size,
-            numpy_stream(self.config.seed, "diagnostic"),
+            stream(self.config.seed, "diagnostic"),
         )
         return [source.next() for _ in range(settings.batches)]
 
@@ -165,17 +175,20 @@ class Training:
 
 @contextmanager
 def execution(config: RunConfig) -> Iterator[None]:
-    """torch's threads and determinism as configured, and as they were afterwards."""
+    """torch's threads, determinism and dropout stream as configured, and as they were afterwards."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.set_num_threads(config.threads or threads)
     if config.deterministic:  # cuBLAS is deterministic only with a workspace of a fixed size
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
     try:
-        yield
+        with torch.random.fork_rng():
+            torch.manual_seed(int(sequence(config.seed, "dropout").generate_state(1, np.uint64)[0]))
+            yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 def run(config: RunConfig, folder: Path, corpus: Corpus | None = None) -> str:
@@ -208,7 +221,7 @@ class Record:
         self.curve: list[dict[str, Any]] = []
 
     def observe(self, train_loss: float | None = None, lr: float | None = None) -> bool:
-        """Measure what is due after the updates done so far; False when it is not finite, which is then left out."""
+        """Measure what is due after the updates done so far, leaving out what is not finite; False for a loss that is not."""
         done, config = self.training.updates, self.training.config
         val_loss = None
         if done == config.steps or (config.eval.every is not None and done % config.eval.every == 0):
@@ -218,9 +231,9 @@ class Record:
         if healthy and done in self.analysed_at:
             with self.clock.timing("diagnose"):
                 rows = self.training.diagnose()
-            healthy = all(math.isfinite(row["sum_C_rstd2"]) for row in rows)
-            self.layers += [{**self.identity, **row} for row in rows if healthy]
+            self.layers += [{**self.identity, **row} for row in rows if math.isfinite(row["sum_C_rstd2"])]
         if train_loss is not None or val_loss is not None:
+            val_loss = val_loss if healthy else None
             point = {"step": done, "train_loss_nats": train_loss, "val_loss_nats": val_loss, "lr": lr}
             self.curve.append({"run_id": self.identity["run_id"], **point})
         return healthy

@@ -17,7 +17,7 @@ FILL = {"int64": 7, "float64": 0.25, "string": "x", "bool": False}
 
 
 def make_run(folder: Path, seed: int = 1, *, steps: tuple[int, ...] = (0, 100), **run: Any) -> Path:
-    ids = {"run_id": f"abc{seed}", "diag_id": "d"}
+    ids = {"run_id": f"abc{seed}", "diag_id": run.pop("diag_id", "d")}
     config = [(Column("seed", "int64", "", ""), seed), (Column("attn_mode.bias", "bool", "", ""), True)]
 
     def row(table: str, **given: Any) -> dict[str, Any]:
@@ -233,6 +233,16 @@ def test_show_a_sweep_lists_the_runs_to_choose_from(lnjac: Any, tmp_path: Path):
     code, _, err = lnjac("show", tmp_path)
     assert code == 1
     assert err == f"lnjac: {tmp_path} holds 2 runs: choose one of {tmp_path / '0'}, {tmp_path / '1'}\n"
+
+
+def test_show_tells_one_runs_diagnostics_apart(lnjac: Any, tmp_path: Path):
+    make_run(tmp_path / "0", diag_id="final", steps=(100,))
+    make_run(tmp_path / "1", diag_id="often")
+    out = tmp_path / "all.parquet"
+    lnjac("merge", tmp_path, "-o", out)
+    assert lnjac("show", out)[2].endswith("from abc1/final, abc1/often\n")
+    assert lnjac("show", out, "--run", "abc1/often", "--step", 0)[0] == 0
+    assert lnjac("show", out, "--run", "abc1/final", "--step", 0)[0] == 1
 
 
 def test_show_a_merged_file_asks_for_one_of_its_runs(lnjac: Any, tmp_path: Path):

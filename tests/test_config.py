@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+from enum import Enum
+from typing import Any, Optional
 
 import pytest
 from hydra.errors import HydraException
 
-from lnjac import config, train
+from lnjac import config, runs, train
+from lnjac.attention import Softmax
 from lnjac.config import ConfigError, build, check, columns, compose, diag_id, run_id, to_dict
 
 
@@ -55,7 +58,10 @@ def test_bare_default_is_the_original_run() -> None:
         (["eval.every=0"], "or null"),
         (["model.dropout=1.0"], "[0, 1)"),
         (["threads=0"], "null for torch's own choice"),
-        (["seed=-1"], "seed=-1 must not be negative"),
+        (["diagnostics.steps=[0,2]"], "set diagnostics.schedule=list"),
+        (["model.eps=nan"], "usual value is 1e-5"),
+        (["seed=9223372036854775808"], "2^63"),
+        (["seed=-1"], "seed=-1 must lie between 0"),
         (["attn_mode=sigmoid", "attn_mode.bias=inf"], "must be finite"),
         (["method.policy.qkv=maybe"], "expected one of [random, true]"),
     ],
@@ -173,3 +179,72 @@ def test_values_live_in_conf() -> None:
         for field in dataclasses.fields(part):
             said = getattr(part, field.name) if name == "data" else dataclasses.MISSING
             assert field.default in (dataclasses.MISSING, said), f"{type(part).__name__}.{field.name}"
+
+
+# ---------------------------------------------------------------- a stranger's dataclass
+
+
+class Kind(str, Enum):
+    a = "alpha"
+    b = "beta"
+
+
+@dataclasses.dataclass
+class Inner:
+    name: str
+    x: float
+
+
+@dataclasses.dataclass
+class Plugin(Softmax):
+    """Everything a newcomer's schema may hold."""
+
+    old_style: Optional[float]  # noqa: UP045
+    kind: Kind
+    maybe: Inner | None
+    kinds: list[Kind]
+    table: dict[str, float]
+    given: int = 7
+
+
+def plugin(**values: Any) -> config.RunConfig:
+    plain = to_dict(compose())
+    target = {"_target_": f"{__name__}.Plugin", "name": "plugin"}
+    filled = {"old_style": 1.5, "kind": "a", "maybe": None, "kinds": ["a", "b"], "table": {"p": 1.0}}
+    plain["attn_mode"] = target | filled | values
+    return build(plain)
+
+
+def test_a_strangers_schema_gets_columns_and_survives_the_round_trip() -> None:
+    for maybe in (None, {"name": "n", "x": 2.0}):
+        c = plugin(maybe=maybe)
+        assert build(to_dict(c)) == c
+        found = {col.name: (col.dtype, value) for col, value in columns(c)}
+        assert found["attn_mode.old_style"] == ("float64", 1.5)
+        assert found["attn_mode.kind"] == ("string", "a")
+        assert found["attn_mode.kinds"] == ("string", "a+b")
+        assert found["attn_mode.table"] == ("string", '{"p": 1.0}')
+        assert found["attn_mode.given"] == ("int64", 7)
+        assert runs.table((), columns(c), [{}]).num_rows == 1
+    assert found["attn_mode.maybe.name"] == ("string", "n")
+    assert found["attn_mode.maybe.x"] == ("float64", 2.0)
+
+
+def test_a_strangers_missing_value_is_said() -> None:
+    plain = to_dict(plugin())
+    del plain["attn_mode"]["old_style"], plain["attn_mode"]["given"]
+    with pytest.raises(ConfigError, match=r"attn_mode\.old_style has no value") as caught:
+        build(plain)
+    assert "given" not in str(caught.value)
+
+
+def test_sites_must_be_named() -> None:
+    with pytest.raises(ConfigError, match=r"ln_backward\.sites is empty"):
+        train.admit(compose("ln_backward=ste", "ln_backward.sites=[]"))
+
+
+def test_what_cannot_be_stored_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = compose()
+    monkeypatch.setattr(c.attn_mode, "name", object())
+    with pytest.raises(ConfigError, match="cannot be stored in a table"):
+        train.admit(c)

@@ -257,7 +257,7 @@ def test_shakespeare_is_downloaded_checked_and_kept(
         assert other.load().sha256 == small_shakespeare
         assert "100 %" in terminal.getvalue()
     assert fetch.load().sha256 == small_shakespeare  # from the folder, with the server gone
-    assert sorted(os.listdir("data/shakespeare_char")) == ["meta.pkl", "train.bin", "val.bin"]
+    assert sorted(os.listdir("data/shakespeare_char")) == [".lnjac", "meta.pkl", "train.bin", "val.bin"]
 
 
 def test_a_download_that_is_too_large_stops(tmp_path: Path, small_shakespeare: str) -> None:
@@ -560,14 +560,24 @@ def test_meta_is_written_last_and_each_file_whole_or_not_at_all(monkeypatch: pyt
     def watch(source: Path, target: Path) -> None:
         assert source.parent == target.parent
         order.append(target.name)
-        if len(order) == 3:
+        if len(order) == 4:
             raise OSError(28, "No space left on device")
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", watch)
     refused(lambda: data.prepare(Path("mine"), TEXT), "cannot write mine (No space left on device)", "data.dir")
-    assert order == ["train.bin", "val.bin", "meta.pkl"]
-    assert sorted(os.listdir("mine")) == ["train.bin", "val.bin"]  # no temporary file stays behind
+    assert order == [".lnjac", "train.bin", "val.bin", "meta.pkl"]
+    assert sorted(os.listdir("mine")) == [".lnjac", "train.bin", "val.bin"]  # no temporary file stays behind
+
+
+@pytest.mark.parametrize("names", [["train.bin"], ["train.bin", "val.bin"], ["train.bin", "val.bin", "meta.pkl"]])
+def test_tokens_that_were_not_prepared_here_are_never_written_over(names: list[str]) -> None:
+    """As when data=nanogpt is forgotten and data.dir is not."""
+    Path("owt").mkdir()
+    for name in names:
+        Path("owt", name).write_bytes(b"precious")
+    refused(data.Play("play", dir="owt").load, "data=nanogpt data.dir=owt")
+    assert {file.name: file.read_bytes() for file in Path("owt").iterdir()} == dict.fromkeys(names, b"precious")
 
 
 def test_a_folder_that_cannot_be_made_is_said() -> None:
@@ -586,7 +596,7 @@ def test_processes_may_prepare_one_folder_at_once() -> None:
     with multiprocessing.get_context("fork").Pool(3) as pool:
         hashes = pool.map(_prepare_often, ["shared"] * 3, chunksize=1)
     assert set(hashes) == {data.open_folder("shared", Path("shared")).sha256}
-    assert sorted(os.listdir("shared")) == ["meta.pkl", "train.bin", "val.bin"]
+    assert sorted(os.listdir("shared")) == [".lnjac", "meta.pkl", "train.bin", "val.bin"]
 
 
 # The yaml files

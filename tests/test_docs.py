@@ -16,6 +16,13 @@ def test_columns_md_is_generated(root: Path) -> None:
     assert (root / "docs" / "columns.md").read_text() == tables.markdown()
 
 
+def test_relative_links_lead_somewhere(root: Path) -> None:
+    pages = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("benchmarks/*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert "://" in link or (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
 def test_column_names_are_unique() -> None:
     for declared in tables.TABLES.values():
         names = [column.name for column in declared]

@@ -17,7 +17,7 @@ from torch import Tensor
 from lnjac import data, gpt
 from lnjac.config import NormKind, Placement, RunConfig, check, compose
 from lnjac.norm import norms
-from lnjac.streams import numpy_stream, sequence, torch_stream
+from lnjac.streams import normal, sequence, stream
 from lnjac.train import Training
 
 VOCAB = 11
@@ -91,7 +91,7 @@ def test_five_adamw_updates_are_the_references() -> None:
     training = Training(config, corpus())
     twin = reference_of(training.model, config)
     start = copy.deepcopy(dict(twin.named_parameters()))
-    again = data.Batches(corpus().train, 4, 8, numpy_stream(config.seed, "batches"))
+    again = data.Batches(corpus().train, 4, 8, stream(config.seed, "batches"))
     reference.train(twin, iter(again.next, None), 5, lr=1e-3, weight_decay=0.01)
     for _ in range(5):
         training.update()
@@ -377,15 +377,14 @@ def test_no_seed_shares_a_stream_with_another() -> None:
 
 
 def test_a_stream_does_not_depend_on_what_was_drawn_from_another() -> None:
-    alone = torch.randn(5, generator=torch_stream(7, "b"))
-    torch.randn(1000, generator=torch_stream(7, "a"))
-    numpy_stream(7, "b").random(10)
-    assert torch.equal(torch.randn(5, generator=torch_stream(7, "b")), alone)
-    assert np.array_equal(numpy_stream(7, "a").random(3), numpy_stream(7, "a").random(3))
-    assert not np.array_equal(numpy_stream(7, "a").random(3), numpy_stream(7, "b").random(3))
+    alone = normal((5,), stream(7, "b"))
+    normal((1000,), stream(7, "a"))
+    assert torch.equal(normal((5,), stream(7, "b")), alone)
+    assert np.array_equal(stream(7, "a").random(3), stream(7, "a").random(3))
+    assert not np.array_equal(stream(7, "a").random(3), stream(7, "b").random(3))
 
 
 def test_streams_of_neighbouring_seeds_are_uncorrelated() -> None:
-    rows = torch.stack([torch.randn(4000, generator=torch_stream(s, "init", n)) for s in (0, 1, 2) for n in "ab"])
+    rows = torch.stack([normal((4000,), stream(s, "init", n)).float() for s in (0, 1, 2) for n in "ab"])
     off = torch.corrcoef(rows) - torch.eye(6)
     assert off.abs().max() < 5 / math.sqrt(4000)

@@ -213,6 +213,28 @@ def test_a_failing_run_says_why_and_leaves_no_rows(tmp_path: Path, monkeypatch: 
         lnjac.load_run(tmp_path)
 
 
+def test_a_run_that_names_foreign_code_is_opened_only_on_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(tmp_path)
+    foreign = lnjac.load_run(tmp_path)
+    foreign.metadata["config"]["attn_mode"]["_target_"] = "this.Zen"
+    with pytest.raises(ConfigError, match="trust=True"):
+        _ = foreign.config
+    assert "this" not in sys.modules
+
+
+def test_a_run_leaves_torch_as_it_found_it(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.get_rng_state(), torch.get_num_threads()
+    try:
+        finished(tmp_path, "threads=2", "model.dropout=0.1")
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert torch.get_num_threads() == before[1]
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")

@@ -315,6 +315,15 @@ def test_a_readable_file_that_the_run_did_not_write_is_skipped(tmp_path: Path, o
     assert skip.reason.startswith(f"{file} is not the file that the run wrote")
 
 
+def test_one_corpus_read_by_two_names_is_one_run(tmp_path: Path, out: Path):
+    make_run(tmp_path / "a")
+    twin = make_run(tmp_path / "b")
+    for file in ("layers.parquet", "run.parquet"):
+        rewrite(twin / file, lambda t: with_column("data", pa.array(["nanogpt"] * len(t)))(t))
+    report = merge([tmp_path / "a", tmp_path / "b"], out)
+    assert (report.merged, report.duplicates["runs"]) == (1, 1)
+
+
 def test_a_run_file_holds_one_run(tmp_path: Path, out: Path):
     make_run(tmp_path / "s" / "good", seed=1)
     for i, (n, _) in enumerate([(0, "none"), (2, "two")]):
