@@ -61,6 +61,9 @@ def admit(config: RunConfig) -> Corpus:
 
 
 def _hardware_problems(config: RunConfig) -> list[str]:
+    cores = os.cpu_count() or 1
+    if config.threads is not None and config.threads > cores:
+        return [f"threads={config.threads} is more than this machine's {cores} cores: use threads={cores} or fewer"]
     if config.device is Device.cuda and not torch.cuda.is_available():
         return ["device=cuda, but torch finds no CUDA device: use device=cpu or device=auto"]
     if config.precision is Precision.bf16 and _device(config).type == "cuda" and not torch.cuda.is_bf16_supported():

@@ -238,6 +238,11 @@ def test_a_strangers_missing_value_is_said() -> None:
     assert "given" not in str(caught.value)
 
 
+def test_more_threads_than_cores_are_refused() -> None:
+    with pytest.raises(ConfigError, match="threads=100000 is more than"):
+        train.admit(compose("threads=100000"))
+
+
 def test_sites_must_be_named() -> None:
     with pytest.raises(ConfigError, match=r"ln_backward\.sites is empty"):
         train.admit(compose("ln_backward=ste", "ln_backward.sites=[]"))

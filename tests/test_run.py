@@ -227,7 +227,7 @@ def test_a_run_leaves_torch_as_it_found_it(tmp_path: Path) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     before = torch.get_rng_state(), torch.get_num_threads()
     try:
-        finished(tmp_path, "threads=2", "model.dropout=0.1")
+        finished(tmp_path, "threads=1", "model.dropout=0.1")
         assert torch.equal(torch.get_rng_state(), before[0])
         assert torch.get_num_threads() == before[1]
         assert torch.is_deterministic_algorithms_warn_only_enabled()
