@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 .PHONY: sweep test lint format docs benchmark clean
 
 sweep: $(VENV)/.installed
-	$(PY) run.py -m attn_mode=softmax,sigmoid seed=1,2,3
+	$(PY) run.py -m attn_mode=softmax,sigmoid seed=1,2,3 $(ARGS)
 
 test: lint
 	$(PY) -m pytest

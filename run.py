@@ -1,6 +1,8 @@
 """Train, analyse and write one run, or with -m a sweep of them: see README.md."""
 
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,4 +36,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted: what was finished is kept")
+        print("interrupted: this run keeps no rows; finished runs of a sweep are kept and merged", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # die of the signal, so that a shell's loop ends too
+        os.kill(os.getpid(), signal.SIGINT)

@@ -14,7 +14,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweepe
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import CompactHydraException  # Hydra shows its text alone, without a traceback
+from hydra.errors import CompactHydraException, HydraException  # Hydra shows its text alone, without a traceback
 from omegaconf import OmegaConf
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,10 @@ class LnjacSweeper(BasicSweeper):
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
-        batches = self.split_arguments(overrides, self.max_batch_size)
+        try:
+            batches = self.split_arguments(overrides, self.max_batch_size)
+        except HydraException as error:  # interval() and the like: there is no grid of them
+            raise CompactHydraException(f"{error}: use choice(), range() or a list of values") from None
         jobs = [job for batch in batches for job in batch]
         if not jobs:
             raise CompactHydraException("the sweep has no jobs: does a glob() or range() in it match nothing?")

@@ -5,7 +5,7 @@ torch.compile, vmap and forward mode: the backward's linear map is symmetric (`l
 to x itself, with z and σ held constant, gives an expression whose gradient is that very map.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lnjac.jacobian import EXACT, Switches, normalise, pull_back
+from lnjac.jacobian import EXACT, SURROGATES, Switches, normalise, pull_back
 
 
 class Backward(Protocol):
@@ -36,6 +36,13 @@ class Factors:
     center: bool
     radial: bool
     scale: bool
+
+    def problems(self, config: Any) -> Iterator[str]:
+        mine = Switches(self.center, self.radial, self.scale)
+        named = {"exact": EXACT, **SURROGATES}
+        if mine != named.get(self.name, mine):
+            right = next(name for name, switches in named.items() if switches == mine)
+            yield f"ln_backward={self.name} with other factors than its own would be mislabelled: use ln_backward={right}"
 
     def surrogate(self, x: Tensor, eps: float, *, rms: bool) -> Tensor | None:
         """M(x), where M pulls ∂L/∂z back through the chosen factors with z and σ constant; its gradient is Mᵀ = M."""

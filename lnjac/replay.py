@@ -27,7 +27,7 @@ class Run:
             raise ConfigError(
                 f"{folder} is not a finished run ({said}): name a folder whose status is done or diverged"
             )
-        self.metadata = runs.read_metadata(self.folder / runs.FILES["runs"])
+        self.metadata = runs.read_metadata(self._verified(runs.FILES["runs"]))
 
     @cached_property
     def config(self) -> RunConfig:
@@ -63,10 +63,10 @@ class Run:
 
         from lnjac import gpt
 
-        if runs.MODEL not in self.status["sha256"]:  # a file there would be another run's
+        if runs.MODEL not in self.status.get("sha256", {}):  # a file there would be another run's
             raise ConfigError(f"{self.folder} holds no weights: it was run with save_model=false")
         model = gpt.build(self.config, self.metadata["provenance"]["vocab_size"])
-        state = load_file(self.folder / runs.MODEL)
+        state = load_file(self._verified(runs.MODEL))
         if self.config.model.tie:
             state["head.weight"] = state["wte.weight"]
         model.load_state_dict(state)
@@ -76,12 +76,19 @@ class Run:
         """(idx, targets) the norms were analysed on: (batches, B, T) int64 each."""
         from safetensors.torch import load_file
 
-        found = load_file(self.folder / runs.BATCH)
+        found = load_file(self._verified(runs.BATCH))
         return found["idx"], found["targets"]
 
     def _frame(self, name: str) -> pd.DataFrame:
-        frame: pd.DataFrame = runs.read_table(self.folder / runs.FILES[name]).to_pandas()
+        frame: pd.DataFrame = runs.read_table(self._verified(runs.FILES[name])).to_pandas()
         return frame
+
+    def _verified(self, file: str) -> Path:
+        """The file's path; ConfigError where it is not, to the last bit, what the run wrote."""
+        path = self.folder / file
+        if not path.exists() or runs.file_sha256(path) != self.status.get("sha256", {}).get(file):
+            raise ConfigError(f"{path} is missing or not the file that the run wrote: run it again")
+        return path
 
 
 def load_run(folder: str | Path, *, trust: bool = False) -> Run:

@@ -295,6 +295,7 @@ def _run(config: RunConfig, corpus: Corpus, out: runs.RunFolder, started_at: str
     _write(out, training, identity, tables)
     out.status(status, **({} if diverged_step is None else {"step": diverged_step}))
     _say(result, record.layers)
+    log.info("written to %s", out.path)
     return status
 
 

@@ -59,6 +59,7 @@ def test_bare_default_is_the_original_run() -> None:
         (["model.dropout=1.0"], "[0, 1)"),
         (["threads=0"], "null for torch's own choice"),
         (["diagnostics.steps=[0,2]"], "set diagnostics.schedule=list"),
+        (["ln_backward.center=false"], "use ln_backward=radial_scale"),
         (["model.eps=nan"], "usual value is 1e-5"),
         (["seed=9223372036854775808"], "2^63"),
         (["seed=-1"], "seed=-1 must lie between 0"),

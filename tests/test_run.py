@@ -235,6 +235,16 @@ def test_a_run_leaves_torch_as_it_found_it(tmp_path: Path) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    run = finished(tmp_path)
+    path = tmp_path / runs.MODEL
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="not the file that the run wrote"):
+        run.model()
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
