@@ -120,6 +120,11 @@ def draw(shape: tuple[int, ...], std: float, distribution: Distribution, generat
     return (uniform(shape, generator) * 2 - 1) * (std * math.sqrt(3))
 
 
+def _scale_problems(scale: float) -> Iterator[str]:
+    if not (scale > 0 and math.isfinite(scale)):
+        yield f"method.scale={scale} must be positive: it multiplies the feedback's spread"
+
+
 def is_feedback(parameter: str) -> bool:
     """Whether a parameter's or buffer's dotted name is that of a feedback matrix."""
     return parameter.rpartition(".")[2].startswith("feedback")
@@ -205,8 +210,7 @@ class FeedbackMethod(Method):
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
-        if not (self.scale > 0 and math.isfinite(self.scale)):
-            yield f"method.scale={self.scale} must be positive: it multiplies the feedback's spread"
+        yield from _scale_problems(self.scale)
         if all(getattr(self.policy, kind) is Transpose.true for kind in KINDS):
             yield f"method={self.name} with every method.policy.* = true is backprop: use method=bp, or set one to random"
 
@@ -321,9 +325,8 @@ class Broadcast(nn.Module):
     def teach(self, outputs: list[Tensor], logits: Tensor, targets: Tensor, head: Linear) -> Tensor:
         """Zero in value; its gradient at output ℓ: (B, T, d) is e·B_ℓ, e = ∂CE/∂logits or, at hidden, ∂CE/∂(head's input)."""
         with torch.no_grad():
-            top = logits.float() if logits.dtype == torch.bfloat16 else logits
-            hits = torch.arange(top.shape[-1], device=top.device) == targets.unsqueeze(-1)
-            e = (top.softmax(-1) - hits.to(top.dtype)) / targets.numel()
+            hits = torch.arange(logits.shape[-1], device=logits.device) == targets.unsqueeze(-1)
+            e = (logits.softmax(-1) - hits.to(logits.dtype)) / targets.numel()
             if self.error is ErrorAt.hidden:
                 e = e @ head.weight
             taught = [(e @ getattr(self, f"feedback_{i}")).to(h.dtype) for i, h in enumerate(outputs)]
@@ -388,5 +391,4 @@ class DirectFeedback(Method):
             )
         if config.model.n_layer == 1 and self.inject is Inject.block and not self.cut_head:
             yield "dfa teaches nothing in one block that gets its true gradient: set method.cut_head=true, or use method=bp"
-        if not (self.scale > 0 and math.isfinite(self.scale)):
-            yield f"method.scale={self.scale} must be positive: it multiplies the feedback's spread"
+        yield from _scale_problems(self.scale)

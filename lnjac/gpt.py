@@ -101,7 +101,7 @@ class GPT(nn.Module):
         top = logits.float() if logits.dtype == torch.bfloat16 else logits
         loss = F.cross_entropy(top.flatten(0, -2), targets.flatten())
         if broadcast is not None:
-            loss = loss + broadcast.teach(taught, logits, targets, self.head)
+            loss = loss + broadcast.teach(taught, top, targets, self.head)
         return logits, loss
 
 
