@@ -28,8 +28,11 @@ from lnjac.tables import Column
 NUMERICS_VERSION = 1
 """Part of every run's identity: raised whenever the same config would give other numbers than before."""
 
-EXECUTION = ("device", "threads", "deterministic", "save_model")
+EXECUTION = ("device", "threads", "deterministic", "save_model", "checkpoint")
 """How a run is executed: left out of its identity and of its config columns."""
+
+SWEEP = ("sweep", "retry_failed", "dry_run")
+"""What a whole sweep is told, no part of any run's config."""
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -170,6 +173,17 @@ class Evaluation:
 
 
 @dataclass
+class Checkpoints:
+    """How often a run saves what it needs to go on after an interruption, in seconds (null: never)."""
+
+    every: float | None
+
+    def problems(self, config: "RunConfig") -> Iterator[str]:
+        if self.every is not None and not self.every >= 0:
+            yield f"checkpoint.every={self.every} must not be negative; null: no checkpoints"
+
+
+@dataclass
 class RunConfig:
     """One run: everything that `conf/` decides, as plain typed values."""
 
@@ -189,6 +203,7 @@ class RunConfig:
     deterministic: bool
     threads: int | None
     save_model: bool
+    checkpoint: Checkpoints
 
     def parts(self) -> dict[str, Any]:
         """The config groups by name."""
@@ -214,9 +229,9 @@ def build(node: Mapping[str, Any] | DictConfig) -> RunConfig:
     Raises ConfigError with a line for every unknown, missing or ill-typed value.
     """
     problems: list[str] = []
-    values: Any = dict(node)
+    values: Any = {key: value for key, value in node.items() if key not in SWEEP}
     if isinstance(node, DictConfig):  # without Hydra's own part, which is complete only once a job runs
-        ours = OmegaConf.masked_copy(node, [str(key) for key in node if key != "hydra"])
+        ours = OmegaConf.masked_copy(node, [str(key) for key in node if key not in ("hydra", *SWEEP)])
         try:
             values = OmegaConf.to_container(ours, resolve=True)
         except OmegaConfBaseException as error:

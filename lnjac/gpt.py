@@ -119,6 +119,21 @@ def build(config: RunConfig, vocab_size: int) -> GPT:
     return model
 
 
+def saved(model: GPT) -> dict[str, Tensor]:
+    """Weights and feedback by name, as they are kept in files: safetensors refuses two names for a tied matrix."""
+    state = model.state_dict()
+    if model.head.weight is model.wte.weight:
+        del state["head.weight"]
+    return state
+
+
+def load_saved(model: GPT, state: dict[str, Tensor]) -> None:
+    """Put what `saved` gave into a model of the same config."""
+    if model.head.weight is model.wte.weight:
+        state = {**state, "head.weight": state["wte.weight"]}
+    model.load_state_dict(state)
+
+
 @torch.no_grad()
 def initialise(model: GPT, seed: int) -> None:
     """Linear and embedding weights N(0, 0.02²), residual projections by 1/√(2·n_layer) smaller; biases 0, γ = 1."""

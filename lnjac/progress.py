@@ -1,6 +1,7 @@
 """How a long job tells of itself: a bar on a terminal, plain dated lines in the log."""
 
 import logging
+import multiprocessing
 import sys
 import time
 from collections.abc import Iterator
@@ -12,28 +13,33 @@ log = logging.getLogger(__name__)
 class Progress:
     """Reports a run's updates: `tick` after each one; a log line every tenth of the run and at least every 30 s."""
 
-    def __init__(self, total: int, tokens_per_update: int) -> None:
-        self.total, self.tokens = total, tokens_per_update
+    def __init__(self, total: int, tokens_per_update: int, before: int) -> None:
+        self.total, self.tokens, self.before = total, tokens_per_update, before
         self.started = self.spoken = time.perf_counter()
         self.bar: object | None = None
 
     def tick(self, done: int, loss: float) -> None:
         now = time.perf_counter()
-        rate = done * self.tokens / max(now - self.started, 1e-9)
+        per_update = (now - self.started) / (done - self.before)
+        rate = self.tokens / max(per_update, 1e-9)
         if self.bar is not None:
             self.bar.update(0, completed=done, loss=loss, rate=rate)  # type: ignore[attr-defined]
         tenth = max(1, self.total // 10)
         if done % tenth == 0 or done == self.total or now - self.spoken > 30:
             self.spoken = now
-            left = (self.total - done) * (now - self.started) / done
+            left = (self.total - done) * per_update
             log.info("step %d/%d  loss %.4f  %.0f tokens/s  %.0f s left", done, self.total, loss, rate, left)
 
 
 @contextmanager
-def progress(total: int, tokens_per_update: int) -> Iterator[Progress]:
-    """A Progress; on a terminal with a live bar (loss, tokens/s, time left) in place of log lines on the screen."""
-    report = Progress(total, tokens_per_update)
-    if not sys.stderr.isatty():
+def progress(total: int, tokens_per_update: int, before: int = 0) -> Iterator[Progress]:
+    """A Progress over `total` updates, `before` of them already done.
+
+    On a terminal with a live bar (loss, tokens/s, time left) in place of log lines on the screen; not in a worker
+    process, whose bar would be drawn over its neighbour's.
+    """
+    report = Progress(total, tokens_per_update, before)
+    if not sys.stderr.isatty() or multiprocessing.parent_process() is not None:
         yield report
         return
     from rich.console import Console

@@ -66,10 +66,7 @@ class Run:
         if runs.MODEL not in self.status.get("sha256", {}):  # a file there would be another run's
             raise ConfigError(f"{self.folder} holds no weights: it was run with save_model=false")
         model = gpt.build(self.config, self.metadata["provenance"]["vocab_size"])
-        state = load_file(self._verified(runs.MODEL))
-        if self.config.model.tie:
-            state["head.weight"] = state["wte.weight"]
-        model.load_state_dict(state)
+        gpt.load_saved(model, load_file(self._verified(runs.MODEL)))
         return model.eval()
 
     def diagnostic_batch(self) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from lnjac.tables import CURVES, LAYERS, RUNS, SCHEMA_VERSION, Column
 
@@ -26,8 +27,10 @@ FILES = {"layers": "layers.parquet", "runs": "run.parquet", "curves": "curve.par
 """The file of each table in a run's folder."""
 MODEL = "model.safetensors"
 BATCH = "diagnostic_batch.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
+LOCK = ".lock"
 
-RUNNING, DONE, FAILED, DIVERGED = "running", "done", "failed", "diverged"
+RUNNING, INTERRUPTED, DONE, FAILED, DIVERGED = "running", "interrupted", "done", "failed", "diverged"
 FINISHED = (DONE, DIVERGED)
 
 _ARROW = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "bool": pa.bool_()}
@@ -82,21 +85,33 @@ def write_table(path: Path, data: pa.Table, metadata: Mapping[str, Any]) -> None
 
 
 class RunFolder:
-    """The writing side of one run's folder."""
+    """The writing side of one run's folder, claimed until `release`: no other process may write to it meanwhile.
 
-    def __init__(self, path: Path) -> None:
+    Raises InUse when another process holds it. `identity` (run_id, diag_id) goes into every status.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
         self.path = Path(path)
+        self.identity = dict(identity)
         self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.path / LOCK, blocking=False)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise InUse(f"{self.path} is being written by another process") from None
         self.written: dict[str, str] = {}
 
+    def release(self) -> None:
+        self.lock.release()
+
     def status(self, state: str, **more: Any) -> None:
-        """Say what became of the run: one of running, done, failed, diverged, with an `error` or `step` where one applies.
+        """Say what became of the run: running, interrupted, done, failed or diverged, with an `error` or `step` if any.
 
         The status also holds the SHA-256 of each file written so far: page checksums leave a table's footer unguarded,
         and a file that an earlier run left in the folder is not in it.
         """
-        text = json.dumps({"status": state, "at": now(), **more, "sha256": self.written}, indent=1) + "\n"
-        write_atomically(self.path / STATUS, lambda temporary: temporary.write_text(text))
+        text = json.dumps({"status": state, "at": now(), **self.identity, **more, "sha256": self.written}, indent=1)
+        write_atomically(self.path / STATUS, lambda temporary: temporary.write_text(text + "\n"))
 
     def write(
         self,
@@ -114,6 +129,21 @@ class RunFolder:
         """Let `write` make one of the folder's files; on any error it stays as it was."""
         write_atomically(self.path / file, write)
         self.written[file] = file_sha256(self.path / file)
+
+
+class InUse(Exception):
+    """A run's folder is held by another process, which is alive."""
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a living process writes to this run's folder: the lock goes with its process, however that ends."""
+    try:
+        with FileLock(folder / LOCK, blocking=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # not there, or not ours to write to
+        return False
 
 
 def read_status(folder: Path) -> dict[str, Any]:

@@ -199,6 +199,8 @@ RUNS = [
     Column("diagnostics_s", "float64", "s", "wall time of the diagnostics"),
     Column("wall_s", "float64", "s", "wall time from start to the writing of the rows"),
     Column("started_at", "string", "UTC", "when the run began"),
+    Column("resumed_at", "int64", "updates", "updates of the checkpoint that it last went on from; 0: none"),
+    Column("stacked", "int64", "runs", "runs that trained as one stacked model with this one, itself included"),
     Column("commit", "string", "", "git commit of the code; null outside a checkout"),
     Column("dirty", "bool", "", "whether tracked files differed from that commit"),
     Column("lnjac_version", "string", "", "version of this package"),
@@ -237,7 +239,7 @@ VOLATILE = tuple(
     column.name
     for column in RUNS
     if column.unit in ("s", "tokens/s", "UTC")
-    or column.name in ("commit", "dirty", "device", "threads", "deterministic")
+    or column.name in ("resumed_at", "stacked", "commit", "dirty", "device", "threads", "deterministic")
     or column.name.endswith("_version")
 )
 """Columns in which two runs of the same science may differ."""

@@ -5,9 +5,10 @@ import logging
 import math
 import os
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lnjac import checkpoint, data, gpt, optim, plan, runs
 from lnjac import config as configs
-from lnjac import data, gpt, optim, runs
 from lnjac.analyse import analyse
 from lnjac.config import ConfigError, Device, Precision, RunConfig, Split
 from lnjac.credit import is_feedback
@@ -84,7 +85,13 @@ class Clock:
     train: float = 0.0
     evaluate: float = 0.0
     diagnose: float = 0.0
+    before: float = 0.0
+    """Wall seconds up to the checkpoint that the run goes on from."""
     started: float = field(default_factory=time.perf_counter)
+
+    def wall(self) -> float:
+        """Seconds since the run began, what lay between an interruption and its continuation left out."""
+        return self.before + time.perf_counter() - self.started
 
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:
@@ -142,6 +149,32 @@ class Training:
         self.updates += 1
         return value
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the coming updates depend on: weights, feedback, optimizer and generators; tensors, and plain values."""
+        tensors = {f"model.{name}": value for name, value in gpt.saved(self.model).items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": value for name, value in moments.items() if value is not None}
+        tensors["generator.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["generator.cuda"] = torch.cuda.get_rng_state(self.device)
+        return tensors, {"updates": self.updates, "batches": self.batches.rng.bit_generator.state}
+
+    def restore(self, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+        gpt.load_saved(self.model, weights)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, i, key = name.split(".")
+                moments.setdefault(int(i), {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        torch.set_rng_state(tensors["generator.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["generator.cuda"], self.device)
+        self.updates, self.batches.rng.bit_generator.state = note["updates"], note["batches"]
+
     @torch.no_grad()
     def validation_loss(self) -> float:
         """Mean loss in nats per token over the validation windows."""
@@ -197,21 +230,141 @@ def execution(config: RunConfig) -> Iterator[None]:
 def run(config: RunConfig, folder: Path, corpus: Corpus | None = None) -> str:
     """Train, analyse and write one run into folder; returns its status, done or diverged.
 
-    Raises ConfigError before any work for what `admit` finds. On any other error, and on Ctrl-C, what was measured so far
-    is left out, the folder's status says why it failed, and the error goes on.
+    A run that is there already is left as it is; one that was interrupted goes on from its last checkpoint. Raises
+    ConfigError before any work for what `admit` finds, and for a folder that holds another run or is being written. On
+    any other error, and on Ctrl-C, the folder's status says why it failed, and the error goes on.
     """
     corpus = corpus or admit(config)
-    out = runs.RunFolder(folder)
-    started_at = runs.now()
-    out.status(runs.RUNNING)
-    try:
-        with execution(config):
-            status = _run(config, corpus, out, started_at)
-    except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        out.status(runs.FAILED, error="interrupted" if interrupted else f"{type(error).__name__}: {error}")
-        raise
-    return status
+    with execution(config), Job(config, folder, corpus) as job:
+        return job.found or job.finish(_train(job))
+
+
+class Job:
+    """One run being made: its training, what it measures on its way, and its folder, held while in the `with` block.
+
+    `found` is its status if the folder held it already, finished; `updates` are then not to be made.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, corpus: Corpus) -> None:
+        self.config, self.corpus = config, corpus
+        self.identity = {"run_id": configs.run_id(config, corpus.sha256), "diag_id": configs.diag_id(config)}
+        self.started_at, self.clock = runs.now(), Clock()
+        self.stacked, self.resumed = 1, 0
+        self.checkpoint = Path(folder) / runs.CHECKPOINT
+        try:
+            self.out = runs.RunFolder(folder, self.identity)
+        except runs.InUse as error:
+            raise ConfigError(f"{error}: wait for it, or choose another folder") from None
+
+    def __enter__(self) -> "Job":
+        try:
+            self._begin()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def _begin(self) -> None:
+        before = plan.state(self.out.path, self.identity)
+        self.found = before.name if before.finished else None
+        if self.found:
+            log.info("run %s is in %s already: %s", self.identity["run_id"], self.out.path, self.found)
+            return
+        if before.name == plan.FOREIGN:
+            raise ConfigError(f"{self.out.path} {before.reason}: choose another folder, or delete it")
+        self.out.status(runs.RUNNING)
+        for part in self.config.parts().values():
+            for warning in part.warnings(self.config) if hasattr(part, "warnings") else ():
+                log.warning(warning)
+        self.training = Training(self.config, self.corpus)
+        self.record = Record(self.training, self.identity, self.clock)
+        if before.reason:
+            log.info("run again: %s", before.reason.splitlines()[0])
+        self._resume()
+        log.info("run %s on %s: %s", self.identity["run_id"], self.training.device.type, _brief(self.config))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ConfigError):  # found before any work: what is there stays as it is
+            pass
+        elif isinstance(error, Exception):
+            text = "".join(traceback.format_exception(error))
+            self.out.status(runs.FAILED, error=f"{type(error).__name__}: {error}", traceback=text)
+        elif error is not None:  # Ctrl-C, or a cluster's notice
+            self.out.status(runs.INTERRUPTED)
+        self.out.release()
+
+    def save(self) -> None:
+        """Write a checkpoint. A full disk costs the checkpoint, not the run: it is said, and training goes on."""
+        tensors, note = self.training.state()
+        spent = asdict(self.clock) | {"before": self.clock.wall()}
+        del spent["started"]
+        note |= {
+            **self.identity,
+            "layers": self.record.layers,
+            "curve": self.record.curve,
+            "spent": spent,
+            "started_at": self.started_at,
+            "commit": runs.provenance()["commit"],
+        }
+        try:
+            checkpoint.write(self.checkpoint, tensors, note)
+        except OSError as error:
+            log.warning("no checkpoint after update %d: %s", self.training.updates, error)
+
+    def _resume(self) -> None:
+        """Put the run where its checkpoint left off, if it has one that can be used."""
+        if not self.checkpoint.exists():
+            return
+        try:
+            tensors, note = checkpoint.read(self.checkpoint, self.identity)
+        except checkpoint.Unusable as error:
+            log.warning("%s is not used, the run starts anew: %s", self.checkpoint, error)
+            return
+        self.training.restore(tensors, note)
+        self.record.layers, self.record.curve = note["layers"], note["curve"]
+        self.clock = self.record.clock = Clock(**note["spent"])
+        self.started_at, self.resumed = note["started_at"], self.training.updates
+        log.info("goes on from the checkpoint after update %d", self.resumed)
+        if note["commit"] != (commit := runs.provenance()["commit"]):
+            log.warning("the checkpoint is of commit %s, this is %s", note["commit"], commit)
+
+    def finish(self, diverged_step: int | None) -> str:
+        """Write rows and status; returns the status. `diverged_step`: updates done when something turned non-finite."""
+        config, training, clock = self.config, self.training, self.clock
+        status = runs.DONE if diverged_step is None else runs.DIVERGED
+        with clock.timing("evaluate"):
+            baselines = data.baselines(self.corpus, config.eval.tokens)
+        curve = self.record.curve
+        losses = [row["train_loss_nats"] for row in curve if row["train_loss_nats"] is not None][-LAST_LOSSES:]
+        tokens = training.updates * config.batch_size * config.model.block_size
+        result = {
+            **self.identity,
+            "status": status,
+            "diverged_step": diverged_step,
+            "steps_done": training.updates,
+            "train_loss_nats": sum(losses) / len(losses) if losses else None,
+            "val_loss_nats": curve[-1]["val_loss_nats"] if status == runs.DONE else None,
+            "unigram_nats": baselines.unigram_nats,
+            "bigram_nats": baselines.bigram_nats,
+            "n_params": sum(p.numel() for name, p in training.model.named_parameters() if not is_feedback(name)),
+            "n_params_trained": sum(p.numel() for name, p in training.trained.items() if not is_feedback(name)),
+            "tokens_per_s": tokens / clock.train if clock.train else None,
+            "train_s": clock.train,
+            "eval_s": clock.evaluate,
+            "diagnostics_s": clock.diagnose,
+            "wall_s": clock.wall(),
+            "started_at": self.started_at,
+            "resumed_at": self.resumed,
+            "stacked": self.stacked,
+            **_environment(config, training),
+        }
+        tables = {"layers": self.record.layers, "runs": [result], "curves": curve}
+        _write(self.out, training, self.identity, tables)
+        self.out.status(status, **({} if diverged_step is None else {"step": diverged_step}))
+        self.checkpoint.unlink(missing_ok=True)
+        _say(result, self.record.layers)
+        log.info("written to %s", self.out.path)
+        return status
 
 
 class Record:
@@ -242,61 +395,22 @@ class Record:
         return healthy
 
 
-def _train(training: Training, record: Record) -> int | None:
+def _train(job: Job) -> int | None:
     """Run all updates; returns the number of updates done when something turned non-finite, or None."""
-    config = training.config
-    if not record.observe():
+    training, record, config = job.training, job.record, job.config
+    if training.updates == 0 and not record.observe():
         return 0
-    with progress(config.steps, config.batch_size * config.model.block_size) as report:
+    due = checkpoint.Timer(config.checkpoint.every)
+    with progress(config.steps, config.batch_size * config.model.block_size, training.updates) as report:
         while training.updates < config.steps:
             with record.clock.timing("train"):
                 loss = training.update()
             if not (math.isfinite(loss) and record.observe(loss, training.optimizer.param_groups[0]["lr"])):
                 return training.updates
             report.tick(training.updates, loss)
+            if due() and training.updates < config.steps:
+                job.save()
     return None
-
-
-def _run(config: RunConfig, corpus: Corpus, out: runs.RunFolder, started_at: str) -> str:
-    for part in config.parts().values():
-        for warning in part.warnings(config) if hasattr(part, "warnings") else ():
-            log.warning(warning)
-    clock = Clock()
-    training = Training(config, corpus)
-    identity = {"run_id": configs.run_id(config, corpus.sha256), "diag_id": configs.diag_id(config)}
-    log.info("run %s on %s: %s", identity["run_id"], training.device.type, _brief(config))
-    record = Record(training, identity, clock)
-    diverged_step = _train(training, record)
-    status = runs.DONE if diverged_step is None else runs.DIVERGED
-    with clock.timing("evaluate"):
-        baselines = data.baselines(corpus, config.eval.tokens)
-    losses = [row["train_loss_nats"] for row in record.curve if row["train_loss_nats"] is not None][-LAST_LOSSES:]
-    tokens = training.updates * config.batch_size * config.model.block_size
-    result = {
-        **identity,
-        "status": status,
-        "diverged_step": diverged_step,
-        "steps_done": training.updates,
-        "train_loss_nats": sum(losses) / len(losses) if losses else None,
-        "val_loss_nats": record.curve[-1]["val_loss_nats"] if status == runs.DONE else None,
-        "unigram_nats": baselines.unigram_nats,
-        "bigram_nats": baselines.bigram_nats,
-        "n_params": sum(p.numel() for name, p in training.model.named_parameters() if not is_feedback(name)),
-        "n_params_trained": sum(p.numel() for name, p in training.trained.items() if not is_feedback(name)),
-        "tokens_per_s": tokens / clock.train if clock.train else None,
-        "train_s": clock.train,
-        "eval_s": clock.evaluate,
-        "diagnostics_s": clock.diagnose,
-        "wall_s": time.perf_counter() - clock.started,
-        "started_at": started_at,
-        **_environment(config, training),
-    }
-    tables = {"layers": record.layers, "runs": [result], "curves": record.curve}
-    _write(out, training, identity, tables)
-    out.status(status, **({} if diverged_step is None else {"step": diverged_step}))
-    _say(result, record.layers)
-    log.info("written to %s", out.path)
-    return status
 
 
 def _write(
@@ -310,9 +424,7 @@ def _write(
     idx, targets = (torch.stack(part) for part in zip(*training.diagnostic_batches(), strict=True))
     out.save(runs.BATCH, lambda path: save_file({"idx": idx, "targets": targets}, path))
     if config.save_model:
-        state = {name: value.detach().cpu().contiguous() for name, value in training.model.state_dict().items()}
-        if config.model.tie:  # safetensors refuses two names for one storage; load_run ties them again
-            del state["head.weight"]
+        state = {name: value.detach().cpu().contiguous() for name, value in gpt.saved(training.model).items()}
         out.save(runs.MODEL, lambda path: save_file(state, path))
 
 

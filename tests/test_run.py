@@ -191,7 +191,8 @@ def test_a_diverging_run_stops_and_keeps_what_it_has(tmp_path: Path) -> None:
     status = runs.read_status(tmp_path)
     run = lnjac.load_run(tmp_path)
     step = int(run.run["diverged_step"][0])
-    assert status | {"at": "", "sha256": {}} == {"status": "diverged", "step": step, "at": "", "sha256": {}}
+    assert (status["status"], status["step"]) == ("diverged", step)
+    assert status["run_id"] == run.run["run_id"][0]
     assert 0 < step < 50
     assert run.curve["step"].max() == step
     assert math.isfinite(run.curve["train_loss_nats"].iloc[-1])
@@ -208,7 +209,8 @@ def test_a_failing_run_says_why_and_leaves_no_rows(tmp_path: Path, monkeypatch: 
         train.run(compose(*SMALL), tmp_path, corpus())
     assert runs.read_status(tmp_path)["status"] == "failed"
     assert "disk is on fire" in runs.read_status(tmp_path)["error"]
-    assert {path.name for path in tmp_path.iterdir()} == {runs.STATUS}
+    assert "in broken" in runs.read_status(tmp_path)["traceback"]
+    assert {path.name for path in tmp_path.iterdir()} == {runs.STATUS, runs.LOCK}
     with pytest.raises(ConfigError, match="not a finished run"):
         lnjac.load_run(tmp_path)
 
@@ -264,9 +266,82 @@ def test_a_row_is_never_silently_cut() -> None:
         runs.table(RUNS, (), [{**{column.name: None for column in RUNS}, "unheard": 1}])
 
 
+def test_a_finished_run_is_not_made_again_and_never_written_over(tmp_path: Path) -> None:
+    run = finished(tmp_path, "seed=1")
+    before = runs.file_sha256(tmp_path / "run.parquet")
+    assert train.run(compose(*SMALL, "seed=1"), tmp_path, corpus()) == runs.DONE
+    assert runs.file_sha256(tmp_path / "run.parquet") == before
+    with pytest.raises(ConfigError, match="holds another run"):
+        train.run(compose(*SMALL, "seed=2"), tmp_path, corpus())
+    assert lnjac.load_run(tmp_path).layers.equals(run.layers)
+    (tmp_path / "layers.parquet").write_bytes(b"")  # broken: made again
+    assert train.run(compose(*SMALL, "seed=1"), tmp_path, corpus()) == runs.DONE
+    pd.testing.assert_frame_equal(lnjac.load_run(tmp_path).layers, run.layers)
+
+
+def test_a_folder_belongs_to_one_process(tmp_path: Path) -> None:
+    config = compose(*SMALL)
+    with (
+        train.Job(config, tmp_path, corpus()),
+        pytest.raises(ConfigError, match="being written by another process"),
+    ):
+        train.run(config, tmp_path, corpus())
+    assert train.run(config, tmp_path, corpus()) == runs.DONE
+
+
+@pytest.mark.parametrize("options", [
+    ["method=bp"], ["method=fa", "model.dropout=0.2"], ["method=kp", "optimizer.grad_clip=0.5"], ["method=brsf"],
+    ["method=dfa", "precision=fp64"], ["optimizer=sgd", "optimizer.lr=0.5"], ["model.tie=true", "method=bp"],
+    ["method=frozen", "optimizer.decay=cosine"],
+])  # fmt: skip
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*options, "steps=7", "diagnostics=trajectory", "eval.every=2", "checkpoint.every=0"]
+    whole = finished(tmp_path / "whole", *words)
+    update, cut = train.Training.update, tmp_path / "cut"
+    for stop in (3, 5):
+
+        def until(self: train.Training, stop: int = stop) -> float:
+            if self.updates == stop:
+                raise KeyboardInterrupt
+            return update(self)
+
+        monkeypatch.setattr(train.Training, "update", until)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(compose(*SMALL, *words), cut, corpus())
+        assert runs.read_status(cut)["status"] == runs.INTERRUPTED
+    monkeypatch.setattr(train.Training, "update", update)
+    resumed = finished(cut, *words)
+    assert (resumed.run["resumed_at"][0], whole.run["resumed_at"][0]) == (5, 0)
+    assert not (cut / runs.CHECKPOINT).exists()
+    pd.testing.assert_frame_equal(resumed.layers, whole.layers, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.curve, whole.curve, check_exact=True)
+    for name, value in whole.model().state_dict().items():
+        assert torch.equal(value, resumed.model().state_dict()[name]), name
+
+
+@pytest.mark.parametrize("damage", ["truncated", "another's", "empty"])
+def test_a_checkpoint_that_cannot_be_used_costs_only_itself(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = finished(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    if damage == "another's":
+        with train.Job(compose(*SMALL, "seed=9"), tmp_path / "other", corpus()) as job:
+            job.save()
+        (tmp_path / "other" / runs.CHECKPOINT).rename(cut / runs.CHECKPOINT)
+    else:
+        (cut / runs.CHECKPOINT).write_bytes(b"" if damage == "empty" else b"\x10\0\0\0\0\0\0\0{")
+    resumed = finished(cut)
+    assert "starts anew" in caplog.text
+    pd.testing.assert_frame_equal(resumed.layers, whole.layers)
+
+
 def test_weights_can_be_left_out(tmp_path: Path) -> None:
-    finished(tmp_path, "seed=1")
-    run = finished(tmp_path, "seed=2", "save_model=false")  # in the folder of a run that kept its own
+    run = finished(tmp_path, "save_model=false")
+    (tmp_path / runs.MODEL).write_bytes(b"another run's")
     with pytest.raises(ConfigError, match="save_model=false"):
         run.model()
 
@@ -348,7 +423,7 @@ def test_ctrl_c_leaves_no_half_written_file(tmp_path: Path) -> None:
         process.kill()
     assert process.returncode != 0
     status = runs.read_status(tmp_path / "out")
-    assert (status["status"], status["error"]) == ("failed", "interrupted")
+    assert status["status"] == runs.INTERRUPTED
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left == {".hydra", "run.log", runs.STATUS}
     json.loads((tmp_path / "out" / runs.STATUS).read_text())
