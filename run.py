@@ -5,17 +5,18 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: "DictConfig") -> str:
+def task(cfg: "DictConfig") -> str:
+    """One job, in whatever process a launcher runs it."""
     from hydra.errors import CompactHydraException  # shown as its text alone, without a traceback
 
     from lnjac import config, train
@@ -23,19 +24,32 @@ def main(cfg: "DictConfig") -> str:
     try:
         settings = config.build(cfg)
         corpus = train.admit(settings)
+        job = HydraConfig.get()
+        if job.mode == RunMode.RUN and (meant := [word for word in job.overrides.task if word.startswith("sweep=")]):
+            raise config.ConfigError(f"{meant[0]} names the folder of a sweep, and this is one run: add -m")
+        if cfg.dry_run:
+            return "dry_run: the config is sound; nothing was started"
+        return train.run(settings, Path(job.runtime.output_dir), corpus)
     except config.ConfigError as error:
         raise CompactHydraException(str(error)) from None
-    try:
-        return train.run(settings, Path(HydraConfig.get().runtime.output_dir), corpus)
     except Exception:
         logging.getLogger("lnjac").exception("the run failed")
         raise
 
 
+main = hydra.main(version_base="1.3", config_path="conf", config_name="config")(task)
+
+
+def interrupt(signum: int, frame: Any) -> None:
+    """SIGTERM ends as Ctrl-C does: a checkpoint, the status, the merge."""
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted: this run keeps no rows; finished runs of a sweep are kept and merged", file=sys.stderr)
+        print("interrupted: what is done is kept, and the same command goes on from here", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # die of the signal, so that a shell's loop ends too
         os.kill(os.getpid(), signal.SIGINT)

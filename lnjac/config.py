@@ -219,8 +219,7 @@ def compose(*overrides: str) -> RunConfig:
     from hydra import initialize_config_dir
 
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        # our sweeper is found beside run.py only, and nothing is swept here
-        return build(hydra_compose("config", overrides=["hydra/sweeper=basic", *overrides]))
+        return build(hydra_compose("config", overrides=list(overrides)))
 
 
 def build(node: Mapping[str, Any] | DictConfig) -> RunConfig:

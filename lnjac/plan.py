@@ -57,10 +57,9 @@ def state(folder: Path, identity: Mapping[str, str]) -> State:
     return State(name) if row == dict(identity) else State(BROKEN, "its rows are not of the run that its status names")
 
 
-def abandon(folder: Path, reason: str) -> None:
-    """Mark a run whose process ended without a word as failed."""
-    status = runs.read_status(folder)
-    out = runs.RunFolder(folder, {key: status[key] for key in ("run_id", "diag_id") if key in status})
+def fail(folder: Path, identity: Mapping[str, str], reason: str) -> None:
+    """Say in a run's own folder that it failed, for a process that could not say so itself."""
+    out = runs.RunFolder(folder, identity)
     out.status(runs.FAILED, error=reason)
     out.release()
 

@@ -24,6 +24,7 @@ from lnjac.analyse import analyse
 from lnjac.config import ConfigError, Device, Precision, RunConfig, Split
 from lnjac.credit import is_feedback
 from lnjac.data import Corpus
+from lnjac.interruption import held_back
 from lnjac.norm import norms, unmatched
 from lnjac.progress import progress
 from lnjac.streams import sequence, stream
@@ -35,10 +36,14 @@ LAST_LOSSES = 10
 """Updates whose mean loss is a run's train_loss_nats."""
 
 
-def admit(config: RunConfig) -> Corpus:
-    """Everything that can be known before training: loads the corpus and raises ConfigError with every problem found."""
+def admit(config: RunConfig, *, here: bool = True) -> Corpus:
+    """Everything that can be known before training: loads the corpus and raises ConfigError with every problem found.
+
+    `here`: the run is for this machine, whose hardware must then allow it.
+    """
     problems = configs.check(config)
-    problems += _hardware_problems(config)
+    if here:
+        problems += _hardware_problems(config)
     try:
         runs.table((), configs.columns(config), [{}])
         json.dumps(configs.to_dict(config))
@@ -294,7 +299,9 @@ class Job:
         self.out.release()
 
     def save(self) -> None:
-        """Write a checkpoint. A full disk costs the checkpoint, not the run: it is said, and training goes on."""
+        """Write a checkpoint, if any are wanted. A full disk costs the checkpoint, not the run: it is said."""
+        if self.config.checkpoint.every is None:
+            return
         tensors, note = self.training.state()
         spent = asdict(self.clock) | {"before": self.clock.wall()}
         del spent["started"]
@@ -360,7 +367,8 @@ class Job:
         }
         tables = {"layers": self.record.layers, "runs": [result], "curves": curve}
         _write(self.out, training, self.identity, tables)
-        self.out.status(status, **({} if diverged_step is None else {"step": diverged_step}))
+        more = {"step": diverged_step} if status == runs.DIVERGED else {"val_loss_nats": result["val_loss_nats"]}
+        self.out.status(status, **more)
         self.checkpoint.unlink(missing_ok=True)
         _say(result, self.record.layers)
         log.info("written to %s", self.out.path)
@@ -400,16 +408,18 @@ def _train(job: Job) -> int | None:
     training, record, config = job.training, job.record, job.config
     if training.updates == 0 and not record.observe():
         return 0
-    due = checkpoint.Timer(config.checkpoint.every)
-    with progress(config.steps, config.batch_size * config.model.block_size, training.updates) as report:
+    saving = checkpoint.Timer(config.checkpoint.every)
+    tokens = config.batch_size * config.model.block_size
+    with progress(config.steps, tokens, training.updates) as report, held_back() as stopping:
         while training.updates < config.steps:
             with record.clock.timing("train"):
                 loss = training.update()
             if not (math.isfinite(loss) and record.observe(loss, training.optimizer.param_groups[0]["lr"])):
                 return training.updates
             report.tick(training.updates, loss)
-            if due() and training.updates < config.steps:
+            if saving() and training.updates < config.steps:
                 job.save()
+            stopping(job.save)
     return None
 
 

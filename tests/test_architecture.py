@@ -11,7 +11,7 @@ LAYERS = [
     {"tables"},
     {"config", "streams"},
     {"runs"},
-    {"jacobian", "attention", "credit", "play", "summary"},
+    {"jacobian", "attention", "credit", "play", "summary", "interruption"},
     {"norm", "data", "optim", "sweep"},
     {"plan"},
     {"capture", "gpt"},

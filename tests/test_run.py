@@ -1,6 +1,5 @@
 """A run end to end: rows, folder, replay, reproducibility, bad days; and the command line as a user meets it."""
 
-import json
 import math
 import os
 import signal
@@ -352,50 +351,6 @@ TINY = ("model=tiny", "steps=4", "eval.tokens=500", "batch_size=4", "threads=1")
 
 
 @pytest.mark.slow
-def test_a_sweep_checks_runs_and_merges(tmp_path: Path) -> None:
-    done = command("-m", *TINY, "attn_mode=softmax,sigmoid", "seed=1,2", "hydra.sweep.dir=out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    layers = pd.read_parquet(tmp_path / "out" / "all.parquet")
-    assert len(layers) == 4 * 5
-    assert set(layers["attn_mode"]) == {"softmax", "sigmoid"}
-    assert layers.groupby("run_id").size().tolist() == [5] * 4
-    assert "AVG" in done.stdout
-    assert all((tmp_path / "out" / str(i) / "run.log").stat().st_size for i in range(4))
-
-
-@pytest.mark.slow
-def test_a_sweep_with_bad_jobs_starts_none_and_lists_all(tmp_path: Path) -> None:
-    done = command("-m", *TINY, "model.n_embd=32,33,35", "hydra.sweep.dir=out", cwd=tmp_path)
-    assert done.returncode != 0
-    assert "2 of 3 jobs cannot run; none was started" in done.stderr
-    assert "model.n_embd=33 is not divisible" in done.stderr
-    assert "model.n_embd=35 is not divisible" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_a_sweep_of_nothing_is_refused(tmp_path: Path) -> None:
-    done = command("-m", "attn_mode=glob(zz*)", cwd=tmp_path)
-    assert done.returncode != 0
-    assert "the sweep has no jobs" in done.stderr
-
-
-@pytest.mark.slow
-def test_a_failed_job_does_not_lose_the_others(tmp_path: Path) -> None:
-    """One job cannot write (its folder's name is taken by a file): the rest run, are merged, and the exit code tells."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "0").mkdir()
-    (tmp_path / "out" / "0" / "layers.parquet").mkdir()  # os.replace cannot put a file over a folder
-    done = command("-m", *TINY, "seed=1,2", "hydra.sweep.dir=out", cwd=tmp_path)
-    assert done.returncode != 0
-    assert "1 of 2 jobs failed" in done.stderr
-    assert set(pd.read_parquet(tmp_path / "out" / "all.parquet")["seed"]) == {2}
-    assert "Traceback" in (tmp_path / "out" / "0" / "run.log").read_text()
-    assert runs.read_status(tmp_path / "out" / "0")["status"] == "failed"
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "bad",
     ["attn_mode=softmx", "attn_mod=softmax", "seed=abc", "model.n_embd=130", "method=dfa method.policy.head=random"],
@@ -408,16 +363,26 @@ def test_a_bad_value_exits_without_traceback(tmp_path: Path, bad: str) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_no_half_written_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_told_to_stop_keeps_a_checkpoint_and_no_half_written_file(tmp_path: Path, number: int) -> None:
     (tmp_path / "data").symlink_to(ROOT / "data")
-    words = [sys.executable, str(ROOT / "run.py"), "model=tiny", "steps=100000", "threads=1", "hydra.run.dir=out"]
+    words = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "model=tiny",
+        "steps=1000",
+        "batch_size=64",
+        "threads=1",
+        "hydra.run.dir=out",
+    ]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         deadline = time.monotonic() + 120
         while runs.read_status(tmp_path / "out").get("status") != "running" and time.monotonic() < deadline:
             time.sleep(0.1)
-        time.sleep(1.0)
-        os.kill(process.pid, signal.SIGINT)
+        while "step" not in (log := tmp_path / "out" / "run.log").read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.kill(process.pid, number)
         process.communicate(timeout=60)
     finally:
         process.kill()
@@ -425,8 +390,20 @@ def test_ctrl_c_leaves_no_half_written_file(tmp_path: Path) -> None:
     status = runs.read_status(tmp_path / "out")
     assert status["status"] == runs.INTERRUPTED
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {".hydra", "run.log", runs.STATUS}
-    json.loads((tmp_path / "out" / runs.STATUS).read_text())
+    assert left == {".hydra", "run.log", runs.STATUS, runs.LOCK, runs.CHECKPOINT}
+    done = command(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "goes on from the checkpoint" in log.read_text()
+    assert lnjac.load_run(tmp_path / "out").run["steps_done"][0] == 1000
+
+
+@pytest.mark.slow
+def test_one_run_is_not_told_what_is_said_of_sweeps(tmp_path: Path) -> None:
+    done = command(*TINY, "sweep=A", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "add -m" in done.stderr
+    assert command(*TINY, "dry_run=true", "hydra.run.dir=out", cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "out" / runs.STATUS).exists()
 
 
 @pytest.mark.slow
@@ -440,13 +417,6 @@ def test_help_is_quick(tmp_path: Path) -> None:
     assert "attn_mode: linear, relu, sigmoid, softmax" in done.stdout
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert cpu_s < 2.0  # about 0.6 s where it was measured (benchmarks/README.md); the margin is for busy machines
-
-
-@pytest.mark.slow
-def test_original_sweeps_both_modes_without_being_told(tmp_path: Path) -> None:
-    done = command("+experiment=original", "data=play", *TINY, "hydra.sweep.dir=out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert pd.read_parquet(tmp_path / "out" / "all.runs.parquet")["attn_mode"].tolist() == ["softmax", "sigmoid"]
 
 
 @pytest.mark.slow

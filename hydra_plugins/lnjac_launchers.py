@@ -1,0 +1,407 @@
+"""Engines that run a sweep's jobs: processes on this machine, Slurm, Ray. A job that dies costs only its own run.
+
+Hydra's own launcher plugins give up on all jobs when the process of one is killed, so these map jobs themselves, on the
+standard library, submitit and Ray. Hydra imports this module at every start, so its own imports stay light.
+"""
+
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from importlib import import_module
+from multiprocessing import connection as connections
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import (
+    JobReturn,
+    JobRuntime,
+    JobStatus,
+    configure_log,
+    filter_overrides,
+    run_job,
+    setup_globals,
+)
+from hydra.errors import CompactHydraException
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+log = logging.getLogger(__name__)
+
+
+class Engine(Launcher):
+    """Base of the launchers: composes the jobs and reports each as it ends; `map` runs them."""
+
+    elsewhere = False
+    """Whether jobs run on other machines, whose hardware cannot be checked from here."""
+
+    hydra_context: HydraContext
+    task_function: TaskFunction
+    config: DictConfig
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        load = self.hydra_context.config_loader.load_sweep_config
+        configs = [load(self.config, list(overrides)) for overrides in job_overrides]
+        return self.launch_composed(configs, range(initial_job_idx, initial_job_idx + len(configs)))
+
+    def launch_composed(self, configs: Sequence[DictConfig], numbers: Sequence[int]) -> Sequence[JobReturn]:
+        """Run jobs that are composed already; `numbers` are theirs in the sweep."""
+        setup_globals()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        for config, number in zip(configs, numbers, strict=True):
+            with open_dict(config):
+                config.hydra.job.id, config.hydra.job.num = str(number), number
+        names = _names([list(filter_overrides(config.hydra.overrides.task)) for config in configs])
+        returned: dict[int, JobReturn] = {}
+        started = time.monotonic()
+        for i, job in self.map(configs):
+            returned[i] = job
+            log.info(
+                "[%d/%d] %s after %.0f s: #%d %s",
+                len(returned),
+                len(configs),
+                _outcome(job, Path(configs[i].hydra.sweep.dir, configs[i].hydra.sweep.subdir)),
+                time.monotonic() - started,
+                numbers[i],
+                names[i],
+            )
+        return [returned[i] for i in range(len(configs))]
+
+    def map(self, configs: Sequence[DictConfig]) -> Iterator[tuple[int, JobReturn]]:
+        """Run the jobs; yields the index and outcome of each as it ends, in any order. Closing it stops what runs."""
+        raise NotImplementedError
+
+    def call(self) -> "Call":
+        return Call(self.hydra_context, self.task_function)
+
+
+class Call:
+    """One job, by its config, in whatever process this is called. submitit asks it what to run after a timeout."""
+
+    def __init__(self, hydra_context: HydraContext, task_function: TaskFunction) -> None:
+        self.hydra_context, self.task_function = hydra_context, task_function
+
+    def __call__(self, config: DictConfig) -> JobReturn:
+        setup_globals()
+        JobRuntime.instance().set("name", config.hydra.job.name)
+        return run_job(
+            hydra_context=self.hydra_context,
+            task_function=self.task_function,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+
+    def checkpoint(self, config: DictConfig) -> Any:
+        """What submitit resubmits: the same job, which finds its own checkpoint."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, config)
+
+
+# Processes on this machine
+
+
+class LocalLauncher(Engine):
+    """Worker processes, each with its share of the cores; they outlive their jobs, so that torch starts once in each."""
+
+    def __init__(self, jobs: int | None, stack: bool | str) -> None:
+        if jobs is not None and jobs < 1:
+            raise CompactHydraException(f"hydra.launcher.jobs={jobs} must be at least 1, or null for one per core")
+        if stack not in (True, False, "auto"):
+            raise CompactHydraException(f"hydra.launcher.stack={stack} must be true, false or auto")
+        self.jobs, self.stack = jobs, stack
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        if _cores() > 1 and self.jobs != 1 and config.dry_run is not True:
+            _warm_up()
+
+    def map(self, configs: Sequence[DictConfig]) -> Iterator[tuple[int, JobReturn]]:
+        jobs, threads = self._share(configs)
+        if jobs == 1:
+            log.info("%s one after the other in this process: %s", _jobs(len(configs)), self._why())
+            yield from self._in_turn(configs)
+            return
+        log.info("%s in %d processes of %d thread%s", _jobs(len(configs)), jobs, threads, "" if threads == 1 else "s")
+        yield from _Pool(self.call(), jobs, threads).map(configs)
+
+    def _share(self, configs: Sequence[DictConfig]) -> tuple[int, int]:
+        """How many processes, and how many threads for each."""
+        cores = _cores()
+        asked = max((config.threads or 1 for config in configs), default=1)
+        jobs = min(self.jobs or max(1, cores // asked), len(configs))
+        return jobs, max(1, cores // jobs)
+
+    def _why(self) -> str:
+        return "hydra.launcher.jobs=1" if self.jobs == 1 else "one job or one core"
+
+    def _in_turn(self, configs: Sequence[DictConfig]) -> Iterator[tuple[int, JobReturn]]:
+        for i, config in enumerate(configs):
+            yield i, self.call()(config)
+            configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processes() -> Any:
+    """Workers fork from a server that has imported torch and nothing more: forking this process could break its threads."""
+    methods = multiprocessing.get_all_start_methods()
+    return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+
+
+def _warm_up() -> None:
+    """Let that server start and import while the jobs are being checked."""
+    context = _processes()
+    if context.get_start_method() == "forkserver":
+        from multiprocessing import forkserver
+
+        context.set_forkserver_preload(["__main__", "lnjac.train", __name__])
+        forkserver.ensure_running()
+
+
+class _Worker:
+    """A process that runs one job at a time; `job` is the index of its present one."""
+
+    def __init__(self, context: Any, call: Call, threads: int) -> None:
+        self.job: int | None = None
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, pickle.dumps(call), threads), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def start(self, i: int, config: DictConfig) -> None:
+        self.job = i
+        with suppress(OSError):  # it died since its last job: seen when its answer is read
+            self.connection.send(config)
+
+    def stop(self) -> None:
+        if self.job is not None:
+            self.process.terminate()  # it saves a checkpoint and says `interrupted`
+        self.connection.close()
+        self.process.join(30)
+        self.process.kill()
+
+
+class _Pool:
+    """So many workers; one that dies loses its job and is replaced."""
+
+    def __init__(self, call: Call, jobs: int, threads: int) -> None:
+        self.context, self.call, self.jobs, self.threads = _processes(), call, jobs, threads
+
+    def map(self, configs: Sequence[DictConfig]) -> Iterator[tuple[int, JobReturn]]:
+        waiting = deque(enumerate(configs))
+        idle: list[_Worker] = []
+        busy: list[_Worker] = []
+        try:
+            while waiting or busy:
+                while waiting and len(busy) < self.jobs:
+                    worker = idle.pop() if idle else _Worker(self.context, self.call, self.threads)
+                    busy.append(worker)
+                    worker.start(*waiting.popleft())
+                ready = connections.wait([worker.connection for worker in busy])
+                for worker in [worker for worker in busy if worker.connection in ready]:
+                    busy.remove(worker)
+                    assert worker.job is not None
+                    i, worker.job = worker.job, None
+                    try:
+                        yield i, worker.connection.recv()
+                        idle.append(worker)
+                    except (EOFError, OSError):
+                        worker.process.join()
+                        yield i, lost(configs[i], _death(worker.process.exitcode))
+        finally:
+            for worker in (*busy, *idle):
+                worker.stop()
+
+
+def _work(connection: Any, pickled: bytes, threads: int) -> None:
+    """A worker's life. Ctrl-C is its parent's affair; SIGTERM interrupts the run; it ends with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _interrupt)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (its life): lines of several runs would mix; each has its own log
+    import torch
+
+    torch.set_num_threads(threads)
+    call: Call = pickle.loads(pickled)
+    with suppress(KeyboardInterrupt, EOFError, OSError):  # interrupted, or the parent has no more
+        while True:
+            job = call(connection.recv())
+            try:
+                connection.send(job)
+            except (TypeError, AttributeError, pickle.PicklingError):  # an error that cannot travel as it is
+                job.return_value = RuntimeError(_reason(job))
+                connection.send(job)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _end_with(parent: Any) -> None:
+    connections.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"its process was killed by {signal.Signals(-code).name}"
+    return f"its process ended with exit code {code}"
+
+
+# Clusters
+
+
+class SlurmLauncher(Engine):
+    """Job arrays through submitit, one for each set of resources; a job out of time is requeued."""
+
+    elsewhere = True
+
+    def __init__(self, poll_s: float, signal_delay_s: int, max_num_timeout: int, **_: Any) -> None:
+        self.submitit: Any = extra("submitit", "slurm")
+        self.poll_s, self.signal_delay_s, self.max_num_timeout = poll_s, signal_delay_s, max_num_timeout
+
+    def map(self, configs: Sequence[DictConfig]) -> Iterator[tuple[int, JobReturn]]:
+        extra("cloudpickle", "slurm").register_pickle_by_value(
+            sys.modules[__name__]
+        )  # jobs do not have run.py's folder
+        arrays: dict[str, list[int]] = {}
+        for i, config in enumerate(configs):  # the resources may depend on the job: hydra.launcher.mem_gb=${...}
+            arrays.setdefault(OmegaConf.to_yaml(config.hydra.launcher, resolve=True), []).append(i)
+        jobs: dict[int, Any] = {}
+        try:
+            for members in arrays.values():
+                executor = self._executor(configs[members[0]])
+                submitted = executor.map_array(self.call(), [configs[i] for i in members])
+                jobs |= dict(zip(members, submitted, strict=True))
+            log.info("%s on Slurm: %s", _jobs(len(jobs)), ", ".join(job.job_id for job in list(jobs.values())[:20]))
+            while jobs:
+                for i in [i for i, job in jobs.items() if job.done()]:
+                    yield i, self._outcome(jobs.pop(i), configs[i])
+                time.sleep(self.poll_s)
+        finally:
+            for job in jobs.values():
+                job.cancel(check=False)
+
+    def _executor(self, config: DictConfig) -> Any:
+        asked: Any = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+        executor = self.submitit.AutoExecutor(
+            folder=Path(config.hydra.sweep.dir) / ".slurm" / "%j",
+            cluster="slurm",
+            slurm_max_num_timeout=self.max_num_timeout,
+        )
+        own = {name: asked[name] for name in ("timeout_min", "cpus_per_task", "mem_gb", "gpus_per_node")}
+        slurm = {name: asked[name] for name in ("partition", "account", "array_parallelism", "setup")}
+        slurm |= {"signal_delay_s": self.signal_delay_s, "additional_parameters": asked["additional"]}
+        given = {**own, **{f"slurm_{name}": value for name, value in slurm.items()}, "name": config.hydra.job.name}
+        executor.update_parameters(**{name: value for name, value in given.items() if value is not None})
+        return executor
+
+    def _outcome(self, job: Any, config: DictConfig) -> JobReturn:
+        try:
+            returned: JobReturn = job.result()
+        except Exception as error:  # submitit's, for a job that ended without a result
+            said = " ".join(str(error).split())
+            return lost(config, f"Slurm job {job.job_id} ended as {job.state}: {said[:300]}")
+        return returned
+
+
+class RayLauncher(Engine):
+    """One Ray task for each job; Ray retries a task whose worker died, and the run goes on from its checkpoint."""
+
+    elsewhere = True
+
+    def __init__(self, init: Any, num_cpus: float, num_gpus: float, max_retries: int) -> None:
+        self.ray: Any = extra("ray", "ray")
+        self.init = dict(init)
+        self.options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_retries": max_retries}
+
+    def map(self, configs: Sequence[DictConfig]) -> Iterator[tuple[int, JobReturn]]:
+        ray = self.ray
+        import_module("ray.cloudpickle").register_pickle_by_value(sys.modules[__name__])
+        if not ray.is_initialized():
+            try:
+                ray.init(log_to_driver=False, **self.init)
+            except ConnectionError as error:
+                raise CompactHydraException(
+                    f"no Ray cluster ({error}): start one with `ray start --head`, or give hydra.launcher.init={{}}"
+                ) from None
+        task = ray.remote(**self.options)(_ray_job)
+        call = ray.put(self.call())
+        tasks = {task.remote(call, config): i for i, config in enumerate(configs)}
+        log.info("%s on Ray", _jobs(len(tasks)))
+        try:
+            while tasks:
+                for done in ray.wait(list(tasks), num_returns=1)[0]:
+                    i = tasks.pop(done)
+                    try:
+                        yield i, ray.get(done)
+                    except ray.exceptions.RayError as error:
+                        yield i, lost(configs[i], f"Ray: {' '.join(str(error).split())[:300]}")
+        finally:
+            for ref in tasks:
+                ray.cancel(ref, force=True)
+
+
+def _ray_job(call: Call, config: DictConfig) -> JobReturn:
+    return call(config)
+
+
+def extra(module: str, name: str) -> Any:
+    """An optional dependency; the error without it names the extra to install."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise CompactHydraException(
+            f"hydra/launcher={name} needs {module}: pip install --constraint constraints.txt -e '.[{name}]'"
+        ) from None
+
+
+# Words
+
+
+def lost(config: DictConfig, reason: str) -> JobReturn:
+    """The outcome of a job whose process ended without giving one."""
+    job = JobReturn(overrides=list(config.hydra.overrides.task), status=JobStatus.FAILED)
+    job.return_value = RuntimeError(reason)
+    return job
+
+
+def _outcome(job: JobReturn, folder: Path) -> str:
+    from lnjac.runs import read_status
+
+    if job.status != JobStatus.COMPLETED:
+        return f"FAILED ({_reason(job)})"
+    loss = read_status(folder).get("val_loss_nats")
+    return f"{job._return_value}" + ("" if loss is None else f", validation loss {loss:.4f},")
+
+
+def _reason(job: JobReturn) -> str:
+    error = job._return_value
+    return (f"{type(error).__name__}: {error}".splitlines() or [""])[0]
+
+
+def _jobs(n: int) -> str:
+    return "1 job" if n == 1 else f"{n} jobs"
+
+
+def _names(overrides: Sequence[Sequence[str]]) -> list[str]:
+    """Each job by the overrides that not all jobs share."""
+    shared = set(overrides[0]).intersection(*overrides[1:]) if len(overrides) > 1 else set()
+    return [" ".join(word for word in words if word not in shared) for words in overrides]

@@ -1,0 +1,303 @@
+"""Sweeps as a user meets them: checked, resumed, killed, on full disks; with the default launcher unless said otherwise."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+from test_run import TINY, command
+
+from lnjac import runs, sweep
+from lnjac.tables import VOLATILE
+
+pytestmark = pytest.mark.slow
+
+PROCESSES = "hydra.launcher.jobs=2"
+
+
+def folders(sweep_folder: Path) -> dict[int, Path]:
+    """The runs' folders by seed."""
+    found = [path.parent for path in sweep_folder.glob(f"*/{runs.FILES['runs']}")]
+    return {runs.read_table(path / runs.FILES["runs"])["seed"][0].as_py(): path for path in found}
+
+
+def science(merged: Path) -> list[pd.DataFrame]:
+    """The merged tables without what may differ between two makings of one run, in one order."""
+    tables = []
+    for path in sweep.companions(merged).values():
+        frame = pd.read_parquet(path)
+        frame = frame.drop(columns=[name for name in VOLATILE if name in frame])
+        keys = [name for name in ("run_id", "diag_id", "step", "site") if name in frame]
+        tables.append(frame.sort_values(keys).reset_index(drop=True))
+    return tables
+
+
+def test_a_sweep_checks_runs_and_merges(tmp_path: Path) -> None:
+    done = command("-m", *TINY, "attn_mode=softmax,sigmoid", "seed=1,2", "sweep=A", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "multirun" / "A"
+    layers = pd.read_parquet(out / "all.parquet")
+    assert set(layers["attn_mode"]) == {"softmax", "sigmoid"}
+    assert layers.groupby("run_id").size().tolist() == [5] * 4
+    assert done.stdout.count("AVG") == 4
+    assert re.search(r"\[4/4\] done, validation loss \d\.\d{4}, after", done.stdout) or os.cpu_count() == 1
+    logs = [path.parent.name.split("-")[0] for path in out.glob("*/run.log") if path.stat().st_size]
+    assert sorted(logs) == sorted(layers["run_id"].unique())
+
+
+def test_the_same_sweep_again_runs_what_is_missing(tmp_path: Path) -> None:
+    command("-m", *TINY, "seed=1,2", "sweep=A", cwd=tmp_path)
+    out = tmp_path / "multirun" / "A"
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*.parquet")}
+    dry = command("-m", *TINY, "seed=1,2,3,3", "sweep=A", "dry_run=true", cwd=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+    for words in ("1 of 4 jobs are the same run", "3 jobs: 1 to do (2 done)", "of computing", "nothing was started"):
+        assert words in dry.stdout
+    assert len(folders(out)) == 2
+    again = command("-m", *TINY, "seed=1,2,3,3", "sweep=A", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+    assert set(pd.read_parquet(out / "all.runs.parquet")["seed"]) == {1, 2, 3}
+    whole = command("-m", *TINY, "seed=1,2,3", "sweep=A", cwd=tmp_path)
+    assert "3 jobs: 0 to do (3 done)" in whole.stdout
+    assert whole.returncode == 0
+
+
+@pytest.mark.parametrize("launcher", ["local", "basic"])
+def test_a_damaged_run_is_named_and_made_again(tmp_path: Path, launcher: str) -> None:
+    words = ("-m", *TINY, "seed=1,2,3,4,5", "sweep=A", f"hydra/launcher={launcher}")
+    command(*words, cwd=tmp_path)
+    out = tmp_path / "multirun" / "A"
+    before, by_seed = science(out / "all.parquet"), folders(out)
+    file = {seed: by_seed[seed] / runs.FILES["layers"] for seed in by_seed}
+    content = bytearray(file[1].read_bytes())
+    file[1].write_bytes(content[: len(content) // 2])  # truncated
+    file[2].write_bytes(b"")  # empty
+    content = bytearray(file[3].read_bytes())
+    content[len(content) // 3] ^= 1  # a flipped bit
+    file[3].write_bytes(content)
+    pd.DataFrame({"a": [1]}).to_parquet(file[4])  # another program's
+    again = command(*words, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "5 jobs: 4 to do (4 broken, 1 done)" in again.stdout
+    for seed in (1, 2, 3, 4):
+        assert f"{by_seed[seed].name}: run again: broken layers.parquet" in again.stdout
+    for one, other in zip(before, science(out / "all.parquet"), strict=True):
+        pd.testing.assert_frame_equal(one, other)
+
+
+def test_a_sweep_with_bad_jobs_starts_none_and_lists_all(tmp_path: Path) -> None:
+    done = command("-m", *TINY, "model.n_embd=32,33,35", "sweep=A", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "2 of 3 jobs cannot run; none was started" in done.stderr
+    assert "model.n_embd=33 is not divisible" in done.stderr
+    assert "model.n_embd=35 is not divisible" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "multirun").exists()
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["attn_mode=glob(zz*)"], "the sweep has no jobs"),
+    (["sweep=a,b"], "sweep is said of a whole sweep"),
+    (["+experiment=original,width_sweep"], "experiment is said of a whole sweep"),
+    (["seed=interval(1,2)"], "use choice(), range() or a list"),
+    (["dry_run=perhaps"], "dry_run=perhaps must be true or false"),
+    (["sweep=" + "n" * 300], "too long for a folder"),
+    (["hydra.launcher.jobs=0"], "hydra.launcher.jobs=0 must be at least 1"),
+])  # fmt: skip
+def test_a_sweep_that_makes_no_sense_is_refused(tmp_path: Path, words: list[str], said: str) -> None:
+    done = command("-m", *TINY, *words, cwd=tmp_path)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "multirun").exists()
+
+
+def test_odd_values_work(tmp_path: Path) -> None:
+    """Spaces, slashes, equals signs and 300 characters in swept values, and in the sweep's name."""
+    names = ["a b=c.txt", "sub/dir=x y.txt", "n" * 150 + "/" + "m" * 150 + ".txt"]
+    for i, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{i} the quick brown fox " * 200)
+    choice = ",".join(f"'{name}'" for name in names)
+    done = command("-m", *TINY, "data=text", f"data.files={choice}", "sweep='x y/z=1'", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert pd.read_parquet(tmp_path / "multirun/x y/z=1/all.runs.parquet")["data_sha256"].nunique() == 3
+
+
+@pytest.mark.parametrize("launcher", ["local", "basic"])
+def test_a_failed_job_does_not_lose_the_others(tmp_path: Path, launcher: str) -> None:
+    """One job cannot write: the rest run and are merged, the exit code tells, and the next command retries."""
+    words = ("-m", *TINY, "seed=1,2", "sweep=A", f"hydra/launcher={launcher}")
+    command(*words, cwd=tmp_path)
+    one = folders(tmp_path / "multirun" / "A")[1]
+    shutil.rmtree(one)
+    (one / "layers.parquet").mkdir(parents=True)  # os.replace cannot put a file over a folder
+    done = command(*words, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "1 of 2 jobs failed" in done.stderr
+    assert "IsADirectoryError" in done.stderr
+    assert set(pd.read_parquet(tmp_path / "multirun/A/all.parquet")["seed"]) == {2}
+    assert "Traceback" in (one / "run.log").read_text()
+    status = runs.read_status(one)
+    assert status["status"] == "failed"
+    assert "os.replace" in status["traceback"]
+    kept = command(*words, "retry_failed=false", cwd=tmp_path)
+    assert kept.returncode != 0
+    assert "2 jobs: 0 to do (1 failed, 1 done)" in kept.stdout
+    (one / "layers.parquet").rmdir()
+    assert command(*words, cwd=tmp_path).returncode == 0
+    assert set(pd.read_parquet(tmp_path / "multirun/A/all.parquet")["seed"]) == {1, 2}
+
+
+def started(tmp_path: Path, *words: str) -> "subprocess.Popen[str]":
+    if not (tmp_path / "data").exists():
+        (tmp_path / "data").symlink_to(ROOT / "data")
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), "-m", *words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def workers(parent: int) -> list[int]:
+    """Processes of a sweep's process group that run a job, by the pid that holds a run's lock open."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(path.name)) == parent and any(
+                os.readlink(link).endswith("/" + runs.LOCK) for link in (path / "fd").iterdir()
+            ):
+                found.append(int(path.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition: object, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+LONG = ("model=tiny", "steps=300", "eval.tokens=500", "threads=1", "sweep=A", "hydra/launcher=local", PROCESSES)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the workers")
+def test_a_killed_worker_costs_only_its_own_run(tmp_path: Path) -> None:
+    process = started(tmp_path, *LONG, "seed=1,2,3")
+    wait_for(lambda: workers(process.pid))
+    os.kill(workers(process.pid)[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "1 of 3 jobs failed" in err
+    assert "killed by SIGKILL" in err
+    assert "FAILED" in out
+    merged = tmp_path / "multirun/A/all.runs.parquet"
+    assert len(pd.read_parquet(merged)) == 2
+    failed = [path for path in (tmp_path / "multirun/A").iterdir() if runs.read_status(path).get("status") == "failed"]
+    assert len(failed) == 1
+    assert command("-m", *LONG, "seed=1,2,3", cwd=tmp_path).returncode == 0
+    assert set(pd.read_parquet(merged)["seed"]) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_told_to_stop_merges_and_goes_on_later(tmp_path: Path, number: int) -> None:
+    process = started(tmp_path, *LONG, "seed=1,2,3,4")
+    merged = tmp_path / "multirun/A/all.runs.parquet"
+    logs = merged.parent.glob
+    wait_for(lambda: sum("step 30/300" in path.read_text() for path in logs("*/run.log")) >= 3)
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "interrupted" in err
+    assert "Traceback" not in out + err
+    assert 2 <= len(pd.read_parquet(merged)) < 4
+    again = command("-m", *LONG, "seed=1,2,3,4", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert set(pd.read_parquet(merged)["seed"]) == {1, 2, 3, 4}
+    assert any("goes on from the checkpoint" in path.read_text() for path in merged.parent.glob("*/run.log"))
+
+
+def test_sigkill_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    """Twenty times the whole sweep is killed outright, then the same command runs until it is done."""
+    words = ("model=tiny", "steps=150", "eval.tokens=500", "threads=1", "sweep=A", "checkpoint.every=0.2",
+             "attn_mode=softmax,sigmoid", "seed=1,2,3", "hydra/launcher=local", PROCESSES)  # fmt: skip
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert command("-m", *words, cwd=whole).returncode == 0
+    rng, cut = random.Random(0), tmp_path / "cut"
+    cut.mkdir()
+    for _ in range(20):
+        process = started(cut, *words)
+        time.sleep(rng.uniform(0.5, 9))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    wait_for(lambda: not workers(process.pid))
+    done = command("-m", *words, cwd=cut)
+    assert done.returncode == 0, done.stderr
+    for one, other in zip(*(science(path / "multirun/A/all.parquet") for path in (whole, cut)), strict=True):
+        pd.testing.assert_frame_equal(one, other, check_exact=True)
+
+
+def test_two_sweeps_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    both = [started(tmp_path, *TINY, "seed=1,2", "hydra/launcher=basic") for _ in range(2)]
+    for process in both:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    merged = list((tmp_path / "multirun").rglob("all.parquet"))
+    assert len(merged) == 2
+    assert all(len(pd.read_parquet(path)) == 10 for path in merged)
+
+
+def test_a_full_disk_is_one_clear_line_and_earlier_rows_stay(tmp_path: Path) -> None:
+    words = ("-m", *TINY, "sweep=A", "hydra/launcher=basic")
+    command(*words, "seed=1", cwd=tmp_path)
+    merged = tmp_path / "multirun/A/all.parquet"
+    before = merged.read_bytes()
+    code = "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); sys.argv = sys.argv[1:]; " \
+        "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')"  # fmt: skip
+    full = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "run.py"), *words, "seed=1,2"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert full.returncode != 0
+    assert "1 of 2 jobs failed" in full.stderr
+    assert re.search(r"File too large|No space left", full.stderr)
+    assert merged.read_bytes() == before
+    assert command(*words, "seed=1,2", cwd=tmp_path).returncode == 0
+    assert set(pd.read_parquet(merged)["seed"]) == {1, 2}
+
+
+def test_original_sweeps_both_modes_without_being_told(tmp_path: Path) -> None:
+    done = command("+experiment=original", "data=play", *TINY, "sweep=A", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert pd.read_parquet(tmp_path / "multirun/A/all.runs.parquet")["attn_mode"].tolist() == ["softmax", "sigmoid"]
+
+
+@pytest.mark.parametrize(("launcher", "package"), [("slurm", "submitit"), ("ray", "ray")])
+def test_an_engine_without_its_extra_names_it(tmp_path: Path, launcher: str, package: str) -> None:
+    done = command("-m", *TINY, f"hydra/launcher={launcher}", cwd=tmp_path, env=without(tmp_path, package))
+    assert done.returncode != 0
+    assert f"[{launcher}]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def without(folder: Path, package: str) -> dict[str, str]:
+    """An environment in which the package cannot be imported."""
+    (folder / "broken").mkdir()
+    (folder / "broken" / f"{package}.py").write_text("raise ImportError('not installed')\n")
+    return {**os.environ, "PYTHONPATH": str(folder / "broken")}
