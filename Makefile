@@ -4,13 +4,21 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: sweep test lint format docs benchmark clean
+.PHONY: sweep test test-slurm test-ray lint format docs benchmark clean
 
 sweep: $(VENV)/.installed
 	$(PY) run.py -m attn_mode=softmax,sigmoid seed=1,2,3 $(ARGS)
 
 test: lint
 	$(PY) -m pytest
+
+# On a real Slurm and a real Ray: where `sinfo` finds no cluster, ../shared/slurm starts one on this machine.
+test-slurm: $(VENV)/.installed-slurm
+	@sinfo >/dev/null 2>&1 || { ../shared/slurm/slurm_up.sh acct && ../shared/slurm/slurm_acct.sh; }
+	$(PY) -m pytest tests/test_clusters.py -k slurm
+
+test-ray: $(VENV)/.installed-ray
+	$(PY) -m pytest tests/test_clusters.py -k ray
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
@@ -41,6 +49,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(PY)
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-slurm $(VENV)/.installed-ray: $(VENV)/.installed-%: $(VENV)/.installed-dev
+	$(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev,$*]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

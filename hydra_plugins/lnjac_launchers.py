@@ -20,6 +20,7 @@ from multiprocessing import connection as connections
 from pathlib import Path
 from typing import Any
 
+from hydra import version
 from hydra.core.utils import (
     JobReturn,
     JobRuntime,
@@ -93,7 +94,8 @@ class Call:
         self.hydra_context, self.task_function = hydra_context, task_function
 
     def __call__(self, config: DictConfig) -> JobReturn:
-        setup_globals()
+        setup_globals()  # what Hydra keeps of its own in a process
+        version.setbase(config.hydra.runtime.version_base)
         JobRuntime.instance().set("name", config.hydra.job.name)
         return run_job(
             hydra_context=self.hydra_context,

@@ -224,7 +224,7 @@ def test_a_sweep_told_to_stop_merges_and_goes_on_later(tmp_path: Path, number: i
     assert process.returncode != 0
     assert "interrupted" in err
     assert "Traceback" not in out + err
-    assert 2 <= len(pd.read_parquet(merged)) < 4
+    assert 1 <= len(pd.read_parquet(merged)) < 4
     again = command("-m", *LONG, "seed=1,2,3,4", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert set(pd.read_parquet(merged)["seed"]) == {1, 2, 3, 4}
