@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from multiprocessing import connection as connections
 from pathlib import Path
@@ -72,7 +72,7 @@ class Engine(Launcher):
                 "[%d/%d] %s after %.0f s: #%d %s",
                 len(returned),
                 len(configs),
-                _outcome(job, Path(configs[i].hydra.sweep.dir, configs[i].hydra.sweep.subdir)),
+                _outcome(job, _folder(configs[i])),
                 time.monotonic() - started,
                 numbers[i],
                 names[i],
@@ -93,17 +93,62 @@ class Call:
     def __init__(self, hydra_context: HydraContext, task_function: TaskFunction) -> None:
         self.hydra_context, self.task_function = hydra_context, task_function
 
-    def __call__(self, config: DictConfig) -> JobReturn:
+    def __call__(self, config: DictConfig, task: TaskFunction | None = None) -> JobReturn:
+        """Run one job; `task` stands in for the task function."""
         setup_globals()  # what Hydra keeps of its own in a process
         version.setbase(config.hydra.runtime.version_base)
         JobRuntime.instance().set("name", config.hydra.job.name)
         return run_job(
             hydra_context=self.hydra_context,
-            task_function=self.task_function,
+            task_function=task or self.task_function,
             config=config,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
+
+    def together(self, configs: Sequence[DictConfig]) -> list[JobReturn]:
+        """Jobs of one stack, in this process: trained as one model, then each finished as a job of its own."""
+        if len(configs) == 1:
+            return [self(configs[0])]
+        with ExitStack() as held:
+            if finish := self._train_stack(configs, held):
+                return [self(config, task) for config, task in zip(configs, finish, strict=True)]
+        return [self(config) for config in configs]
+
+    def _train_stack(self, configs: Sequence[DictConfig], held: ExitStack) -> list[TaskFunction]:
+        """What finishes each job after the stack's training; none if it failed as a whole. `held` keeps their folders."""
+        from lnjac import config as lnjac_config
+        from lnjac import stack, train
+
+        folders = [_folder(config) for config in configs]
+        own, jobs = [held.enter_context(ExitStack()) for _ in configs], []
+        with _logging_to([folder / f"{configs[0].hydra.job.name}.log" for folder in folders]):
+            try:
+                settings = [lnjac_config.build(config) for config in configs]
+                held.enter_context(train.execution(settings[0]))
+                for setting, folder, mine in zip(settings, folders, own, strict=True):
+                    jobs.append(mine.enter_context(train.Job(setting, folder, train.admit(setting))))
+                fresh = [i for i, job in enumerate(jobs) if not (job.found or job.resumed)]
+                ended = dict(zip(fresh, stack.train_stacked([jobs[i] for i in fresh]), strict=True))
+            except Exception:
+                log.exception("the stack failed: its runs are made one by one")
+                return []
+
+        def finish(i: int) -> TaskFunction:
+            if i not in ended:  # it goes on from a checkpoint: by itself
+                own[i].close()
+                return self.task_function
+
+            def task(config: DictConfig) -> str:
+                with own[i]:
+                    if isinstance(outcome := ended[i], Exception):
+                        log.error("the run failed", exc_info=outcome)
+                        raise outcome
+                    return jobs[i].finish(outcome)
+
+            return task
+
+        return [finish(i) for i in range(len(configs))]
 
     def checkpoint(self, config: DictConfig) -> Any:
         """What submitit resubmits: the same job, which finds its own checkpoint."""
@@ -113,6 +158,30 @@ class Call:
 
 
 # Processes on this machine
+
+
+def _folder(config: DictConfig) -> Path:
+    return Path(config.hydra.sweep.dir, config.hydra.sweep.subdir)
+
+
+@contextmanager
+def _logging_to(files: Sequence[Path]) -> Iterator[None]:
+    """What is logged meanwhile concerns several runs: it goes into the log of each."""
+    handlers = []
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(file))
+        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    for handler in handlers:
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
 
 
 class LocalLauncher(Engine):
@@ -131,28 +200,56 @@ class LocalLauncher(Engine):
             _warm_up()
 
     def map(self, configs: Sequence[DictConfig]) -> Iterator[tuple[int, JobReturn]]:
-        jobs, threads = self._share(configs)
-        if jobs == 1:
-            log.info("%s one after the other in this process: %s", _jobs(len(configs)), self._why())
-            yield from self._in_turn(configs)
+        gpu = _gpu(configs)
+        processes = self.jobs or (1 if gpu else max(1, _cores() // max((c.threads or 1 for c in configs), default=1)))
+        tasks = [[i] for i in range(len(configs))]
+        if self.stack is True or (self.stack == "auto" and gpu):
+            tasks = _stacks(configs, processes)
+        processes = min(processes, len(tasks))
+        threads = max(1, _cores() // processes)
+        said = _count(len(configs), "job")
+        if len(tasks) < len(configs):
+            said += f" in {_count(len(tasks), 'stack')}"
+        if processes == 1:
+            log.info("%s, one after the other in this process%s", said, ", on the GPU" if gpu else "")
+            yield from self._in_turn(configs, tasks)
             return
-        log.info("%s in %d processes of %d thread%s", _jobs(len(configs)), jobs, threads, "" if threads == 1 else "s")
-        yield from _Pool(self.call(), jobs, threads).map(configs)
+        log.info("%s, in %d processes of %s", said, processes, _count(threads, "thread"))
+        yield from _Pool(self.call(), processes, threads).map(configs, tasks)
 
-    def _share(self, configs: Sequence[DictConfig]) -> tuple[int, int]:
-        """How many processes, and how many threads for each."""
-        cores = _cores()
-        asked = max((config.threads or 1 for config in configs), default=1)
-        jobs = min(self.jobs or max(1, cores // asked), len(configs))
-        return jobs, max(1, cores // jobs)
-
-    def _why(self) -> str:
-        return "hydra.launcher.jobs=1" if self.jobs == 1 else "one job or one core"
-
-    def _in_turn(self, configs: Sequence[DictConfig]) -> Iterator[tuple[int, JobReturn]]:
-        for i, config in enumerate(configs):
-            yield i, self.call()(config)
+    def _in_turn(
+        self, configs: Sequence[DictConfig], tasks: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[int, JobReturn]]:
+        for members in tasks:
+            returned = self.call().together([configs[i] for i in members])
             configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+            yield from zip(members, returned, strict=True)
+
+
+def _gpu(configs: Sequence[DictConfig]) -> bool:
+    import torch
+
+    return torch.cuda.is_available() and all(config.device != "cpu" for config in configs)
+
+
+def _stacks(configs: Sequence[DictConfig], processes: int) -> list[list[int]]:
+    """The jobs in groups that can be trained as one model, each small enough for memory and for every process to get one."""
+    from lnjac import config as lnjac_config
+    from lnjac import stack
+
+    alike: dict[str, list[int]] = {}
+    first = {}
+    for i, composed in enumerate(configs):
+        config = lnjac_config.build(composed)
+        key = stack.key(config) or f"alone {i}"
+        first.setdefault(key, config)
+        alike.setdefault(key, []).append(i)
+    groups = []
+    for key, members in alike.items():
+        size = min(stack.most(first[key], first[key].data.load().vocab_size), -(-len(members) // processes))
+        n = -(-len(members) // size)  # groups as equal as can be
+        groups += [members[k * len(members) // n : (k + 1) * len(members) // n] for k in range(n)]
+    return groups
 
 
 def _cores() -> int:
@@ -177,22 +274,22 @@ def _warm_up() -> None:
 
 
 class _Worker:
-    """A process that runs one job at a time; `job` is the index of its present one."""
+    """A process that runs one task at a time, a job or a stack of them; `task` are the indices of its present jobs."""
 
     def __init__(self, context: Any, call: Call, threads: int) -> None:
-        self.job: int | None = None
+        self.task: Sequence[int] = ()
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, pickle.dumps(call), threads), daemon=True)
         self.process.start()
         theirs.close()
 
-    def start(self, i: int, config: DictConfig) -> None:
-        self.job = i
-        with suppress(OSError):  # it died since its last job: seen when its answer is read
-            self.connection.send(config)
+    def start(self, task: Sequence[int], configs: Sequence[DictConfig]) -> None:
+        self.task = task
+        with suppress(OSError):  # it died since its last task: seen when its answer is read
+            self.connection.send([configs[i] for i in task])
 
     def stop(self) -> None:
-        if self.job is not None:
+        if self.task:
             self.process.terminate()  # it saves a checkpoint and says `interrupted`
         self.connection.close()
         self.process.join(30)
@@ -202,30 +299,30 @@ class _Worker:
 class _Pool:
     """So many workers; one that dies loses its job and is replaced."""
 
-    def __init__(self, call: Call, jobs: int, threads: int) -> None:
-        self.context, self.call, self.jobs, self.threads = _processes(), call, jobs, threads
+    def __init__(self, call: Call, processes: int, threads: int) -> None:
+        self.context, self.call, self.processes, self.threads = _processes(), call, processes, threads
 
-    def map(self, configs: Sequence[DictConfig]) -> Iterator[tuple[int, JobReturn]]:
-        waiting = deque(enumerate(configs))
+    def map(self, configs: Sequence[DictConfig], tasks: Sequence[Sequence[int]]) -> Iterator[tuple[int, JobReturn]]:
+        waiting = deque(tasks)
         idle: list[_Worker] = []
         busy: list[_Worker] = []
         try:
             while waiting or busy:
-                while waiting and len(busy) < self.jobs:
+                while waiting and len(busy) < self.processes:
                     worker = idle.pop() if idle else _Worker(self.context, self.call, self.threads)
                     busy.append(worker)
-                    worker.start(*waiting.popleft())
+                    worker.start(waiting.popleft(), configs)
                 ready = connections.wait([worker.connection for worker in busy])
                 for worker in [worker for worker in busy if worker.connection in ready]:
                     busy.remove(worker)
-                    assert worker.job is not None
-                    i, worker.job = worker.job, None
+                    task, worker.task = worker.task, ()
                     try:
-                        yield i, worker.connection.recv()
+                        returned = worker.connection.recv()
                         idle.append(worker)
                     except (EOFError, OSError):
                         worker.process.join()
-                        yield i, lost(configs[i], _death(worker.process.exitcode))
+                        returned = [lost(configs[i], _death(worker.process.exitcode)) for i in task]
+                    yield from zip(task, returned, strict=True)
         finally:
             for worker in (*busy, *idle):
                 worker.stop()
@@ -243,12 +340,14 @@ def _work(connection: Any, pickled: bytes, threads: int) -> None:
     call: Call = pickle.loads(pickled)
     with suppress(KeyboardInterrupt, EOFError, OSError):  # interrupted, or the parent has no more
         while True:
-            job = call(connection.recv())
+            jobs = call.together(connection.recv())
             try:
-                connection.send(job)
+                connection.send(jobs)
             except (TypeError, AttributeError, pickle.PicklingError):  # an error that cannot travel as it is
-                job.return_value = RuntimeError(_reason(job))
-                connection.send(job)
+                for job in jobs:
+                    if job.status != JobStatus.COMPLETED:
+                        job.return_value = RuntimeError(_reason(job))
+                connection.send(jobs)
 
 
 def _interrupt(signum: int, frame: Any) -> None:
@@ -292,7 +391,9 @@ class SlurmLauncher(Engine):
                 executor = self._executor(configs[members[0]])
                 submitted = executor.map_array(self.call(), [configs[i] for i in members])
                 jobs |= dict(zip(members, submitted, strict=True))
-            log.info("%s on Slurm: %s", _jobs(len(jobs)), ", ".join(job.job_id for job in list(jobs.values())[:20]))
+            log.info(
+                "%s on Slurm: %s", _count(len(jobs), "job"), ", ".join(job.job_id for job in list(jobs.values())[:20])
+            )
             while jobs:
                 for i in [i for i, job in jobs.items() if job.done()]:
                     yield i, self._outcome(jobs.pop(i), configs[i])
@@ -347,7 +448,7 @@ class RayLauncher(Engine):
         task = ray.remote(**self.options)(_ray_job)
         call = ray.put(self.call())
         tasks = {task.remote(call, config): i for i, config in enumerate(configs)}
-        log.info("%s on Ray", _jobs(len(tasks)))
+        log.info("%s on Ray", _count(len(tasks), "job"))
         try:
             while tasks:
                 for done in ray.wait(list(tasks), num_returns=1)[0]:
@@ -399,8 +500,8 @@ def _reason(job: JobReturn) -> str:
     return (f"{type(error).__name__}: {error}".splitlines() or [""])[0]
 
 
-def _jobs(n: int) -> str:
-    return "1 job" if n == 1 else f"{n} jobs"
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" + ("" if n == 1 else "s")
 
 
 def _names(overrides: Sequence[Sequence[str]]) -> list[str]:

@@ -77,7 +77,7 @@ def show(
 
     \b
     Example:
-        lnjac show multirun/A/0 --step 100
+        lnjac show multirun/A/RUN --step 100
         lnjac show all.parquet --run 3f2a
     """
     from lnjac import sweep
