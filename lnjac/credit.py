@@ -58,14 +58,19 @@ class Policy:
 class _FeedbackLinear(torch.autograd.Function):
     """y = x·Wᵀ + b, whose input gradient is g·B (Lillicrap et al. 2016); x: (…, in), W and B: (out, in).
 
-    It does without `needs_input_grad`, and is meant for plain or compiled `.backward()`, not for vmap.
+    It does without `needs_input_grad`. Under `torch.func.vmap` it becomes one batched product, whose backward is ordinary
+    autograd's outside the vmap.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], output: Tensor) -> None:
+        x, _, bias, feedback = inputs
         ctx.save_for_backward(x, feedback)
         ctx.has_bias = bias is not None
-        return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
@@ -74,6 +79,40 @@ class _FeedbackLinear(torch.autograd.Function):
         grad_x = (g @ feedback).view(x.shape)
         grad_weight = g.t() @ x.reshape(-1, x.shape[-1])
         return grad_x, grad_weight, g.sum(0) if ctx.has_bias else None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Tensor | None) -> tuple[Tensor, int]:
+        runs = [
+            operand if operand is None else lead(operand, dim, info.batch_size)
+            for operand, dim in zip(operands, in_dims, strict=True)
+        ]
+        out: Tensor = _StackedFeedbackLinear.apply(*runs)  # type: ignore[no-untyped-call]
+        return out, 0
+
+
+class _StackedFeedbackLinear(torch.autograd.Function):
+    """_FeedbackLinear of R runs at once; x: (R, …, in), W and B: (R, out, in), b: (R, out)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor) -> Tensor:
+        ctx.save_for_backward(x, feedback)
+        ctx.has_bias = bias is not None
+        flat = x.reshape(len(x), -1, x.shape[-1])
+        y = flat @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(1), flat, weight.mT)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x, feedback = ctx.saved_tensors
+        g = grad.reshape(len(grad), -1, grad.shape[-1])
+        grad_x = (g @ feedback).view(x.shape)
+        grad_weight = g.mT @ x.reshape(len(x), -1, x.shape[-1])
+        return grad_x, grad_weight, g.sum(1) if ctx.has_bias else None, None
+
+
+def lead(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """A vmapped operand with its run dimension, `size` long, at the front; dim None: one value for all."""
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 class Linear(nn.Module):

@@ -446,8 +446,11 @@ class Batches:
 
     def next(self) -> Batch:
         """Inputs and targets, int64 (batch_size, block_size)."""
-        starts = self.rng.integers(0, len(self.split) - self.block_size, size=self.batch_size)
-        return gather(self.split, starts, self.block_size)
+        return gather(self.split, self.starts(), self.block_size)
+
+    def starts(self) -> npt.NDArray[np.int64]:
+        """(batch_size,): where the next batch's sequences begin; drawn, so that it is the next batch no more."""
+        return self.rng.integers(0, len(self.split) - self.block_size, size=self.batch_size)
 
 
 def windows(split: Tokens, block_size: int, batch_size: int, max_tokens: int | None) -> Iterator[Batch]:

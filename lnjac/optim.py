@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -29,6 +29,12 @@ class Optimizer:
     decay: Decay
     final_lr_ratio: float
     grad_clip: float | None
+
+    elementwise: ClassVar[bool] = False
+    """Whether each entry of a parameter moves by its own gradient alone, so that runs can share one optimizer.
+
+    Counts for the class that says it, not for its subclasses: they may do otherwise.
+    """
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         raise NotImplementedError(f"{type(self).__name__} is an abstract optimizer: define build()")
@@ -68,6 +74,8 @@ class AdamW(Optimizer):
     beta2: float
     eps: float
 
+    elementwise: ClassVar[bool] = True
+
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
@@ -86,6 +94,8 @@ class SGD(Optimizer):
 
     momentum: float
     nesterov: bool
+
+    elementwise: ClassVar[bool] = True
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)

@@ -17,6 +17,7 @@ LAYERS = [
     {"capture", "gpt"},
     {"analyse", "progress", "checkpoint"},
     {"train", "replay"},
+    {"stack"},
     {"__init__"},
     {"cli"},
     {"__main__"},
