@@ -92,9 +92,11 @@ class Call:
 
     def __init__(self, hydra_context: HydraContext, task_function: TaskFunction) -> None:
         self.hydra_context, self.task_function = hydra_context, task_function
+        self.cwd = Path.cwd()  # what relative paths are relative to, on whatever machine
 
     def __call__(self, config: DictConfig, task: TaskFunction | None = None) -> JobReturn:
         """Run one job; `task` stands in for the task function."""
+        os.chdir(self.cwd)
         setup_globals()  # what Hydra keeps of its own in a process
         version.setbase(config.hydra.runtime.version_base)
         JobRuntime.instance().set("name", config.hydra.job.name)
@@ -440,7 +442,7 @@ class RayLauncher(Engine):
         import_module("ray.cloudpickle").register_pickle_by_value(sys.modules[__name__])
         if not ray.is_initialized():
             try:
-                ray.init(log_to_driver=False, **self.init)
+                ray.init(log_to_driver=False, logging_level=logging.WARNING, **self.init)
             except ConnectionError as error:
                 raise CompactHydraException(
                     f"no Ray cluster ({error}): start one with `ray start --head`, or give hydra.launcher.init={{}}"

@@ -13,9 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from test_run import TINY, command
-from test_sweeper import folders, science, started, wait_for
-
-from lnjac import runs
+from test_sweeper import folders, science, started, wait_for, workers
 
 pytestmark = pytest.mark.slow
 
@@ -140,26 +138,8 @@ def killed_once(tmp_path: Path, *words: str) -> "subprocess.Popen[str]":
     """A sweep, one of whose Ray workers is killed in the middle of its run."""
     process = started(tmp_path, *words)
     wait_for(logged("step 200/2000", tmp_path / "multirun/A"), 120)
-    found = [
-        int(path.name)
-        for path in Path("/proc").glob("[0-9]*")
-        if any(
-            os.readlink(link).startswith(f"{tmp_path}/multirun/A") and link_is_lock(link) for link in descriptors(path)
-        )
-    ]
-    os.kill(found[0], signal.SIGKILL)
+    os.kill(workers(tmp_path)[0], signal.SIGKILL)
     return process
-
-
-def descriptors(process: Path) -> list[Path]:
-    try:
-        return list((process / "fd").iterdir())
-    except OSError:
-        return []
-
-
-def link_is_lock(link: Path) -> bool:
-    return os.readlink(link).endswith("/" + runs.LOCK)
 
 
 @ray

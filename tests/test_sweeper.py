@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -171,17 +172,14 @@ def started(tmp_path: Path, *words: str) -> "subprocess.Popen[str]":
     )
 
 
-def workers(parent: int) -> list[int]:
-    """Processes of a sweep's process group that run a job, by the pid that holds a run's lock open."""
+def workers(folder: Path) -> list[int]:
+    """The processes that make a run of this sweep: those that hold a run's lock open."""
     found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getpgid(int(path.name)) == parent and any(
-                os.readlink(link).endswith("/" + runs.LOCK) for link in (path / "fd").iterdir()
-            ):
-                found.append(int(path.name))
-        except OSError:
-            continue
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # gone, or not ours
+            links = [os.readlink(link) for link in (process / "fd").iterdir()]
+            if any(link.startswith(f"{folder}/") and link.endswith(runs.LOCK) for link in links):
+                found.append(int(process.name))
     return found
 
 
@@ -198,8 +196,8 @@ LONG = ("model=tiny", "steps=300", "eval.tokens=500", "threads=1", "sweep=A", "h
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the workers")
 def test_a_killed_worker_costs_only_its_own_run(tmp_path: Path) -> None:
     process = started(tmp_path, *LONG, "seed=1,2,3")
-    wait_for(lambda: workers(process.pid))
-    os.kill(workers(process.pid)[0], signal.SIGKILL)
+    wait_for(lambda: workers(tmp_path))
+    os.kill(workers(tmp_path)[0], signal.SIGKILL)
     out, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "1 of 3 jobs failed" in err
@@ -245,7 +243,7 @@ def test_sigkill_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> 
         time.sleep(rng.uniform(0.5, 9))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    wait_for(lambda: not workers(process.pid))
+    wait_for(lambda: not workers(cut))
     done = command("-m", *words, cwd=cut)
     assert done.returncode == 0, done.stderr
     for one, other in zip(*(science(path / "multirun/A/all.parquet") for path in (whole, cut)), strict=True):
