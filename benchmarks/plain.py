@@ -20,7 +20,8 @@ class FeedbackFunction(torch.autograd.Function):
     def backward(ctx, grad):
         x, feedback = ctx.saved_tensors
         flat_grad, flat_x = grad.flatten(0, -2), x.flatten(0, -2)
-        return grad @ feedback, flat_grad.t() @ flat_x, flat_grad.sum(0), None
+        grad_bias = flat_grad.sum(0) if ctx.needs_input_grad[2] else None
+        return grad @ feedback, flat_grad.t() @ flat_x, grad_bias, None
 
 
 class FeedbackLinear(nn.Linear):
@@ -74,10 +75,10 @@ class PlainGPT(nn.Module):
 class PlainTraining:
     """Model, AdamW at 1e-3, and batches stacked from random slices."""
 
-    def __init__(self, tokens: torch.Tensor, vocab: int, block: int = 64, batch: int = 32) -> None:
+    def __init__(self, tokens: torch.Tensor, vocab: int, width: int = 128, block: int = 64, batch: int = 32) -> None:
         torch.manual_seed(1337)
         self.tokens, self.block, self.batch = tokens, block, batch
-        self.model = PlainGPT(vocab, block=block)
+        self.model = PlainGPT(vocab, d=width, block=block)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
 
     def update(self) -> float:
