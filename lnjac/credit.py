@@ -55,7 +55,23 @@ class Policy:
     head: Transpose
 
 
-class _FeedbackLinear(torch.autograd.Function):
+ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a·b + bias: (…, n), (n, m), (m,) -> (…, m).
+
+    In fp32 on a CPU, where no graph is wanted, it is oneDNN's, which uses AVX-512 wherever the CPU has it: MKL, torch's
+    choice, on Intel's alone.
+    """
+    plain = a.dtype == torch.float32 and a.device.type == "cpu" and not torch.is_grad_enabled()
+    if ONEDNN and plain and not torch.compiler.is_compiling():
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+        return out
+    return F.linear(a, b.t(), bias)
+
+
+class _Linear(torch.autograd.Function):
     """y = x·Wᵀ + b, whose input gradient is g·B (Lillicrap et al. 2016); x: (…, in), W and B: (out, in).
 
     It does without `needs_input_grad`. Under `torch.func.vmap` it becomes one batched product, whose backward is ordinary
@@ -63,22 +79,20 @@ class _FeedbackLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor) -> Tensor:
-        return F.linear(x, weight, bias)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, back: Tensor) -> Tensor:
+        return product(x, weight.t(), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], output: Tensor) -> None:
-        x, _, bias, feedback = inputs
-        ctx.save_for_backward(x, feedback)
+        x, _, bias, back = inputs
+        ctx.save_for_backward(x, back)
         ctx.has_bias = bias is not None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        x, feedback = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])
-        grad_x = (g @ feedback).view(x.shape)
-        grad_weight = g.t() @ x.reshape(-1, x.shape[-1])
-        return grad_x, grad_weight, g.sum(0) if ctx.has_bias else None, None
+        x, back = ctx.saved_tensors
+        g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        return product(g, back).view(x.shape), _outer(g, flat), g.sum(0) if ctx.has_bias else None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Tensor | None) -> tuple[Tensor, int]:
@@ -86,16 +100,21 @@ class _FeedbackLinear(torch.autograd.Function):
             operand if operand is None else lead(operand, dim, info.batch_size)
             for operand, dim in zip(operands, in_dims, strict=True)
         ]
-        out: Tensor = _StackedFeedbackLinear.apply(*runs)  # type: ignore[no-untyped-call]
+        out: Tensor = _StackedLinear.apply(*runs)  # type: ignore[no-untyped-call]
         return out, 0
 
 
-class _StackedFeedbackLinear(torch.autograd.Function):
-    """_FeedbackLinear of R runs at once; x: (R, …, in), W and B: (R, out, in), b: (R, out)."""
+def _outer(g: Tensor, x: Tensor) -> Tensor:
+    """gᵀ·x: (n, out), (n, in) -> (out, in). oneDNN copies a transposed first operand: let it be the smaller one."""
+    return product(g.t(), x) if g.shape[1] <= x.shape[1] else product(x.t(), g).t()
+
+
+class _StackedLinear(torch.autograd.Function):
+    """_Linear of R runs at once; x: (R, …, in), W and B: (R, out, in), b: (R, out)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor) -> Tensor:
-        ctx.save_for_backward(x, feedback)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, back: Tensor) -> Tensor:
+        ctx.save_for_backward(x, back)
         ctx.has_bias = bias is not None
         flat = x.reshape(len(x), -1, x.shape[-1])
         y = flat @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(1), flat, weight.mT)
@@ -103,9 +122,9 @@ class _StackedFeedbackLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        x, feedback = ctx.saved_tensors
+        x, back = ctx.saved_tensors
         g = grad.reshape(len(grad), -1, grad.shape[-1])
-        grad_x = (g @ feedback).view(x.shape)
+        grad_x = (g @ back).view(x.shape)
         grad_weight = g.mT @ x.reshape(len(x), -1, x.shape[-1])
         return grad_x, grad_weight, g.sum(1) if ctx.has_bias else None, None
 
@@ -137,13 +156,14 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (…, in) -> (…, out)."""
-        if self.feedback_rule is None:
-            return F.linear(x, self.weight, self.bias)
-        operands: list[Tensor | None] = [x, self.weight, self.bias, self.backward_matrix()]
+        if self.feedback_rule is None and torch._C._are_functorch_transforms_active():
+            return F.linear(x, self.weight, self.bias)  # any transform of torch.func, jvp included
+        back = self.weight if self.feedback_rule is None else self.backward_matrix()
+        operands: list[Tensor | None] = [x, self.weight, self.bias, back]
         if torch.is_autocast_enabled(x.device.type):  # a Function's backward runs outside autocast: cast here
             dtype = torch.get_autocast_dtype(x.device.type)
             operands = [None if operand is None else operand.to(dtype) for operand in operands]
-        out: Tensor = _FeedbackLinear.apply(*operands)  # type: ignore[no-untyped-call]
+        out: Tensor = _Linear.apply(*operands)  # type: ignore[no-untyped-call]
         return out
 
 
