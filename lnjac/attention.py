@@ -21,7 +21,7 @@ class Attention:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, block_size: int, dropout: float = 0.0) -> Tensor:
         """q, k, v: (B, heads, T, d_h) -> (B, heads, T, d_h); `dropout` is the share of weights dropped."""
-        scores = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         weights = self.weights(scores, causal_mask(scores), block_size)
         return F.dropout(weights, dropout) @ v
 
@@ -34,6 +34,11 @@ def causal_mask(scores: Tensor) -> Tensor:
     """(T, T) bool: true on and below the diagonal."""
     t = scores.shape[-1]
     return torch.ones(t, t, dtype=torch.bool, device=scores.device).tril()
+
+
+def barrier(scores: Tensor, mask: Tensor, bias: float = 0.0) -> Tensor:
+    """(T, T) to add to scores: `bias` where a query may look, −∞ where it may not. It costs no pass in the backward."""
+    return scores.new_full(mask.shape, bias).masked_fill(~mask, -math.inf)
 
 
 @dataclass
@@ -50,7 +55,7 @@ class Softmax(Attention):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
     def weights(self, scores: Tensor, mask: Tensor, block_size: int) -> Tensor:
-        return scores.masked_fill(~mask, -math.inf).softmax(-1)
+        return (scores + barrier(scores, mask)).softmax(-1)
 
 
 @dataclass
@@ -72,7 +77,7 @@ class Sigmoid(Attention):
 
     def weights(self, scores: Tensor, mask: Tensor, block_size: int) -> Tensor:
         assert self.bias is not None
-        return (scores + self.bias).sigmoid().masked_fill(~mask, 0.0)
+        return (scores + barrier(scores, mask, self.bias)).sigmoid()
 
 
 @dataclass
@@ -80,7 +85,7 @@ class Relu(Attention):
     """relu(QKᵀ/√d_h)/n (Wortsman et al. 2023, arXiv 2309.08586)."""
 
     def weights(self, scores: Tensor, mask: Tensor, block_size: int) -> Tensor:
-        return scores.relu().masked_fill(~mask, 0.0) / block_size
+        return (scores + barrier(scores, mask)).relu() / block_size
 
 
 @dataclass
