@@ -240,7 +240,7 @@ def _stacks(configs: Sequence[DictConfig], processes: int) -> list[list[int]]:
     from lnjac import stack
 
     alike: dict[str, list[int]] = {}
-    first = {}
+    first: dict[str, Any] = {}
     for i, composed in enumerate(configs):
         config = lnjac_config.build(composed)
         key = stack.key(config) or f"alone {i}"

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lnjac.tables import Column
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Part of every run's identity: raised whenever the same config would give other numbers than before."""
 
 EXECUTION = ("device", "threads", "deterministic", "save_model", "checkpoint")
