@@ -6,6 +6,7 @@ This folder has no __init__.py: it is part of Hydra's plugin namespace, and Hydr
 its own imports stay light.
 """
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -13,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus, configure_log
 from hydra.errors import CompactHydraException, HydraException  # Hydra shows its text alone, without a traceback
+from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.lnjac_launchers import Engine
 
@@ -45,6 +49,42 @@ class Job:
     @property
     def name(self) -> str:
         return " ".join(self.overrides)
+
+
+class Composer:
+    """Composes a sweep's jobs as Hydra does, which takes 0.1 s each, but once for all that differ in plain values alone."""
+
+    def __init__(self, context: HydraContext, master: DictConfig) -> None:
+        self.load, self.repository = context.config_loader.load_sweep_config, context.config_loader.repository  # type: ignore[attr-defined]
+        self.parser = OverridesParser.create(config_loader=context.config_loader)
+        self.master = master
+        self.known: dict[tuple[str, ...], DictConfig] = {}
+
+    def compose(self, words: Sequence[str]) -> DictConfig:
+        overrides = self.parser.parse_overrides(list(words))
+        plain = [override for override in overrides if self._is_plain(override)]
+        rest = tuple(str(override.input_line) for override in overrides if override not in plain)
+        if rest not in self.known:
+            self.known[rest] = self.load(self.master, list(rest))
+        config = copy.deepcopy(self.known[rest])
+        try:
+            for override in plain:
+                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+        except OmegaConfBaseException:
+            return self.load(self.master, list(words))  # Hydra says in its own words what is wrong
+        ours = [override for override in overrides if not override.is_hydra_override()]
+        config.hydra.overrides.task = [override.input_line for override in ours]
+        names = config.hydra.job.config.override_dirname
+        config.hydra.job.override_dirname = get_overrides_dirname(
+            overrides=ours, kv_sep=names.kv_sep, item_sep=names.item_sep, exclude_keys=names.exclude_keys
+        )
+        OmegaConf.copy_cache(from_config=self.master, to_config=config)
+        return config
+
+    def _is_plain(self, override: Override) -> bool:
+        """Whether it gives a value to a key of ours that is there: it chooses no group's member, adds and removes nothing."""
+        changes = override.is_add() or override.is_force_add() or override.is_delete() or override.package is not None
+        return not (changes or override.is_hydra_override() or self.repository.group_exists(override.key_or_group))
 
 
 class LnjacSweeper(BasicSweeper):
@@ -112,9 +152,10 @@ class LnjacSweeper(BasicSweeper):
         assert self.hydra_context is not None
         log.info("checking %d jobs", len(grid))
         here = not getattr(self.launcher, "elsewhere", False)
+        composer = Composer(self.hydra_context, self.config)
         jobs, bad = [], []
         for overrides in grid:
-            composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+            composed = composer.compose(overrides)
             try:
                 config = configs.build(composed)
                 sha256 = train.admit(config, here=here).sha256

@@ -1,5 +1,6 @@
 """Sweeps as a user meets them: checked, resumed, killed, on full disks; with the default launcher unless said otherwise."""
 
+import importlib
 import os
 import random
 import re
@@ -14,14 +15,40 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import ROOT
+from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import HydraContext, RunMode
+from omegaconf import OmegaConf
 from test_run import TINY, command
 
 from lnjac import runs, sweep
+from lnjac.config import CONF
 from lnjac.tables import VOLATILE
 
-pytestmark = pytest.mark.slow
-
 PROCESSES = "hydra.launcher.jobs=2"
+
+
+@pytest.mark.parametrize("words", [
+    ["seed=1", "attn_mode=sigmoid", "attn_mode.bias=-2.0"],
+    ["+experiment=width_sweep", "model.n_embd=64", "steps=${batch_size}"],
+    ["data=text", "data.files=[a,b]", "seed=3"],
+    ["hydra.launcher.jobs=2", "seed=2"],
+    ["~save_model", "+more=1", "seed=1"],
+])  # fmt: skip
+def test_jobs_are_composed_as_hydra_composes_them(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    composer = importlib.import_module("hydra_plugins.lnjac_sweeper").Composer
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        loader = GlobalHydra.instance().hydra.config_loader
+        master = loader.load_configuration("config", [], RunMode.MULTIRUN)
+        ours = composer(HydraContext(config_loader=loader, callbacks=Callbacks(master)), master)
+        for _ in range(2):  # the second time from what is known
+            one, other = ours.compose(words), loader.load_sweep_config(master, words)
+            plain = [OmegaConf.to_container(config, resolve=False) for config in (one, other)]
+            assert plain[0] == plain[1]
+        with pytest.raises(Exception, match="sed"):
+            ours.compose([*words, "sed=1"])
 
 
 def folders(sweep_folder: Path) -> dict[int, Path]:
@@ -41,6 +68,7 @@ def science(merged: Path) -> list[pd.DataFrame]:
     return tables
 
 
+@pytest.mark.slow
 def test_a_sweep_checks_runs_and_merges(tmp_path: Path) -> None:
     done = command("-m", *TINY, "attn_mode=softmax,sigmoid", "seed=1,2", "sweep=A", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -54,6 +82,7 @@ def test_a_sweep_checks_runs_and_merges(tmp_path: Path) -> None:
     assert sorted(logs) == sorted(layers["run_id"].unique())
 
 
+@pytest.mark.slow
 def test_the_same_sweep_again_runs_what_is_missing(tmp_path: Path) -> None:
     command("-m", *TINY, "seed=1,2", "sweep=A", cwd=tmp_path)
     out = tmp_path / "multirun" / "A"
@@ -72,6 +101,7 @@ def test_the_same_sweep_again_runs_what_is_missing(tmp_path: Path) -> None:
     assert whole.returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["local", "basic"])
 def test_a_damaged_run_is_named_and_made_again(tmp_path: Path, launcher: str) -> None:
     words = ("-m", *TINY, "seed=1,2,3,4,5", "sweep=A", f"hydra/launcher={launcher}")
@@ -95,6 +125,7 @@ def test_a_damaged_run_is_named_and_made_again(tmp_path: Path, launcher: str) ->
         pd.testing.assert_frame_equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_sweep_with_bad_jobs_starts_none_and_lists_all(tmp_path: Path) -> None:
     done = command("-m", *TINY, "model.n_embd=32,33,35", "sweep=A", cwd=tmp_path)
     assert done.returncode != 0
@@ -105,6 +136,7 @@ def test_a_sweep_with_bad_jobs_starts_none_and_lists_all(tmp_path: Path) -> None
     assert not (tmp_path / "multirun").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "said"), [
     (["attn_mode=glob(zz*)"], "the sweep has no jobs"),
     (["sweep=a,b"], "sweep is said of a whole sweep"),
@@ -122,6 +154,7 @@ def test_a_sweep_that_makes_no_sense_is_refused(tmp_path: Path, words: list[str]
     assert not (tmp_path / "multirun").exists()
 
 
+@pytest.mark.slow
 def test_odd_values_work(tmp_path: Path) -> None:
     """Spaces, slashes, equals signs and 300 characters in swept values, and in the sweep's name."""
     names = ["a b=c.txt", "sub/dir=x y.txt", "n" * 150 + "/" + "m" * 150 + ".txt"]
@@ -134,6 +167,7 @@ def test_odd_values_work(tmp_path: Path) -> None:
     assert pd.read_parquet(tmp_path / "multirun/x y/z=1/all.runs.parquet")["data_sha256"].nunique() == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["local", "basic"])
 def test_a_failed_job_does_not_lose_the_others(tmp_path: Path, launcher: str) -> None:
     """One job cannot write: the rest run and are merged, the exit code tells, and the next command retries."""
@@ -193,6 +227,7 @@ def wait_for(condition: object, seconds: float = 60) -> None:
 LONG = ("model=tiny", "steps=300", "eval.tokens=500", "threads=1", "sweep=A", "hydra/launcher=local", PROCESSES)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the workers")
 def test_a_killed_worker_costs_only_its_own_run(tmp_path: Path) -> None:
     process = started(tmp_path, *LONG, "seed=1,2,3")
@@ -211,6 +246,7 @@ def test_a_killed_worker_costs_only_its_own_run(tmp_path: Path) -> None:
     assert set(pd.read_parquet(merged)["seed"]) == {1, 2, 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_sweep_told_to_stop_merges_and_goes_on_later(tmp_path: Path, number: int) -> None:
     process = started(tmp_path, *LONG, "seed=1,2,3,4")
@@ -229,6 +265,7 @@ def test_a_sweep_told_to_stop_merges_and_goes_on_later(tmp_path: Path, number: i
     assert any("goes on from the checkpoint" in path.read_text() for path in merged.parent.glob("*/run.log"))
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """Twenty times the whole sweep is killed outright, then the same command runs until it is done."""
     words = ("model=tiny", "steps=150", "eval.tokens=500", "threads=1", "sweep=A", "checkpoint.every=0.2",
@@ -250,6 +287,7 @@ def test_sigkill_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> 
         pd.testing.assert_frame_equal(one, other, check_exact=True)
 
 
+@pytest.mark.slow
 def test_two_sweeps_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
     both = [started(tmp_path, *TINY, "seed=1,2", "hydra/launcher=basic") for _ in range(2)]
     for process in both:
@@ -260,6 +298,7 @@ def test_two_sweeps_of_one_second_have_folders_of_their_own(tmp_path: Path) -> N
     assert all(len(pd.read_parquet(path)) == 10 for path in merged)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_line_and_earlier_rows_stay(tmp_path: Path) -> None:
     words = ("-m", *TINY, "sweep=A", "hydra/launcher=basic")
     command(*words, "seed=1", cwd=tmp_path)
@@ -280,12 +319,14 @@ def test_a_full_disk_is_one_clear_line_and_earlier_rows_stay(tmp_path: Path) -> 
     assert set(pd.read_parquet(merged)["seed"]) == {1, 2}
 
 
+@pytest.mark.slow
 def test_original_sweeps_both_modes_without_being_told(tmp_path: Path) -> None:
     done = command("+experiment=original", "data=play", *TINY, "sweep=A", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert pd.read_parquet(tmp_path / "multirun/A/all.runs.parquet")["attn_mode"].tolist() == ["softmax", "sigmoid"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "package"), [("slurm", "submitit"), ("ray", "ray")])
 def test_an_engine_without_its_extra_names_it(tmp_path: Path, launcher: str, package: str) -> None:
     done = command("-m", *TINY, f"hydra/launcher={launcher}", cwd=tmp_path, env=without(tmp_path, package))
