@@ -271,7 +271,7 @@ def _warm_up() -> None:
     if context.get_start_method() == "forkserver":
         from multiprocessing import forkserver
 
-        context.set_forkserver_preload(["__main__", "lnjac.train", __name__])
+        context.set_forkserver_preload(["__main__", "lnjac.train", "torch._dynamo", __name__])  # optimizers import it
         forkserver.ensure_running()
 
 

@@ -228,13 +228,15 @@ def build(node: Mapping[str, Any] | DictConfig) -> RunConfig:
     Raises ConfigError with a line for every unknown, missing or ill-typed value.
     """
     problems: list[str] = []
-    values: Any = {key: value for key, value in node.items() if key not in SWEEP}
-    if isinstance(node, DictConfig):  # without Hydra's own part, which is complete only once a job runs
-        ours = OmegaConf.masked_copy(node, [str(key) for key in node if key not in ("hydra", *SWEEP)])
-        try:
-            values = OmegaConf.to_container(ours, resolve=True)
-        except OmegaConfBaseException as error:
-            raise ConfigError(_first_line(error)) from None
+    values: dict[str, Any] = {}
+    try:
+        for key in map(str, node):
+            if key in ("hydra", *SWEEP):  # Hydra's own part is complete only once a job runs
+                continue
+            value = "???" if isinstance(node, DictConfig) and OmegaConf.is_missing(node, key) else node[key]
+            values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from None
     parts: dict[str, Any] = {}
     for group in PLUGIN_GROUPS:
         if isinstance(value := values.get(group), Mapping):

@@ -77,8 +77,8 @@ class GPT(nn.Module):
         super().__init__()
         d = model.n_embd
         self.block_size = model.block_size
-        self.wte = nn.Embedding(vocab_size, d)
-        self.wpe = nn.Embedding(model.block_size, d)
+        self.wte = _embedding(vocab_size, d)
+        self.wpe = _embedding(model.block_size, d)
         self.drop = nn.Dropout(model.dropout)
         self.blocks = nn.ModuleList(Block(model, mode) for _ in range(model.n_layer))
         self.ln_f = _norm(model, d) if model.placement is Placement.pre else nn.Identity()
@@ -150,6 +150,12 @@ def initialise(model: GPT, seed: int) -> None:
 
 def residual_std(model: Model) -> float:
     return INIT_STD / math.sqrt(2 * model.n_layer)
+
+
+def _embedding(n: int, d: int) -> nn.Embedding:
+    """As yet without values: `initialise` gives them, and torch's own draw would import its compiler on the meta device."""
+    made: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(n, d), freeze=False)  # type: ignore[no-untyped-call]
+    return made
 
 
 def _norm(model: Model, d: int) -> Norm:
