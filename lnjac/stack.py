@@ -252,7 +252,7 @@ class Stack:
                 for name, grad in grads.items():
                     training.trained[name].grad = grad[run]
         clips = [t.config.optimizer.grad_clip for t in self.trainings]
-        limits = torch.tensor([math.inf if clip is None else clip for clip in clips], device=self.device)
+        limits = self.segments[0].values.new_tensor([math.inf if clip is None else clip for clip in clips])
         self.limits = None if all(clip is None for clip in clips) else limits
 
     def _optimize(self, start: int, count: int) -> "Steps":
@@ -346,7 +346,7 @@ class Stack:
         """nn.utils.clip_grad_norm_ for each run by itself."""
         clipped = [segment.grads for segment in self.segments if not segment.feedback]
         norm = torch.stack([torch.linalg.vector_norm(grads, dim=1) for grads in clipped]).norm(dim=0)
-        factor = (limits / (norm + 1e-6)).clamp(max=1.0).masked_fill(limits.isinf(), 1.0).to(norm.dtype)
+        factor = (limits / (norm + 1e-6)).clamp(max=1.0).masked_fill(limits.isinf(), 1.0)
         for grads in clipped:
             grads.mul_(factor.unsqueeze(1))
 
