@@ -212,6 +212,19 @@ def test_one_of_equal_settings_leaves_and_the_others_keep_their_moments(
     assert [one.ended for one in found] == [None, 3, 5, None]
 
 
+def test_clipping_leaves_an_unlimited_run_as_it_is() -> None:
+    these = configs(varied=[["optimizer.grad_clip=0.01"], ["seed=2"], ["optimizer.grad_clip=1.0e+9"]])
+    whole = stack.Stack([train.Training(config, corpus()) for config in these])
+    grads = whole.segments[0].grads.fill_(2.0)
+    grads[1, 0] = math.inf
+    assert whole.limits is not None
+    whole._clip(whole.limits)
+    assert float(grads[0].norm()) == pytest.approx(0.01)
+    assert grads[1, 0] == math.inf
+    assert (grads[1, 1:] == 2.0).all()
+    assert (grads[2] == 2.0).all()
+
+
 def test_an_error_in_one_runs_measuring_ends_that_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     these = configs("precision=fp64", "steps=4", "diagnostics=trajectory")
     before = alone(these, tmp_path)
