@@ -64,11 +64,15 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     In fp32 on a CPU, where no graph is wanted, it is oneDNN's, which uses AVX-512 wherever the CPU has it: MKL, torch's
     choice, on Intel's alone.
     """
-    plain = a.dtype == torch.float32 and a.device.type == "cpu" and not torch.is_grad_enabled()
-    if ONEDNN and plain and not torch.compiler.is_compiling():
+    if _by_onednn(a):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
         return out
     return F.linear(a, b.t(), bias)
+
+
+def _by_onednn(a: Tensor) -> bool:
+    plain = a.dtype == torch.float32 and a.device.type == "cpu" and not torch.is_grad_enabled()
+    return ONEDNN and plain and not torch.compiler.is_compiling()
 
 
 class _Linear(torch.autograd.Function):
@@ -117,16 +121,23 @@ class _StackedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, back)
         ctx.has_bias = bias is not None
         flat = x.reshape(len(x), -1, x.shape[-1])
-        y = flat @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(1), flat, weight.mT)
-        return y.view(*x.shape[:-1], -1)
+        return _products(flat, weight.mT, bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, back = ctx.saved_tensors
         g = grad.reshape(len(grad), -1, grad.shape[-1])
-        grad_x = (g @ back).view(x.shape)
-        grad_weight = g.mT @ x.reshape(len(x), -1, x.shape[-1])
-        return grad_x, grad_weight, g.sum(1) if ctx.has_bias else None, None
+        flat = x.reshape(len(x), -1, x.shape[-1])
+        grad_weight = torch.stack([_outer(*run) for run in zip(g, flat, strict=True)]) if _by_onednn(g) else g.mT @ flat
+        return _products(g, back).view(x.shape), grad_weight, g.sum(1) if ctx.has_bias else None, None
+
+
+def _products(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a·b + bias of each run: (R, n, k), (R, k, m), (R, m) -> (R, n, m). oneDNN has no batched one: run by run."""
+    if _by_onednn(a):
+        biases = [None] * len(a) if bias is None else bias
+        return torch.stack([product(*run) for run in zip(a, b, biases, strict=True)])
+    return a @ b if bias is None else torch.baddbmm(bias.unsqueeze(1), a, b)
 
 
 def lead(x: Tensor, dim: int | None, size: int) -> Tensor:

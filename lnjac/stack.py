@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from lnjac import config as configs
 from lnjac import data, gpt, optim
 from lnjac.config import Precision, RunConfig
-from lnjac.credit import Method, is_feedback, lead
+from lnjac.credit import Method, _Linear, is_feedback, lead
 from lnjac.progress import progress
 from lnjac.train import Job, Training
 
@@ -42,8 +42,8 @@ LARGEST = 128
 GPU_SHARE, RAM_SHARE = 0.8, 0.5
 """Shares of the free memory that a stack may take."""
 
-CPU_BYTES = 2**30
-"""What a stack on a CPU may take at most: a larger one runs no faster (benchmarks/README.md)."""
+CPU_BYTES = 2**27
+"""What a stack on a CPU may take at most: a larger one runs no faster (benchmarks/stacked.py)."""
 
 TOLERANCE = {Precision.fp64: 1e-9, Precision.fp32: 1e-3, Precision.bf16: 0.1}
 """Largest relative difference of a stacked gradient from a run's own, by rounding alone."""
@@ -142,12 +142,19 @@ class _Fold(torch.autograd.Function):
 
 
 class _Rules(TorchFunctionMode):
-    """Within it, calls for which torch has no batching rule on a CPU take ours."""
+    """Within it, calls for which torch has no batching rule, or a slow one on a CPU, take ours."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and len(args) == 3 and kwargs.keys() <= {"dropout_p", "is_causal"}:
             return _Fold.apply(*args, kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False))  # type: ignore[no-untyped-call]
+        if (
+            func is F.linear
+            and len(args) == 3
+            and args[0].device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            return _Linear.apply(*args, args[1])  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
