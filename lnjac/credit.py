@@ -128,13 +128,23 @@ class _StackedLinear(torch.autograd.Function):
         x, back = ctx.saved_tensors
         g = grad.reshape(len(grad), -1, grad.shape[-1])
         flat = x.reshape(len(x), -1, x.shape[-1])
-        grad_weight = torch.stack([_outer(*run) for run in zip(g, flat, strict=True)]) if _by_onednn(g) else g.mT @ flat
+        grad_weight = (
+            torch.stack([_outer(*run) for run in zip(g, flat, strict=True)]) if _run_by_run(g, back) else g.mT @ flat
+        )
         return _products(g, back).view(x.shape), grad_weight, g.sum(1) if ctx.has_bias else None, None
 
 
+RUN_BY_RUN = 2**20
+"""Multiplications in one run's product from which oneDNN's, which has no batched one, beats torch's batched product."""
+
+
+def _run_by_run(a: Tensor, b: Tensor) -> bool:
+    return _by_onednn(a) and a.shape[1] * a.shape[2] * b.shape[2] >= RUN_BY_RUN
+
+
 def _products(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a·b + bias of each run: (R, n, k), (R, k, m), (R, m) -> (R, n, m). oneDNN has no batched one: run by run."""
-    if _by_onednn(a):
+    """a·b + bias of each run: (R, n, k), (R, k, m), (R, m) -> (R, n, m)."""
+    if _run_by_run(a, b):
         biases = [None] * len(a) if bias is None else bias
         return torch.stack([product(*run) for run in zip(a, b, biases, strict=True)])
     return a @ b if bias is None else torch.baddbmm(bias.unsqueeze(1), a, b)

@@ -140,6 +140,12 @@ def test_fifty_updates_are_those_of_the_runs_alone(group: str, name: str, tmp_pa
     assert found[0].curve[-1]["val_loss_nats"] != found[1].curve[-1]["val_loss_nats"]
 
 
+@pytest.mark.parametrize("name", ["bp", "fa", "kp"])
+def test_large_products_are_made_run_by_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(credit, "RUN_BY_RUN", 0)
+    assert_stacking_changes_nothing(configs(f"method={name}", "steps=10"), tmp_path, 1e-4)
+
+
 NORMED_QUERIES = frozenset(
     {"n_zero", "cos_ste_vs_true", "cos_center_vs_true", "cos_radial_vs_true", "cos_center_vs_ste"}
 )
