@@ -45,12 +45,12 @@ def barrier(scores: Tensor, mask: Tensor, bias: float = 0.0) -> Tensor:
 class Softmax(Attention):
     """softmax(QKᵀ/√d_h) over the keys (Vaswani et al. 2017).
 
-    The fused kernel is used where it was measured to be faster (benchmarks/README.md): everywhere but for bf16 on a CPU,
-    whose backward is slow at short blocks.
+    The fused kernel is used where it was measured to be faster (benchmarks/README.md): everywhere but on a CPU in bf16,
+    whose backward is slow at short blocks, and for heads narrower than 16.
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, block_size: int, dropout: float = 0.0) -> Tensor:
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.shape[-1] < 16):
             return super().attend(q, k, v, block_size, dropout)
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
