@@ -36,6 +36,9 @@ benchmark: $(VENV)/.installed
 	$(PY) benchmarks/training_step.py
 	$(PY) benchmarks/attention.py
 	$(PY) benchmarks/diagnostic.py
+	OMP_NUM_THREADS=1 $(PY) benchmarks/products.py
+	OMP_NUM_THREADS=1 $(PY) benchmarks/stacked.py
+	for sweep in default bf16 widths; do $(PY) benchmarks/sweeps.py $$sweep 1; done
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

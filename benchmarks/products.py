@@ -28,7 +28,7 @@ def into(multiply: Callable[..., Tensor], a: Tensor, b: Tensor) -> Call:
 
 
 def by_product(a: Tensor, b: Tensor) -> Call:
-    return lambda: product(a, b)
+    return torch.no_grad()(lambda: product(a, b))  # as in a backward pass
 
 
 def linear_products(training: train.Training, call: Callable[[Tensor, Tensor], Call]) -> list[Call]:
