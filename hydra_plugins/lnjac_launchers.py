@@ -143,10 +143,13 @@ class Call:
 
             def task(config: DictConfig) -> str:
                 with own[i]:
-                    if isinstance(outcome := ended[i], Exception):
-                        log.error("the run failed", exc_info=outcome)
-                        raise outcome
-                    return jobs[i].finish(outcome)
+                    try:
+                        if isinstance(outcome := ended[i], Exception):
+                            raise outcome
+                        return jobs[i].finish(outcome)
+                    except Exception:
+                        log.exception("the run failed")
+                        raise
 
             return task
 

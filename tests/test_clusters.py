@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_run import TINY, command
-from test_sweeper import folders, science, started, wait_for, workers
+from test_run import command
+from test_sweeper import one_job_fails, science, started, wait_for, workers
 
 pytestmark = pytest.mark.slow
 
@@ -53,24 +53,6 @@ def logged(text: str, folder: Path) -> Callable[[], list[Path]]:
     return lambda: [path.parent for path in folder.glob("*/run.log") if text in path.read_text()]
 
 
-def raises_in_one_job(tmp_path: Path, *engine: str) -> None:
-    words = ("-m", *TINY, "sweep=A", "seed=1,2", *engine)
-    done = command(*words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    one = folders(tmp_path / "multirun/A")[1]
-    shutil.rmtree(one)
-    (one / "layers.parquet").mkdir(parents=True)  # os.replace cannot put a file over a folder
-    done = command(*words, cwd=tmp_path)
-    assert done.returncode != 0
-    assert "1 of 2 jobs failed" in done.stderr
-    assert "IsADirectoryError" in done.stderr
-    assert set(pd.read_parquet(tmp_path / "multirun/A/all.parquet")["seed"]) == {2}
-    assert "Traceback" in (one / "run.log").read_text()
-    (one / "layers.parquet").rmdir()
-    assert command(*words, cwd=tmp_path).returncode == 0
-    assert set(pd.read_parquet(tmp_path / "multirun/A/all.parquet")["seed"]) == {1, 2}
-
-
 def compare_with_an_undisturbed_sweep(tmp_path: Path, *words: str) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -81,7 +63,7 @@ def compare_with_an_undisturbed_sweep(tmp_path: Path, *words: str) -> None:
 
 @slurm
 def test_slurm_a_job_that_raises(tmp_path: Path) -> None:
-    raises_in_one_job(tmp_path, *SLURM)
+    one_job_fails(tmp_path, *SLURM)
 
 
 @slurm
@@ -133,7 +115,7 @@ def test_slurm_ctrl_c_cancels_the_jobs(tmp_path: Path) -> None:
 
 @ray
 def test_ray_a_job_that_raises(tmp_path: Path, cluster: tuple[str, ...]) -> None:
-    raises_in_one_job(tmp_path, *cluster)
+    one_job_fails(tmp_path, *cluster)
 
 
 def killed_once(tmp_path: Path, *words: str) -> "subprocess.Popen[str]":

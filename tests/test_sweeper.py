@@ -167,12 +167,10 @@ def test_odd_values_work(tmp_path: Path) -> None:
     assert pd.read_parquet(tmp_path / "multirun/x y/z=1/all.runs.parquet")["data_sha256"].nunique() == 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["local", "basic"])
-def test_a_failed_job_does_not_lose_the_others(tmp_path: Path, launcher: str) -> None:
+def one_job_fails(tmp_path: Path, *engine: str) -> None:
     """One job cannot write: the rest run and are merged, the exit code tells, and the next command retries."""
-    words = ("-m", *TINY, "seed=1,2", "sweep=A", f"hydra/launcher={launcher}")
-    command(*words, cwd=tmp_path)
+    words = ("-m", *TINY, "seed=1,2", "sweep=A", *engine)
+    assert command(*words, cwd=tmp_path).returncode == 0
     one = folders(tmp_path / "multirun" / "A")[1]
     shutil.rmtree(one)
     (one / "layers.parquet").mkdir(parents=True)  # os.replace cannot put a file over a folder
@@ -191,6 +189,12 @@ def test_a_failed_job_does_not_lose_the_others(tmp_path: Path, launcher: str) ->
     (one / "layers.parquet").rmdir()
     assert command(*words, cwd=tmp_path).returncode == 0
     assert set(pd.read_parquet(tmp_path / "multirun/A/all.parquet")["seed"]) == {1, 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["local", "basic"])
+def test_a_failed_job_does_not_lose_the_others(tmp_path: Path, launcher: str) -> None:
+    one_job_fails(tmp_path, f"hydra/launcher={launcher}")
 
 
 def started(tmp_path: Path, *words: str) -> "subprocess.Popen[str]":
@@ -376,7 +380,7 @@ def test_a_full_disk_is_one_clear_line_and_earlier_rows_stay(tmp_path: Path) -> 
 def test_original_sweeps_both_modes_without_being_told(tmp_path: Path) -> None:
     done = command("+experiment=original", "data=play", *TINY, "sweep=A", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert pd.read_parquet(tmp_path / "multirun/A/all.runs.parquet")["attn_mode"].tolist() == ["softmax", "sigmoid"]
+    assert set(pd.read_parquet(tmp_path / "multirun/A/all.runs.parquet")["attn_mode"]) == {"softmax", "sigmoid"}
 
 
 @pytest.mark.slow
