@@ -118,7 +118,7 @@ class Call:
         return [self(config) for config in configs]
 
     def _train_stack(self, configs: Sequence[DictConfig], held: ExitStack) -> list[TaskFunction]:
-        """What finishes each job after the stack's training; none if it failed as a whole. `held` keeps their folders."""
+        """What finishes each job after the stack's training; nothing if they are to run alone. `held` keeps their folders."""
         from lnjac import config as lnjac_config
         from lnjac import stack, train
 
@@ -131,6 +131,8 @@ class Call:
                 for setting, folder, mine in zip(settings, folders, own, strict=True):
                     jobs.append(mine.enter_context(train.Job(setting, folder, train.admit(setting))))
                 fresh = [i for i, job in enumerate(jobs) if not (job.found or job.resumed)]
+                if len(fresh) < 2:
+                    return []
                 ended = dict(zip(fresh, stack.train_stacked([jobs[i] for i in fresh]), strict=True))
             except Exception:
                 log.exception("the stack failed: its runs are made one by one")
@@ -193,7 +195,7 @@ class LocalLauncher(Engine):
     """Worker processes, each with its share of the cores; they outlive their jobs, so that torch starts once in each."""
 
     def __init__(self, jobs: int | None, stack: bool | str) -> None:
-        if jobs is not None and jobs < 1:
+        if jobs is not None and not (isinstance(jobs, int) and jobs >= 1):
             raise CompactHydraException(f"hydra.launcher.jobs={jobs} must be at least 1, or null for one per core")
         if stack not in (True, False, "auto"):
             raise CompactHydraException(f"hydra.launcher.stack={stack} must be true, false or auto")
@@ -274,8 +276,11 @@ def _warm_up() -> None:
     if context.get_start_method() == "forkserver":
         from multiprocessing import forkserver
 
-        context.set_forkserver_preload(["__main__", "lnjac.train", "torch._dynamo", __name__])  # optimizers import it
+        preload = ["__main__", "lnjac.train", "torch._dynamo", __name__]  # the compiler, which optimizers import
+        context.set_forkserver_preload(preload)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is this process's affair
         forkserver.ensure_running()
+        signal.signal(signal.SIGINT, before)
 
 
 class _Worker:
@@ -294,8 +299,6 @@ class _Worker:
             self.connection.send([configs[i] for i in task])
 
     def stop(self) -> None:
-        if self.task:
-            self.process.terminate()  # it saves a checkpoint and says `interrupted`
         self.connection.close()
         self.process.join(30)
         self.process.kill()
@@ -329,6 +332,8 @@ class _Pool:
                         returned = [lost(configs[i], _death(worker.process.exitcode)) for i in task]
                     yield from zip(task, returned, strict=True)
         finally:
+            for worker in busy:
+                worker.process.terminate()  # it saves a checkpoint and says `interrupted`
             for worker in (*busy, *idle):
                 worker.stop()
 

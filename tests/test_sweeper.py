@@ -270,6 +270,18 @@ def test_a_sweep_told_to_stop_merges_and_goes_on_later(tmp_path: Path, number: i
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("after_s", [1.0, 2.5])
+def test_ctrl_c_while_starting_is_one_line(tmp_path: Path, after_s: float) -> None:
+    process = started(tmp_path, *LONG, "seed=1,2,3")
+    time.sleep(after_s)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to every process of the command
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in out + err
+    assert err.count("interrupted") == 1
+
+
+@pytest.mark.slow
 def test_sigkill_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """Twenty times the whole sweep is killed outright, then the same command runs until it is done."""
     words = ("model=tiny", "steps=150", "eval.tokens=500", "threads=1", "sweep=A", "checkpoint.every=0.2",
