@@ -23,7 +23,7 @@ def make_run(folder: Path, seed: int = 1, *, steps: tuple[int, ...] = (0, 100), 
     def row(table: str, **given: Any) -> dict[str, Any]:
         return {c.name: given.get(c.name, FILL[c.dtype]) for c in tables.TABLES[table]}
 
-    out = runs.RunFolder(folder)
+    out = runs.RunFolder(folder, ids)
     layers = [
         row("layers", **ids, step=step, site=site, r_mean=step / 1000 + i / 10, r_radial=math.nan)
         for step in steps
@@ -222,7 +222,7 @@ def test_show_a_diverged_run_and_one_without_diagnostics(lnjac: Any, tmp_path: P
 )
 def test_show_an_unfinished_run_says_why(lnjac: Any, tmp_path: Path, state: str, more: dict[str, str], said: str):
     folder = make_run(tmp_path / "0")
-    runs.RunFolder(folder).status(state, **more)
+    runs.RunFolder(folder, {}).status(state, **more)
     assert lnjac("show", folder) == (1, "", f"lnjac: {folder}: {said}\n")
 
 

@@ -68,7 +68,7 @@ def make_run(
         (Column("data", "string", "", ""), "play"),
         *config,
     ]
-    out = runs.RunFolder(folder)
+    out = runs.RunFolder(folder, ids)
     rows = {
         "layers": [
             row(
@@ -217,11 +217,11 @@ def test_unfinished_runs_are_skipped_with_the_reason(tmp_path: Path, out: Path):
     make_run(tmp_path / "s" / "diverged", seed=2, status="diverged", run={"diverged_step": 3})
     make_run(tmp_path / "s" / "running", seed=3, status="running")
     failed = make_run(tmp_path / "s" / "failed", seed=4)
-    runs.RunFolder(failed).status("failed", error="ValueError:\n  out of memory")
+    runs.RunFolder(failed, {}).status("failed", error="ValueError:\n  out of memory")
     (make_run(tmp_path / "s" / "silent", seed=5) / "status.json").unlink()
     (make_run(tmp_path / "s" / "torn", seed=6) / "status.json").write_text('{"status": "do')
     (tmp_path / "s" / "early").mkdir()
-    runs.RunFolder(tmp_path / "s" / "early").status("running")
+    runs.RunFolder(tmp_path / "s" / "early", {}).status("running")
     report = merge([tmp_path / "s"], out)
     assert {Path(path).name: reason for path, reason in report.skipped} == {
         "early": "running",
@@ -414,7 +414,7 @@ def test_files_of_two_merges_are_not_taken_for_one(tmp_path: Path, out: Path):
 def test_none_mergeable_and_strict_write_nothing(tmp_path: Path, out: Path):
     make_run(tmp_path / "s" / "0", status="running")
     failed = make_run(tmp_path / "s" / "1", seed=2)
-    runs.RunFolder(failed).status("failed", error="boom")
+    runs.RunFolder(failed, {}).status("failed", error="boom")
     with pytest.raises(ConfigError, match=r"none of the runs(?s:.*)0: running\n.*1: failed: boom"):
         merge([tmp_path / "s"], out)
     make_run(tmp_path / "s" / "2", seed=3)
