@@ -293,7 +293,7 @@ def test_sigkill_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> 
     cut.mkdir()
     for _ in range(20):
         process = started(cut, *words)
-        time.sleep(rng.uniform(0.5, 9))
+        time.sleep(rng.uniform(1, 7))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     wait_for(lambda: not workers(cut))
