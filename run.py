@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+log = logging.getLogger("lnjac")
+
+
 def task(cfg: "DictConfig") -> str:
     """One job, in whatever process a launcher runs it."""
     from hydra.errors import CompactHydraException  # shown as its text alone, without a traceback
@@ -33,7 +36,13 @@ def task(cfg: "DictConfig") -> str:
     except config.ConfigError as error:
         raise CompactHydraException(str(error)) from None
     except Exception:
-        logging.getLogger("lnjac").exception("the run failed")
+        log.exception("the run failed")
+        raise
+    except KeyboardInterrupt:
+        if HydraConfig.get().mode == RunMode.RUN:
+            log.warning(
+                "interrupted: the same command with hydra.run.dir=%s goes on", HydraConfig.get().runtime.output_dir
+            )
         raise
 
 
@@ -50,6 +59,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted: what is done is kept, and the same command goes on from here", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # die of the signal, so that a shell's loop ends too
         os.kill(os.getpid(), signal.SIGINT)

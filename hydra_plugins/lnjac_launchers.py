@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from importlib import import_module
 from multiprocessing import connection as connections
 from pathlib import Path
@@ -36,6 +36,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 log = logging.getLogger(__name__)
+
+Outcomes = Generator[tuple[int, JobReturn], None, None]
 
 
 class Engine(Launcher):
@@ -66,20 +68,21 @@ class Engine(Launcher):
         names = _names([list(filter_overrides(config.hydra.overrides.task)) for config in configs])
         returned: dict[int, JobReturn] = {}
         started = time.monotonic()
-        for i, job in self.map(configs):
-            returned[i] = job
-            log.info(
-                "[%d/%d] %s after %.0f s: #%d %s",
-                len(returned),
-                len(configs),
-                _outcome(job, _folder(configs[i])),
-                time.monotonic() - started,
-                numbers[i],
-                names[i],
-            )
+        with closing(self.map(configs)) as outcomes:
+            for i, job in outcomes:
+                returned[i] = job
+                log.info(
+                    "[%d/%d] %s after %.0f s: #%d %s",
+                    len(returned),
+                    len(configs),
+                    _outcome(job, _folder(configs[i])),
+                    time.monotonic() - started,
+                    numbers[i],
+                    names[i],
+                )
         return [returned[i] for i in range(len(configs))]
 
-    def map(self, configs: Sequence[DictConfig]) -> Iterator[tuple[int, JobReturn]]:
+    def map(self, configs: Sequence[DictConfig]) -> Outcomes:
         """Run the jobs; yields the index and outcome of each as it ends, in any order. Closing it stops what runs."""
         raise NotImplementedError
 
@@ -123,14 +126,18 @@ class Call:
         from lnjac import stack, train
 
         folders = [_folder(config) for config in configs]
-        own, jobs = [held.enter_context(ExitStack()) for _ in configs], []
+        own = [held.enter_context(ExitStack()) for _ in configs]
         with _logging_to([folder / f"{configs[0].hydra.job.name}.log" for folder in folders]):
             try:
                 settings = [lnjac_config.build(config) for config in configs]
                 held.enter_context(train.execution(settings[0]))
-                for setting, folder, mine in zip(settings, folders, own, strict=True):
-                    jobs.append(mine.enter_context(train.Job(setting, folder, train.admit(setting))))
-                fresh = [i for i, job in enumerate(jobs) if not (job.found or job.resumed)]
+                jobs = {}
+                for i, (setting, folder) in enumerate(zip(settings, folders, strict=True)):
+                    with suppress(
+                        lnjac_config.ConfigError
+                    ):  # say, in use by another command: said when it is run alone
+                        jobs[i] = own[i].enter_context(train.Job(setting, folder, train.admit(setting)))
+                fresh = [i for i, job in jobs.items() if not (job.found or job.resumed)]
                 if len(fresh) < 2:
                     return []
                 ended = dict(zip(fresh, stack.train_stacked([jobs[i] for i in fresh]), strict=True))
@@ -139,7 +146,7 @@ class Call:
                 return []
 
         def finish(i: int) -> TaskFunction:
-            if i not in ended:  # it goes on from a checkpoint: by itself
+            if i not in ended:  # by itself, as it goes on from a checkpoint, or is another command's
                 own[i].close()
                 return self.task_function
 
@@ -206,7 +213,7 @@ class LocalLauncher(Engine):
         if _cores() > 1 and self.jobs != 1 and config.dry_run is not True:
             _warm_up()
 
-    def map(self, configs: Sequence[DictConfig]) -> Iterator[tuple[int, JobReturn]]:
+    def map(self, configs: Sequence[DictConfig]) -> Outcomes:
         gpu = _gpu(configs)
         processes = self.jobs or (1 if gpu else max(1, _cores() // max((c.threads or 1 for c in configs), default=1)))
         tasks = [[i] for i in range(len(configs))]
@@ -224,9 +231,7 @@ class LocalLauncher(Engine):
         log.info("%s, in %d processes of %s", said, processes, _count(threads, "thread"))
         yield from _Pool(self.call(), processes, threads).map(configs, tasks)
 
-    def _in_turn(
-        self, configs: Sequence[DictConfig], tasks: Sequence[Sequence[int]]
-    ) -> Iterator[tuple[int, JobReturn]]:
+    def _in_turn(self, configs: Sequence[DictConfig], tasks: Sequence[Sequence[int]]) -> Outcomes:
         for members in tasks:
             returned = self.call().together([configs[i] for i in members])
             configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
@@ -253,7 +258,8 @@ def _stacks(configs: Sequence[DictConfig], processes: int) -> list[list[int]]:
         alike.setdefault(key, []).append(i)
     groups = []
     for key, members in alike.items():
-        size = min(stack.most(first[key], first[key].data.load().vocab_size), -(-len(members) // processes))
+        fit = stack.most(first[key], first[key].data.load().vocab_size) // processes  # as many stacks at once
+        size = max(1, min(fit, -(-len(members) // processes)))
         n = -(-len(members) // size)  # groups as equal as can be
         groups += [members[k * len(members) // n : (k + 1) * len(members) // n] for k in range(n)]
     return groups
@@ -300,7 +306,7 @@ class _Worker:
 
     def stop(self) -> None:
         self.connection.close()
-        self.process.join(30)
+        self.process.join(60)
         self.process.kill()
 
 
@@ -310,7 +316,7 @@ class _Pool:
     def __init__(self, call: Call, processes: int, threads: int) -> None:
         self.context, self.call, self.processes, self.threads = _processes(), call, processes, threads
 
-    def map(self, configs: Sequence[DictConfig], tasks: Sequence[Sequence[int]]) -> Iterator[tuple[int, JobReturn]]:
+    def map(self, configs: Sequence[DictConfig], tasks: Sequence[Sequence[int]]) -> Outcomes:
         waiting = deque(tasks)
         idle: list[_Worker] = []
         busy: list[_Worker] = []
@@ -351,13 +357,12 @@ def _work(connection: Any, pickled: bytes, threads: int) -> None:
     with suppress(KeyboardInterrupt, EOFError, OSError):  # interrupted, or the parent has no more
         while True:
             jobs = call.together(connection.recv())
-            try:
-                connection.send(jobs)
-            except (TypeError, AttributeError, pickle.PicklingError):  # an error that cannot travel as it is
-                for job in jobs:
-                    if job.status != JobStatus.COMPLETED:
-                        job.return_value = RuntimeError(_reason(job))
-                connection.send(jobs)
+            for job in jobs:
+                try:
+                    pickle.loads(pickle.dumps(job))
+                except Exception:  # whose own error cannot travel as it is
+                    job.return_value = RuntimeError(_reason(job))
+            connection.send(jobs)
 
 
 def _interrupt(signum: int, frame: Any) -> None:
@@ -388,7 +393,7 @@ class SlurmLauncher(Engine):
         self.submitit: Any = extra("submitit", "slurm")
         self.poll_s, self.signal_delay_s, self.max_num_timeout = poll_s, signal_delay_s, max_num_timeout
 
-    def map(self, configs: Sequence[DictConfig]) -> Iterator[tuple[int, JobReturn]]:
+    def map(self, configs: Sequence[DictConfig]) -> Outcomes:
         extra("cloudpickle", "slurm").register_pickle_by_value(
             sys.modules[__name__]
         )  # jobs do not have run.py's folder
@@ -399,7 +404,7 @@ class SlurmLauncher(Engine):
         try:
             for members in arrays.values():
                 executor = self._executor(configs[members[0]])
-                submitted = executor.map_array(self.call(), [configs[i] for i in members])
+                submitted = self._submitted(executor, [configs[i] for i in members])
                 jobs |= dict(zip(members, submitted, strict=True))
             log.info(
                 "%s on Slurm: %s", _count(len(jobs), "job"), ", ".join(job.job_id for job in list(jobs.values())[:20])
@@ -412,13 +417,25 @@ class SlurmLauncher(Engine):
             for job in jobs.values():
                 job.cancel(check=False)
 
+    def _submitted(self, executor: Any, configs: Sequence[DictConfig]) -> Any:
+        try:
+            return executor.map_array(self.call(), configs)
+        except Exception as error:  # sbatch's own word, which submitit wraps in one of several of its errors
+            said = " ".join(str(error).split())
+            raise CompactHydraException(f"Slurm does not take the jobs: {said[-300:]}") from None
+
     def _executor(self, config: DictConfig) -> Any:
         asked: Any = OmegaConf.to_container(config.hydra.launcher, resolve=True)
-        executor = self.submitit.AutoExecutor(
-            folder=Path(config.hydra.sweep.dir) / ".slurm" / "%j",
-            cluster="slurm",
-            slurm_max_num_timeout=self.max_num_timeout,
-        )
+        try:
+            executor = self.submitit.AutoExecutor(
+                folder=Path(config.hydra.sweep.dir) / ".slurm" / "%j",
+                cluster="slurm",
+                slurm_max_num_timeout=self.max_num_timeout,
+            )
+        except RuntimeError as error:
+            raise CompactHydraException(
+                f"no Slurm here ({error}): run it where sbatch is, or leave out slurm"
+            ) from None
         own = {name: asked[name] for name in ("timeout_min", "cpus_per_task", "mem_gb", "gpus_per_node")}
         slurm = {name: asked[name] for name in ("partition", "account", "array_parallelism", "setup")}
         slurm |= {"signal_delay_s": self.signal_delay_s, "additional_parameters": asked["additional"]}
@@ -445,15 +462,16 @@ class RayLauncher(Engine):
         self.init = dict(init)
         self.options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_retries": max_retries}
 
-    def map(self, configs: Sequence[DictConfig]) -> Iterator[tuple[int, JobReturn]]:
+    def map(self, configs: Sequence[DictConfig]) -> Outcomes:
         ray = self.ray
         import_module("ray.cloudpickle").register_pickle_by_value(sys.modules[__name__])
         if not ray.is_initialized():
             try:
                 ray.init(log_to_driver=False, logging_level=logging.WARNING, **self.init)
-            except ConnectionError as error:
+            except Exception as error:
+                said = " ".join(str(error).split())
                 raise CompactHydraException(
-                    f"no Ray cluster ({error}): start one with `ray start --head`, or give hydra.launcher.init={{}}"
+                    f"no Ray cluster ({said}): start one with `ray start --head`, or give hydra.launcher.init={{}}"
                 ) from None
         task = ray.remote(**self.options)(_ray_job)
         call = ray.put(self.call())

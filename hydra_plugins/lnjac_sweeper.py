@@ -105,6 +105,9 @@ class LnjacSweeper(BasicSweeper):
         try:
             for start in range(0, len(todo), size := self.max_batch_size or max(1, len(todo))):
                 returned += self._launch(todo[start : start + size], start)
+        except KeyboardInterrupt:
+            log.warning("interrupted: the same command with sweep=%s goes on from here", self.config.sweep)
+            raise
         finally:
             _merge(folder)
         _show(todo)
@@ -253,7 +256,10 @@ def _settle(job: Job, said: str) -> None:
 
     job.state = plan.state(job.folder, job.identity)
     if not job.state.finished and job.state.name not in (runs.FAILED, runs.RUNNING, plan.FOREIGN):
-        plan.fail(job.folder, job.identity, said)
+        try:
+            plan.fail(job.folder, job.identity, said)
+        except (runs.InUse, OSError) as error:
+            log.warning("%s: %s", job.folder, error)
         job.state = plan.state(job.folder, job.identity)
 
 

@@ -43,7 +43,7 @@ def state(folder: Path, identity: Mapping[str, str]) -> State:
         return State(BROKEN, f"{runs.STATUS} is not readable")
     name = str(status.get("status"))
     if other := {key: status.get(key) for key in identity if status.get(key) != identity[key]}:
-        if name not in runs.FINISHED:
+        if name not in runs.FINISHED and not (folder / runs.CHECKPOINT).exists():
             return State(MISSING)
         return State(FOREIGN, "holds another run: " + ", ".join(f"its {key} is {id}" for key, id in other.items()))
     if name == runs.RUNNING:
@@ -58,10 +58,12 @@ def state(folder: Path, identity: Mapping[str, str]) -> State:
 
 
 def fail(folder: Path, identity: Mapping[str, str], reason: str) -> None:
-    """Say in a run's own folder that it failed, for a process that could not say so itself."""
+    """Say in a run's own folder that it failed, for a process that could not say so itself. Raises InUse, OSError."""
     out = runs.RunFolder(folder, identity)
-    out.status(runs.FAILED, error=reason)
-    out.release()
+    try:
+        out.status(runs.FAILED, error=reason)
+    finally:
+        out.release()
 
 
 def seconds(todo: Sequence["RunConfig"], tables: Iterable[Path]) -> tuple[float, int]:
@@ -114,7 +116,7 @@ def _timed(path: Path) -> "pd.DataFrame | None":
     return done.assign(
         shape=[shape(dict(zip(config.columns, row, strict=True))) for row in config.itertuples(index=False)],
         per_update_s=done["train_s"] / done["steps_done"],
-        rest_s=done["wall_s"] - done["train_s"],
+        rest_s=done["eval_s"] + done["diagnostics_s"],  # not wall_s, which for a stacked run is the whole stack's
     )[["shape", "per_update_s", "rest_s"]]
 
 

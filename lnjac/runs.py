@@ -99,6 +99,8 @@ class RunFolder:
             self.lock.acquire()
         except Timeout:
             raise InUse(f"{self.path} is being written by another process") from None
+        for left in self.path.glob(".*.tmp"):  # by a writer that was killed: nobody else may write here
+            left.unlink(missing_ok=True)
         self.written: dict[str, str] = {}
 
     def release(self) -> None:

@@ -176,7 +176,7 @@ class Training:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         torch.set_rng_state(tensors["generator.cpu"])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and "generator.cuda" in tensors:  # else it was begun on a CPU
             torch.cuda.set_rng_state(tensors["generator.cuda"], self.device)
         self.updates, self.batches.rng.bit_generator.state = note["updates"], note["batches"]
 
@@ -247,7 +247,7 @@ def run(config: RunConfig, folder: Path, corpus: Corpus | None = None) -> str:
 class Job:
     """One run being made: its training, what it measures on its way, and its folder, held while in the `with` block.
 
-    `found` is its status if the folder held it already, finished; `updates` are then not to be made.
+    `found` is its status once the folder holds it, finished; at the start, that of an earlier making.
     """
 
     def __init__(self, config: RunConfig, folder: Path, corpus: Corpus) -> None:
@@ -255,6 +255,7 @@ class Job:
         self.identity = {"run_id": configs.run_id(config, corpus.sha256), "diag_id": configs.diag_id(config)}
         self.started_at, self.clock = runs.now(), Clock()
         self.stacked, self.resumed = 1, 0
+        self.found: str | None = None
         self.checkpoint = Path(folder) / runs.CHECKPOINT
         try:
             self.out = runs.RunFolder(folder, self.identity)
@@ -289,14 +290,16 @@ class Job:
         log.info("run %s on %s: %s", self.identity["run_id"], self.training.device.type, _brief(self.config))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ConfigError):  # found before any work: what is there stays as it is
-            pass
-        elif isinstance(error, Exception):
-            text = "".join(traceback.format_exception(error))
-            self.out.status(runs.FAILED, error=f"{type(error).__name__}: {error}", traceback=text)
-        elif error is not None:  # Ctrl-C, or a cluster's notice
-            self.out.status(runs.INTERRUPTED)
-        self.out.release()
+        try:
+            if self.found or isinstance(error, ConfigError):  # finished, or refused before any work: it stays as it is
+                return
+            if isinstance(error, Exception):
+                text = "".join(traceback.format_exception(error))
+                self.out.status(runs.FAILED, error=f"{type(error).__name__}: {error}", traceback=text)
+            elif error is not None:  # Ctrl-C, or a cluster's notice
+                self.out.status(runs.INTERRUPTED)
+        finally:
+            self.out.release()
 
     def save(self) -> None:
         """Write a checkpoint, if any are wanted. A full disk costs the checkpoint, not the run: it is said."""
@@ -369,6 +372,7 @@ class Job:
         _write(self.out, training, self.identity, tables)
         more = {"step": diverged_step} if status == runs.DIVERGED else {"val_loss_nats": result["val_loss_nats"]}
         self.out.status(status, **more)
+        self.found = status
         self.checkpoint.unlink(missing_ok=True)
         _say(result, self.record.layers)
         log.info("written to %s", self.out.path)

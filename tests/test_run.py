@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,43 @@ def test_a_finished_run_is_not_made_again_and_never_written_over(tmp_path: Path)
     (tmp_path / "layers.parquet").write_bytes(b"")  # broken: made again
     assert train.run(compose(*SMALL, "seed=1"), tmp_path, corpus()) == runs.DONE
     pd.testing.assert_frame_equal(lnjac.load_run(tmp_path).layers, run.layers)
+
+
+def test_what_comes_after_the_end_takes_nothing_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_say", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(compose(*SMALL), tmp_path, corpus())
+    assert lnjac.load_run(tmp_path).status["status"] == runs.DONE
+    with suppress(KeyboardInterrupt), train.Job(compose(*SMALL), tmp_path, corpus()) as job:
+        assert job.found == runs.DONE
+        raise KeyboardInterrupt
+    assert lnjac.load_run(tmp_path).status["status"] == runs.DONE
+
+
+def test_a_status_that_cannot_be_written_frees_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: runs.RunFolder, state: str, **more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.RunFolder, "status", full)
+        with pytest.raises(OSError, match="No space"):
+            train.run(compose(*SMALL), tmp_path, corpus())
+    assert not runs.in_use(tmp_path)
+
+
+def test_anothers_checkpoint_is_never_lost(tmp_path: Path) -> None:
+    with suppress(KeyboardInterrupt), train.Job(compose(*SMALL, "seed=1"), tmp_path, corpus()) as job:
+        job.save()
+        (tmp_path / ".layers.parquet.0123.tmp").write_text("left by a process that was killed")
+        raise KeyboardInterrupt
+    with pytest.raises(ConfigError, match="holds another run"):
+        train.run(compose(*SMALL, "seed=2"), tmp_path, corpus())
+    assert (tmp_path / runs.CHECKPOINT).exists()
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_folder_belongs_to_one_process(tmp_path: Path) -> None:
