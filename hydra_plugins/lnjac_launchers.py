@@ -347,14 +347,14 @@ class _Pool:
 def _work(connection: Any, pickled: bytes, threads: int) -> None:
     """A worker's life. Ctrl-C is its parent's affair; SIGTERM interrupts the run; it ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _interrupt)
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (its life): lines of several runs would mix; each has its own log
-    import torch
-
-    torch.set_num_threads(threads)
-    call: Call = pickle.loads(pickled)
     with suppress(KeyboardInterrupt, EOFError, OSError):  # interrupted, or the parent has no more
+        signal.signal(signal.SIGTERM, _interrupt)
+        threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (its life): lines of several runs would mix; each has its log
+        import torch
+
+        torch.set_num_threads(threads)
+        call: Call = pickle.loads(pickled)
         while True:
             jobs = call.together(connection.recv())
             for job in jobs:
