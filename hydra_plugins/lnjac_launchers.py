@@ -7,7 +7,6 @@ standard library, submitit and Ray. Hydra imports this module at every start, so
 import logging
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -295,7 +294,7 @@ class _Worker:
     def __init__(self, context: Any, call: Call, threads: int) -> None:
         self.task: Sequence[int] = ()
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, pickle.dumps(call), threads), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, call, threads), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -344,7 +343,7 @@ class _Pool:
                 worker.stop()
 
 
-def _work(connection: Any, pickled: bytes, threads: int) -> None:
+def _work(connection: Any, call: Call, threads: int) -> None:
     """A worker's life. Ctrl-C is its parent's affair; SIGTERM interrupts the run; it ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(KeyboardInterrupt, EOFError, OSError):  # interrupted, or the parent has no more
@@ -354,14 +353,11 @@ def _work(connection: Any, pickled: bytes, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        call: Call = pickle.loads(pickled)
         while True:
             jobs = call.together(connection.recv())
             for job in jobs:
-                try:
-                    pickle.loads(pickle.dumps(job))
-                except Exception:  # whose own error cannot travel as it is
-                    job.return_value = RuntimeError(_reason(job))
+                if job.status != JobStatus.COMPLETED:  # not every error can travel as it is
+                    job.return_value = Failure(reason(job))
             connection.send(jobs)
 
 
@@ -507,10 +503,14 @@ def extra(module: str, name: str) -> Any:
 # Words
 
 
-def lost(config: DictConfig, reason: str) -> JobReturn:
+class Failure(Exception):
+    """Why a job failed, in words alone."""
+
+
+def lost(config: DictConfig, why: str) -> JobReturn:
     """The outcome of a job whose process ended without giving one."""
     job = JobReturn(overrides=list(config.hydra.overrides.task), status=JobStatus.FAILED)
-    job.return_value = RuntimeError(reason)
+    job.return_value = Failure(why)
     return job
 
 
@@ -518,14 +518,16 @@ def _outcome(job: JobReturn, folder: Path) -> str:
     from lnjac.runs import read_status
 
     if job.status != JobStatus.COMPLETED:
-        return f"FAILED ({_reason(job)})"
+        return f"FAILED ({reason(job)})"
     loss = read_status(folder).get("val_loss_nats")
     return f"{job._return_value}" + ("" if loss is None else f", validation loss {loss:.4f},")
 
 
-def _reason(job: JobReturn) -> str:
+def reason(job: JobReturn) -> str:
+    """Why the job failed, in one line."""
     error = job._return_value
-    return (f"{type(error).__name__}: {error}".splitlines() or [""])[0]
+    said = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
+    return (said.splitlines() or [""])[0]
 
 
 def _count(n: int, noun: str) -> str:

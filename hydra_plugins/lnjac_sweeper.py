@@ -24,7 +24,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from hydra_plugins.lnjac_launchers import Engine
+from hydra_plugins.lnjac_launchers import Engine, reason
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ class LnjacSweeper(BasicSweeper):
                 grid = [[*job.overrides, f"hydra.sweep.subdir={job.folder.name}"] for job in jobs]
                 returned = list(self.launcher.launch(grid, initial_job_idx=first))
             said = {
-                job.folder: f"{type(error := back._return_value).__name__}: {error}"
+                job.folder: reason(back)
                 for job, back in zip(jobs, returned, strict=True)
                 if back.status != JobStatus.COMPLETED
             }
