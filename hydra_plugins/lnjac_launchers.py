@@ -55,13 +55,13 @@ class Engine(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         load = self.hydra_context.config_loader.load_sweep_config
         configs = [load(self.config, list(overrides)) for overrides in job_overrides]
-        return self.launch_composed(configs, range(initial_job_idx, initial_job_idx + len(configs)))
+        return self.launch_composed(configs, initial_job_idx)
 
-    def launch_composed(self, configs: Sequence[DictConfig], numbers: Sequence[int]) -> Sequence[JobReturn]:
-        """Run jobs that are composed already; `numbers` are theirs in the sweep."""
+    def launch_composed(self, configs: Sequence[DictConfig], first: int) -> Sequence[JobReturn]:
+        """Run jobs that are composed already; `first` is the number of the first one in the sweep."""
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        for config, number in zip(configs, numbers, strict=True):
+        for number, config in enumerate(configs, first):
             with open_dict(config):
                 config.hydra.job.id, config.hydra.job.num = str(number), number
         names = _names([list(filter_overrides(config.hydra.overrides.task)) for config in configs])
@@ -76,7 +76,7 @@ class Engine(Launcher):
                     len(configs),
                     _outcome(job, _folder(configs[i])),
                     time.monotonic() - started,
-                    numbers[i],
+                    first + i,
                     names[i],
                 )
         return [returned[i] for i in range(len(configs))]
@@ -132,9 +132,8 @@ class Call:
                 held.enter_context(train.execution(settings[0]))
                 jobs = {}
                 for i, (setting, folder) in enumerate(zip(settings, folders, strict=True)):
-                    with suppress(
-                        lnjac_config.ConfigError
-                    ):  # say, in use by another command: said when it is run alone
+                    # a refusal, say of a folder in use by another command, is said when the job is run alone
+                    with suppress(lnjac_config.ConfigError):
                         jobs[i] = own[i].enter_context(train.Job(setting, folder, train.admit(setting)))
                 fresh = [i for i, job in jobs.items() if not (job.found or job.resumed)]
                 if len(fresh) < 2:
@@ -385,14 +384,13 @@ class SlurmLauncher(Engine):
 
     elsewhere = True
 
-    def __init__(self, poll_s: float, signal_delay_s: int, max_num_timeout: int, **_: Any) -> None:
+    def __init__(self, poll_s: float, **_: Any) -> None:
         self.submitit: Any = extra("submitit", "slurm")
-        self.poll_s, self.signal_delay_s, self.max_num_timeout = poll_s, signal_delay_s, max_num_timeout
+        self.poll_s = poll_s  # the rest is read from each job's own config
 
     def map(self, configs: Sequence[DictConfig]) -> Outcomes:
-        extra("cloudpickle", "slurm").register_pickle_by_value(
-            sys.modules[__name__]
-        )  # jobs do not have run.py's folder
+        # jobs do not find this module, which lies in run.py's folder
+        extra("cloudpickle", "slurm").register_pickle_by_value(sys.modules[__name__])
         arrays: dict[str, list[int]] = {}
         for i, config in enumerate(configs):  # the resources may depend on the job: hydra.launcher.mem_gb=${...}
             arrays.setdefault(OmegaConf.to_yaml(config.hydra.launcher, resolve=True), []).append(i)
@@ -426,16 +424,16 @@ class SlurmLauncher(Engine):
             executor = self.submitit.AutoExecutor(
                 folder=Path(config.hydra.sweep.dir) / ".slurm" / "%j",
                 cluster="slurm",
-                slurm_max_num_timeout=self.max_num_timeout,
+                slurm_max_num_timeout=asked["max_num_timeout"],
             )
         except RuntimeError as error:
             raise CompactHydraException(
                 f"no Slurm here ({error}): run it where sbatch is, or leave out slurm"
             ) from None
         own = {name: asked[name] for name in ("timeout_min", "cpus_per_task", "mem_gb", "gpus_per_node")}
-        slurm = {name: asked[name] for name in ("partition", "account", "array_parallelism", "setup")}
-        slurm |= {"signal_delay_s": self.signal_delay_s, "additional_parameters": asked["additional"]}
-        given = {**own, **{f"slurm_{name}": value for name, value in slurm.items()}, "name": config.hydra.job.name}
+        names = ("partition", "account", "array_parallelism", "setup", "signal_delay_s")
+        slurm = {f"slurm_{name}": asked[name] for name in names}
+        given = {**own, **slurm, "slurm_additional_parameters": asked["additional"], "name": config.hydra.job.name}
         executor.update_parameters(**{name: value for name, value in given.items() if value is not None})
         return executor
 

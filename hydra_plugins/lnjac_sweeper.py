@@ -224,8 +224,7 @@ class LnjacSweeper(BasicSweeper):
                 for job in jobs:
                     with open_dict(job.composed):
                         job.composed.hydra.sweep.subdir = job.folder.name
-                numbers = range(first, first + len(jobs))
-                returned = list(self.launcher.launch_composed([job.composed for job in jobs], numbers))
+                returned = list(self.launcher.launch_composed([job.composed for job in jobs], first))
             else:
                 grid = [[*job.overrides, f"hydra.sweep.subdir={job.folder.name}"] for job in jobs]
                 returned = list(self.launcher.launch(grid, initial_job_idx=first))
