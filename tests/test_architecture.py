@@ -11,7 +11,7 @@ LAYERS = [
     {"tables"},
     {"config", "streams"},
     {"runs"},
-    {"jacobian", "attention", "credit", "play", "summary", "interruption"},
+    {"jacobian", "attention", "credit", "play", "summary", "interruption", "sources"},
     {"norm", "data", "optim", "sweep"},
     {"plan"},
     {"capture", "gpt"},
