@@ -1,11 +1,16 @@
 """Find run folders and earlier merges, and read them: whole, unaltered, in the declared types, or not at all."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -16,7 +21,13 @@ from lnjac.tables import CORE, KEYS, SCHEMA_VERSION, TABLES
 OWNER = ("run_id", "diag_id")
 """What identifies a run with its diagnostics; curves carry only the first."""
 
+INDEX = ".index.json"
+
+_MARKS = {runs.STATUS, *runs.FILES.values()}
+"""A folder that has one of these is a run's."""
+
 Tables = dict[str, pa.Table]
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,13 @@ class Source:
 
     path: Path
     merged: bool
+
+
+class Found(NamedTuple):
+    """What there is to merge, and merges in the same folders that may know some of it."""
+
+    sources: list[Source]
+    merges: list[Path]
 
 
 class Unfit(Exception):
@@ -50,39 +68,59 @@ def companions(layers: Path) -> dict[str, Path]:
     return {name: path for name, path in paths.items() if name in CORE or path.exists()}
 
 
+def index_file(layers: Path) -> Path:
+    """Where a merge keeps what lnjac.compaction knows of its runs."""
+    return layers.with_suffix(INDEX)
+
+
+def report_file(layers: Path) -> Path:
+    return layers.with_suffix(".merge.json")
+
+
 # Finding
 
 
 def discover(sources: Iterable[Path]) -> list[Source]:
     """Every run folder in or at the sources and every merged file named; each once, however often it is named."""
-    seen: set[Path] = set()
-    found = []
+    return search(sources).sources
+
+
+def search(sources: Iterable[Path]) -> Found:
+    """What `discover` finds, and the merges with an index met on the way: these are no sources unless named."""
+    seen: set[str] = set()
+    found = Found([], [])
     for path in sources:
         if path.is_dir():
-            found += [Source(folder, merged=False) for folder in _run_folders(path, seen)]
+            _search_folder(path, os.path.realpath(path), seen, found)
             continue
         if not path.exists():
             raise ConfigError(f"{path} does not exist")
         if path.name in (*runs.FILES.values(), runs.STATUS):
             raise ConfigError(f"{path} is one file of a run: name its folder, {path.parent}")
         layers = layers_file(path)
-        if (real := layers.resolve()) not in seen:
+        if (real := os.path.realpath(layers)) not in seen:
             seen.add(real)
-            found.append(Source(layers, merged=True))
+            found.sources.append(Source(layers, merged=True))
     return found
 
 
-def _run_folders(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    if (real := folder.resolve()) in seen:
+def _search_folder(folder: Path, real: str, seen: set[str], found: Found) -> None:
+    """`real` is the folder's name without links, which costs a hundred times the rest to find for each folder alone."""
+    if real in seen:
         return
     seen.add(real)
-    inside = sorted(folder.iterdir())
-    if {path.name for path in inside} & {runs.STATUS, *runs.FILES.values()}:
-        yield folder
+    with os.scandir(folder) as entries:
+        inside = sorted(entries, key=lambda entry: entry.name)
+    if any(entry.name in _MARKS for entry in inside):
+        found.sources.append(Source(folder, merged=False))
         return
-    for path in inside:
-        if not path.name.startswith(".") and path.is_dir():
-            yield from _run_folders(path, seen)
+    for entry in inside:
+        path = folder / entry.name
+        if entry.name.endswith(INDEX):
+            found.merges.append(path.with_name(entry.name.removesuffix(INDEX) + ".parquet"))
+        if not entry.name.startswith(".") and entry.is_dir():
+            inner = os.path.realpath(path) if entry.is_symlink() else os.path.join(real, entry.name)
+            _search_folder(path, inner, seen, found)
 
 
 def layers_file(path: Path) -> Path:
@@ -106,7 +144,8 @@ def read(source: Source) -> Tables:
         if name not in there:
             continue
         path = companion(source.path, name) if source.merged else source.path / runs.FILES[name]
-        data, note = read_noted(path)
+        blob = None if source.merged else _bytes(path)
+        data, note = read_noted(path, blob)
         if note.get("table") != name or bool(note.get("merged")) != source.merged:
             kind = "of an earlier merge" if source.merged else "of a run"
             raise Unfit(f"{path.name} does not hold the {name} {kind}")
@@ -119,7 +158,7 @@ def read(source: Source) -> Tables:
         if source.merged:
             notes.append((note.get("merge_id"), note.get("rows")))
             there |= set(note.get("rows") or ())
-        elif sha256.get(path.name) != runs.file_sha256(path):
+        elif blob is not None and sha256.get(path.name) != hashlib.sha256(blob).hexdigest():
             raise Unfit(f"{path.name} is not the file that the run wrote: its SHA-256 differs from {runs.STATUS}'s")
     n_rows = {name: table.num_rows for name, table in tables.items()}
     if source.merged and any(note != notes[0] or note[1] != n_rows for note in notes):
@@ -128,14 +167,21 @@ def read(source: Source) -> Tables:
     return tables
 
 
-def read_noted(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """A table with the note that `runs.write_table` left in its footer."""
+def _bytes(path: Path) -> bytes:
     try:
-        data = runs.read_table(path)
-    except FileNotFoundError:
-        raise Unfit(f"{path.name} is missing") from None
+        return path.read_bytes()
+    except OSError as error:
+        raise Unfit(_unread(path, error)) from None
+
+
+def read_noted(
+    path: Path, blob: bytes | None = None, columns: Sequence[str] | None = None
+) -> tuple[pa.Table, dict[str, Any]]:
+    """A table with the note that `runs.write_table` left in its footer; `blob` is the file's content, if already read."""
+    try:
+        data = runs.read_table(path if blob is None else pa.BufferReader(blob), columns)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise Unfit(f"{path.name} cannot be read: {error}") from None
+        raise Unfit(_unread(path, error)) from None
     try:
         note = json.loads((data.schema.metadata or {})[b"lnjac"])
     except (KeyError, ValueError):
@@ -143,6 +189,10 @@ def read_noted(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     if not isinstance(note, dict):
         raise Unfit(f"{path.name} was not written by lnjac")
     return data.replace_schema_metadata(), note
+
+
+def _unread(path: Path, error: Exception) -> str:
+    return f"{path.name} is missing" if isinstance(error, FileNotFoundError) else f"{path.name} cannot be read: {error}"
 
 
 def _finished(folder: Path) -> dict[str, Any]:
@@ -168,6 +218,13 @@ def _require_whole(tables: Tables, merged: bool) -> None:
             raise Unfit(f"its {name} hold rows of a run that it does not have")
 
 
+def positions(rows: pa.Table, known: pa.Table, names: Sequence[str]) -> Integers:
+    """For each row the number of the run in `known` that has the same values in these columns."""
+    if known.num_rows == 1:
+        return np.zeros(rows.num_rows, np.int64)
+    return np.asarray(pc.index_in(_joined(rows, names), value_set=_joined(known, names)).to_numpy(), np.int64)
+
+
 def _joined(table: pa.Table, names: Sequence[str]) -> pa.ChunkedArray:
     return pc.binary_join_element_wise(*(table[name] for name in names), "/")
 
@@ -177,18 +234,23 @@ def _joined(table: pa.Table, names: Sequence[str]) -> pa.ChunkedArray:
 
 def conform(data: pa.Table, declared: pa.Schema) -> pa.Table:
     """Declared columns first and in their declared type, then the others in their own order and Arrow's widest type."""
-    there, known = set(data.column_names), set(declared.names)  # both are made anew at every access
-    if missing := [name for name in declared.names if name not in there]:
-        raise Unfit(f"lacks the column {', '.join(missing)}")
-    if len(there) < data.num_columns:
-        raise Unfit("has two columns of one name")
-    more = [field for field in data.schema if field.name not in known]
-    if nested := [field.name for field in more if pa.types.is_nested(field.type)]:
-        raise Unfit(f"has lists or records in the column {', '.join(nested)}")
-    target = pa.schema([*declared, *(pa.field(field.name, _widest(field.type)) for field in more)])
+    target = _target(data.schema, declared)
     if data.schema.equals(target):
         return data
     return pa.Table.from_arrays([_cast(data[field.name], field) for field in target], schema=target)
+
+
+@lru_cache(maxsize=64)
+def _target(found: pa.Schema, declared: pa.Schema) -> pa.Schema:
+    there, known = set(found.names), set(declared.names)  # both are made anew at every access
+    if missing := [name for name in declared.names if name not in there]:
+        raise Unfit(f"lacks the column {', '.join(missing)}")
+    if len(there) < len(found):
+        raise Unfit("has two columns of one name")
+    more = [field for field in found if field.name not in known]
+    if nested := [field.name for field in more if pa.types.is_nested(field.type)]:
+        raise Unfit(f"has lists or records in the column {', '.join(nested)}")
+    return pa.schema([*declared, *(pa.field(field.name, _widest(field.type)) for field in more)])
 
 
 def _cast(values: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
@@ -218,10 +280,10 @@ def _kind(dtype: pa.DataType) -> str:
     return "number" if widest in (pa.int64(), pa.float64()) else str(widest)
 
 
-def agreed(schemas: Mapping[pa.Schema, Source]) -> pa.Schema:
+def agreed(schemas: Iterable[tuple[pa.Schema, Source]]) -> pa.Schema:
     """The union of the columns in order of first appearance: null gives way to any type, int64 to float64."""
     union: dict[str, tuple[pa.DataType, Source]] = {}
-    for schema, source in schemas.items():
+    for schema, source in schemas:
         for column, dtype in zip(schema.names, schema.types, strict=True):
             before, first = union.setdefault(column, (dtype, source))
             if before == pa.null() or {before, dtype} == {pa.int64(), pa.float64()}:

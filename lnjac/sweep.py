@@ -8,35 +8,32 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from lnjac import runs
-from lnjac.config import PLUGIN_GROUPS, ConfigError
+from lnjac import compaction, runs
+from lnjac.compaction import Index, Memory
+from lnjac.config import ConfigError
+from lnjac.doubts import warnings
+from lnjac.pile import Kind, Pile, combine
 from lnjac.sources import (
     OWNER,
     Source,
     Tables,
     Unfit,
-    agreed,
     companion,
     companions,
     discover,
     layers_file,
-    owner,
     read,
     read_noted,
+    report_file,
+    search,
 )
-from lnjac.tables import CORE, KEYS, TABLES, VOLATILE
+from lnjac.tables import SCHEMA_VERSION, TABLES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,16 +42,6 @@ RTOL = 1e-6
 """Relative difference up to which two measurements of the same run count as equal."""
 
 __all__ = ["MergeReport", "Skip", "Source", "Unfit", "companions", "discover", "load", "merge", "read"]
-
-NO_SCIENCE = (*VOLATILE, "jacobian_residual", "data")
-"""Columns in which equal runs may differ: the residual is nothing but rounding error, and one corpus may be read by
-another name (its content is in data_sha256)."""
-
-STACKED_AT_ONCE = 500
-"""How many tables are held one by one: a small one is mostly overhead, 290 KB a run."""
-
-Integers = npt.NDArray[np.int64]
-Booleans = npt.NDArray[np.bool_]
 
 
 class Skip(NamedTuple):
@@ -91,6 +78,11 @@ class MergeReport:
         plain = dataclasses.asdict(self) | {"skipped": [skip._asdict() for skip in self.skipped]}
         return json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
 
+    @classmethod
+    def from_json(cls, text: str) -> "MergeReport":
+        plain = json.loads(text)
+        return cls(**plain | {"skipped": [Skip(**skip) for skip in plain["skipped"]]})
+
 
 def by_reason(skipped: Iterable[Skip], most: int = 20) -> list[str]:
     """A line for each path and its reason, but at most so many for one reason."""
@@ -103,36 +95,6 @@ def by_reason(skipped: Iterable[Skip], most: int = 20) -> list[str]:
         if len(same) > most:
             lines.append(f"and {len(same) - most} more: {reason}")
     return lines
-
-
-@dataclass
-class Pile:
-    """The tables of many sources, stacked on top of one another as they come."""
-
-    sources: list[Source] = field(default_factory=list)
-    n_rows: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in TABLES})
-    pieces: dict[str, list[pa.Table]] = field(default_factory=lambda: {name: [] for name in TABLES})
-    schemas: dict[str, dict[pa.Schema, list[Source]]] = field(default_factory=lambda: {name: {} for name in TABLES})
-
-    def add(self, source: Source, tables: Tables) -> None:
-        self.sources.append(source)
-        for name in TABLES:
-            self.n_rows[name].append(tables[name].num_rows if name in tables else 0)
-        for name, table in tables.items():
-            self.schemas[name].setdefault(table.schema, []).append(source)
-            self.pieces[name].append(table)
-            if len(self.pieces[name]) >= STACKED_AT_ONCE:
-                self.stacked(name)
-
-    def stacked(self, name: str) -> pa.Table:
-        schema = agreed({known: same[0] for known, same in self.schemas[name].items()})
-        table = pa.concat_tables(self.pieces[name], promote_options="permissive")
-        self.pieces[name] = [table.select(schema.names).cast(schema).combine_chunks()]
-        return self.pieces[name][0]
-
-    def origin(self, name: str) -> Integers:
-        """For each row of the stacked table, the number of the source that it came from."""
-        return np.repeat(np.arange(len(self.sources)), self.n_rows[name])
 
 
 def merge(
@@ -151,36 +113,46 @@ def merge(
     `progress(done, total)` is called as sources have been read.
     """
     _check_output(output)
-    found = discover(sources)
+    found, merges = search(sources)
     if not found:
         raise ConfigError(f"no runs in {', '.join(map(str, sources))}: name run folders, sweep folders or merged files")
-    pile, skipped = _read_all(found, progress)
+    proofs = {source: compaction.proof(source) for source in found}
+    request = _request(sources, output, strict, rtol, proofs)
+    if before := _unchanged(request, output):
+        if progress:
+            progress(len(found), len(found))
+        return before
+    pile, skipped = _read_all(found, compaction.recall(proofs, [output, *merges]), progress)
     if skipped and (strict or not pile.sources):
         why = "strict: no run may be skipped" if strict else "none of the runs found can be merged"
         raise ConfigError("\n".join([why, *by_reason(skipped)]))
-    tables, duplicates = _combine(pile, rtol)
+    combined = combine(pile, rtol)
+    remembered = compaction.remember(proofs, pile, combined)
+    tables = combined.tables
     report = MergeReport(
         output=str(output),
         sources=[str(path) for path in sources],
-        found=sum(pile.n_rows["runs"]) + len(skipped),
+        found=len(pile.sources) + len(skipped),
         merged=tables["runs"].num_rows,
         skipped=skipped,
-        duplicates=duplicates,
+        duplicates=combined.duplicates,
         rows={name: table.num_rows for name, table in tables.items()},
-        warnings=_warnings(pile, tables["runs"]),
+        warnings=warnings(tables["runs"], [kind.schemas["runs"] for kind in pile.declared.values()]),
     )
-    _write(tables, report, output)
+    _write(tables, report, output, lambda report, files: Index(request, report, files, *remembered))
     return report
 
 
-def load(path: Path) -> "pd.DataFrame":
-    """One merged table as a data frame, its checksums verified; NaN stands for null in columns of numbers."""
+def load(path: Path, columns: Sequence[str] | None = None) -> "pd.DataFrame":
+    """One merged table, or some of its columns, as a data frame, its checksums verified; NaN stands for null in numbers."""
     try:
-        data, note = read_noted(Path(path))
+        data, note = read_noted(Path(path), columns=columns)
     except Unfit as error:
         raise ConfigError(f"{path}: {error}") from None
     if not note.get("merged"):
         raise ConfigError(f"{path} is not a merged table: make one with `lnjac merge FOLDER -o all.parquet`")
+    if missing := [name for name in columns or () if name not in data.column_names]:
+        raise ConfigError(f"{path} has no column {', '.join(missing)}")
     frame: pd.DataFrame = data.to_pandas()
     return frame
 
@@ -188,16 +160,46 @@ def load(path: Path) -> "pd.DataFrame":
 # Reading
 
 
-def _read_all(found: Sequence[Source], progress: Callable[[int, int], None] | None) -> tuple[Pile, list[Skip]]:
+def _request(sources: Sequence[Path], output: Path, strict: bool, rtol: float, proofs: Mapping[Source, str]) -> str:
+    """What is asked of a merge, in short: the same answer is there already if the same was asked before."""
+    asked = [*map(str, sources), str(output), strict, rtol, SCHEMA_VERSION]
+    asked += [(str(source.path), proof) for source, proof in proofs.items()]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def _unchanged(request: str, output: Path) -> MergeReport | None:
+    """The report of the merge that is there, if it answers the same request and its files are as they were written."""
+    index = Index.load(output)
+    if index is None or index.request != request or not index.intact(output):
+        return None
+    return MergeReport.from_json(report_file(output).read_text(encoding="utf-8"))
+
+
+def _read_all(
+    found: Sequence[Source], memories: Sequence[Memory], progress: Callable[[int, int], None] | None
+) -> tuple[Pile, list[Skip]]:
+    """What the memories have not got is read; columns come in the order of `found` either way."""
     pile, skipped = Pile(), []
+    known = {
+        source: schemas for memory in memories for source, schemas in zip(memory.sources, memory.schemas, strict=True)
+    }
+    kinds: dict[int, Kind] = {}
     with ThreadPoolExecutor() as pool:
-        for done, (source, data) in enumerate(zip(found, pool.map(_try_read, found), strict=True), 1):
-            if isinstance(data, str):
+        unknown = pool.map(_try_read, [source for source in found if source not in known])
+        for done, source in enumerate(found, 1):
+            if source in known:
+                if id(schemas := known[source]) not in kinds:
+                    kinds[id(schemas)] = pile.declare(source, schemas)
+            elif isinstance(data := next(unknown), str):
                 skipped.append(Skip(str(source.path), data))
             else:
-                pile.add(source, data)
+                kind = pile.declare(source, {name: table.schema for name, table in data.items()})
+                n_runs = data["runs"].num_rows
+                pile.add(data, [source] * n_runs, [kind] * n_runs)
             if progress:
                 progress(done, len(found))
+    for memory in memories:
+        pile.add(memory.tables, memory.sources, [kinds[id(schemas)] for schemas in memory.schemas])
     return pile, skipped
 
 
@@ -207,140 +209,6 @@ def _try_read(source: Source) -> Tables | str:
         return read(source)
     except Unfit as error:
         return str(error)
-
-
-# Combining
-
-
-def _combine(pile: Pile, rtol: float) -> tuple[Tables, dict[str, int]]:
-    """The merged tables in the order of docs/merging.md, and how many duplicate rows each of them lost."""
-    units = _units(pile)
-    names = [name for name in TABLES if name in CORE or any(pile.n_rows[name])]
-    tables = {name: _distinct(name, pile.stacked(name), pile.origin(name), units, rtol) for name in names}
-    return tables, {name: sum(pile.n_rows[name]) - table.num_rows for name, table in tables.items()}
-
-
-def _units(pile: Pile) -> "pd.DataFrame":
-    """Every run of every source, one row each, by rank: of two equal runs the one of lower rank is kept.
-
-    Ranked by when the run began, then by its identity, then by every other column in which equal runs may differ, and
-    only at last by path: so neither the order of the sources nor whether they were merged before has a say.
-    """
-    origin = pile.origin("runs")
-    table = pile.stacked("runs").select([*OWNER, *VOLATILE]).append_column("source", pa.array(origin))
-    table = table.append_column("path", pa.array([str(pile.sources[i].path) for i in origin], pa.string()))
-    by = dict.fromkeys(["started_at", *OWNER, *VOLATILE, "path"])
-    order = pc.sort_indices(table, sort_keys=[(column, "ascending") for column in by])
-    units: pd.DataFrame = table.select([*OWNER, "source", "path"]).take(order).to_pandas()
-    return units.assign(rank=np.arange(len(units)))
-
-
-def _distinct(name: str, table: pa.Table, origin: Integers, units: "pd.DataFrame", rtol: float) -> pa.Table:
-    """The table without duplicates, ordered by the rank of their runs, then by step, then as in the run's own file.
-
-    Raises ConfigError where two sources hold the same run with other rows or with other science.
-    """
-    units = units.drop_duplicates(["source", *owner(name)])
-    keys = table.select(KEYS[name]).to_pandas()
-    rank = keys.assign(source=origin).merge(units, how="left", on=["source", *owner(name)])["rank"].to_numpy()
-    order = np.lexsort((keys["step"], rank)) if "step" in keys else np.argsort(rank, kind="stable")
-    table, keys, rank = table.take(order), keys.iloc[order], rank[order]
-    again = keys.duplicated().to_numpy()
-    _require_same_rows(name, units.assign(first=units.groupby(owner(name))["rank"].transform("min")), rank, again)
-    if again.any():
-        code = keys.groupby(list(keys), sort=False, dropna=False).ngroup().to_numpy()
-        twin = np.flatnonzero(~again)[code[again]]  # codes count up in order of first appearance
-        _require_same_science(name, table, twin, np.flatnonzero(again), units.set_index("rank")["path"][rank], rtol)
-    return table.filter(pa.array(~again))
-
-
-def _require_same_rows(name: str, units: "pd.DataFrame", rank: Integers, again: Booleans) -> None:
-    """A run that was found before (`first` < `rank`) brings the very rows that are there: no row more, none less."""
-    n_rows = np.bincount(rank, minlength=units["rank"].max() + 1)
-    n_new = np.bincount(rank[~again], minlength=len(n_rows))
-    more = units[units["first"] < units["rank"]]
-    odd = more[(n_new[more["rank"]] > 0) | (n_rows[more["rank"]] != n_rows[more["first"]])]
-    for unit in odd.itertuples():
-        first = units.set_index("rank")["path"][unit.first]
-        raise ConfigError(
-            f"{first} and {unit.path} both hold run {unit.run_id}, but not the same rows of {name}: drop one of them"
-        )
-
-
-def _require_same_science(
-    name: str,
-    table: pa.Table,
-    kept: Integers,
-    dropped: Integers,
-    paths: "pd.Series[str]",
-    rtol: float,
-) -> None:
-    """Rows `kept` and `dropped` have equal keys; `paths` names the source of each row of the table."""
-    for column in table.column_names:
-        if column in (*KEYS[name], *NO_SCIENCE):
-            continue
-        one, other = table[column].take(pa.array(kept)), table[column].take(pa.array(dropped))
-        for i in np.flatnonzero(_differs(one, other, rtol)):
-            key = ", ".join(f"{key}={table[key][int(kept[i])]}" for key in KEYS[name])
-            raise ConfigError(
-                f"{paths.iloc[kept[i]]} and {paths.iloc[dropped[i]]} both hold the row of {name} with {key}, but "
-                f"{column} is {one[int(i)]} in the one and {other[int(i)]} in the other: drop one of them"
-                + (", or raise rtol" if pa.types.is_floating(one.type) else "")
-            )
-
-
-def _differs(one: pa.ChunkedArray, other: pa.ChunkedArray, rtol: float) -> Booleans:
-    """Where the values differ; null equals null and NaN equals NaN, but not each other."""
-    if pa.types.is_floating(one.type):
-        equal = np.isclose(one.to_numpy(), other.to_numpy(), rtol=rtol, atol=0, equal_nan=True)
-    else:
-        equal = pc.fill_null(pc.equal(one, other), True).to_numpy()
-    return np.asarray(~equal | (one.is_null().to_numpy() != other.is_null().to_numpy()))
-
-
-# Doubts
-
-
-def _warnings(pile: Pile, table: pa.Table) -> list[str]:
-    """What makes a comparison across these runs doubtful; `table` is the merged table of runs."""
-    frame = table.to_pandas()
-    found = []
-    for column, what in (("commit", "commits"), ("numerics_version", "numerics versions")):
-        counts = Counter(str(value) for value in table[column].to_pylist())
-        if len(counts) > 1:
-            found.append(f"mixed {what}: " + ", ".join(f"{value} ({n} runs)" for value, n in sorted(counts.items())))
-    if dirty := table["dirty"].to_pylist().count(True):
-        found.append(f"{dirty} runs were made by code with uncommitted changes")
-    if "data" in frame:
-        for data, shas in frame.groupby("data")["data_sha256"].unique().items():
-            if len(shas) > 1:
-                found.append(f"data={data} is not one corpus, its data_sha256 are {', '.join(sorted(map(str, shas)))}")
-    schemas = [set(schema.names) for schema in pile.schemas["runs"]]
-    partial = [name for name in table.column_names if not all(name in schema for schema in schemas)]
-    # a mode or method has parameters that others lack: only what every run should have is worth a word
-    if partial := [name for name in partial if name.partition(".")[0] not in PLUGIN_GROUPS]:
-        found.append(f"mixed schema: only some sources have {', '.join(partial)}; null in the others")
-    return found + _missing_seeds(frame)
-
-
-def _missing_seeds(frame: "pd.DataFrame") -> list[str]:
-    """One line for each config that lacks a seed which another config has."""
-    declared = {column.name for column in TABLES["runs"]}
-    names: list[str] = []  # the fewest columns that tell the configs apart; group names, which have no dot, first
-    n_groups = 1
-    swept = [str(column) for column in frame if column not in declared and column != "seed"]
-    for column in sorted(swept, key=lambda column: "." in column):
-        if (n := frame.groupby([*names, column], dropna=False).ngroups) > n_groups:
-            names, n_groups = [*names, column], n
-    if not names or "seed" not in frame or frame["seed"].isna().any():
-        return []
-    every, found = set(frame["seed"]), []
-    for values, group in frame.groupby(names, dropna=False):
-        if missing := sorted(every - set(group["seed"])):
-            shown = ("null" if value != value else value for value in values)  # only NaN differs from itself
-            config = " ".join(map("{}={}".format, names, shown))
-            found.append(f"missing seeds: {config} lacks {', '.join(map(str, missing))}")
-    return found
 
 
 # Writing
@@ -355,7 +223,7 @@ def _check_output(output: Path) -> None:
         raise ConfigError(f"the output {output} is a folder: try {output / 'all.parquet'}")
 
 
-def _write(tables: Tables, report: MergeReport, output: Path) -> None:
+def _write(tables: Tables, report: MergeReport, output: Path, index: Callable[[str, dict[str, str]], Index]) -> None:
     """Complete all files in a hidden folder beside the output, then move them to their places, the layers last.
 
     A table that an earlier merge of this name had and this one has not is removed.
@@ -369,9 +237,12 @@ def _write(tables: Tables, report: MergeReport, output: Path) -> None:
     }
     with tempfile.TemporaryDirectory(prefix=".merge-", dir=output.parent) as folder:
         ready = Path(folder) / output.name
+        sha256 = {}
         for name, table in tables.items():
-            runs.write_table(companion(ready, name), table, {"table": name, **note})
-        ready.with_suffix(".merge.json").write_text(report.to_json(), encoding="utf-8")
+            runs.write_table(path := companion(ready, name), table, {"table": name, **note})
+            sha256[name] = runs.file_sha256(path)
+        report_file(ready).write_text(report.to_json(), encoding="utf-8")
+        index(runs.file_sha256(report_file(ready)), sha256).write(ready)
         for name in TABLES.keys() - tables.keys():
             companion(output, name).unlink(missing_ok=True)
         for path in sorted(Path(folder).iterdir(), key=lambda path: path == ready):

@@ -15,7 +15,7 @@ from folders import SITES, make_run, rewrite, rows_of, with_column
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lnjac import runs, sweep
+from lnjac import pile, runs, sweep
 from lnjac.config import ConfigError
 from lnjac.sweep import companions, load, merge
 from lnjac.tables import CORE, LAYERS, SCHEMA_VERSION, TABLES, Column
@@ -415,7 +415,7 @@ def test_more_runs_than_are_stacked_at_once(tmp_path: Path, out: Path, monkeypat
         make_run(tmp_path / "s" / str(i), seed=i, config=extra)
     merge([tmp_path / "s"], out)
     expected = rows_of(out)
-    monkeypatch.setattr(sweep, "STACKED_AT_ONCE", 2)
+    monkeypatch.setattr(pile, "STACKED_AT_ONCE", 2)
     merge([tmp_path / "s"], out)
     assert rows_of(out) == expected
 
@@ -730,7 +730,7 @@ def test_the_layers_are_moved_last_and_nothing_else_is_left(tmp_path: Path, out:
     real = Path.replace
     monkeypatch.setattr(Path, "replace", lambda self, target: (moved.append(self.name), real(self, target))[1])
     merge([run], out)
-    expected = {"all.parquet", "all.runs.parquet", "all.curves.parquet", "all.merge.json"}
+    expected = {"all.parquet", "all.runs.parquet", "all.curves.parquet", "all.merge.json", "all.index.json"}
     assert set(moved) == {path.name for path in out.parent.iterdir()} == expected
     assert moved[-1] == "all.parquet"
 
