@@ -1,15 +1,24 @@
-"""Merging many runs against polars reading the same files without checking anything.
+"""Merging many runs, against polars reading the same files without checking anything.
 
-python benchmarks/merging.py make FOLDER [N_RUNS] [STEPS]
+python benchmarks/merging.py FOLDER N_RUNS [STEPS] [ROUNDS]
+
+FOLDER is filled with runs first if it is not there. Each round takes in turns: polars; the merge that a sweep makes at its
+end, of run folders alone (raw); polars; a merge of the same folders into another file, which takes their rows from the
+sweep's (compacted); the same command again (warm); and once more with ten runs added. All are processes of their own.
 """
 
 import hashlib
+import os
+import shutil
+import statistics
+import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,9 +33,9 @@ AT_ONCE = 50
 """Runs that one process writes in a row."""
 
 
-def make(folder: Path, n_runs: int, steps: int = 1) -> None:
+def make(folder: Path, numbers: range, steps: int) -> None:
     """Write finished runs as the trainer would, of random numbers: ten layer rows for each of `steps` measured steps."""
-    batches = [range(first, min(first + AT_ONCE, n_runs)) for first in range(0, n_runs, AT_ONCE)]
+    batches = [numbers[first : first + AT_ONCE] for first in range(0, len(numbers), AT_ONCE)]
     with ProcessPoolExecutor() as pool:
         list(pool.map(_make, batches, [folder] * len(batches), [steps] * len(batches)))
 
@@ -75,5 +84,64 @@ def _known(declared: Any, row: Mapping[str, Any]) -> dict[str, Any]:
     return {column.name: row[column.name] for column in declared if column.name in row}
 
 
+POLARS = """
+import glob, sys
+import polars
+for file in ("layers", "run", "curve"):
+    print(polars.scan_parquet(sorted(glob.glob(f"{sys.argv[1]}/*/{file}.parquet"))).collect().shape)
+"""
+
+
+class Cost(NamedTuple):
+    """Of one process: wall time, CPU time of all its threads, peak of resident memory."""
+
+    wall_s: float
+    cpu_s: float
+    peak_mb: float
+
+
+def cost(*words: object) -> Cost:
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0, words
+    return Cost(time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 1e3)
+
+
+def compare(folder: Path, more: Sequence[Path]) -> dict[str, Cost]:
+    """One round; `more` are ten runs that are not in the folder."""
+    own, other = folder / "all.parquet", folder.parent / f"{folder.name}.merged" / "all.parquet"
+    for path in folder.glob("all.*"):
+        path.unlink()
+    shutil.rmtree(other.parent, ignore_errors=True)
+    costs = {"polars": cost("-c", POLARS, folder), "raw": cost("-m", "lnjac", "merge", folder, "-o", own)}
+    costs["polars again"] = cost("-c", POLARS, folder)
+    for name in ("compacted", "warm"):
+        costs[name] = cost("-m", "lnjac", "merge", folder, "-o", other)
+    for path in more:
+        path.rename(folder / path.name)
+    costs["ten more"] = cost("-m", "lnjac", "merge", folder, "-o", other)
+    for path in more:
+        (folder / path.name).rename(path)
+    return costs
+
+
+def main(folder: Path, n_runs: int, steps: int = 1, rounds: int = 1) -> None:
+    if not folder.exists():
+        make(folder, range(n_runs), steps)
+    if not (more := folder.parent / f"{folder.name}.more").exists():
+        make(more, range(n_runs, n_runs + 10), steps)
+    found: dict[str, list[Cost]] = {}
+    for _ in range(rounds):
+        for name, used in compare(folder, sorted(more.iterdir())).items():
+            found.setdefault(name, []).append(used)
+            print(f"{name:13} {used.wall_s:7.2f} s wall {used.cpu_s:7.2f} s CPU {used.peak_mb:6.0f} MB", flush=True)
+    for name, costs in found.items():
+        below = found["polars again" if name == "compacted" else "polars"]
+        ratios = [[a / b for a, b in zip(one, other, strict=True)] for one, other in zip(costs, below, strict=True)]
+        wall, cpu, _ = (statistics.median(ratio) for ratio in zip(*ratios, strict=True))
+        print(f"{name:13} over polars: {wall:.2f} of the wall time, {cpu:.2f} of the CPU time")
+
+
 if __name__ == "__main__":
-    make(Path(sys.argv[2]), *map(int, sys.argv[3:]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

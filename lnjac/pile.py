@@ -77,11 +77,18 @@ class Pile:
             held = self.small[name] if rows.num_rows < runs.SMALL else self.large[name]
             held.append(Stack(rows, first + positions(rows, tables["runs"], owner(name))))
             if len(self.small[name]) >= STACKED_AT_ONCE:
-                self.small[name] = [self._united(name, self.small[name])]
+                self._settle(name)
 
     def stack(self, name: str) -> Stack:
-        self.small[name], self.large[name] = [], [self._united(name, self.small[name] + self.large[name])]
+        self._settle(name)
+        self.large[name] = [self._united(name, self.large[name])]
         return self.large[name][0]
+
+    def _settle(self, name: str) -> None:
+        if self.small[name]:
+            rows, units = self._united(name, self.small[name])
+            self.large[name].append(Stack(rows.combine_chunks(), units))
+            self.small[name] = []
 
     def has_rows(self, name: str) -> bool:
         return any(len(stack.units) for stack in self.small[name] + self.large[name])
@@ -91,10 +98,7 @@ class Pile:
         rows = pa.concat_tables([stack.rows for stack in stacks], promote_options="permissive")
         there = set(rows.column_names)
         columns = [rows[f.name].cast(f.type) if f.name in there else pa.nulls(len(rows), f.type) for f in schema]
-        rows = pa.Table.from_arrays(columns, schema=schema)
-        if all(stack.rows.num_rows < runs.SMALL for stack in stacks):
-            rows = rows.combine_chunks()
-        return Stack(rows, np.concatenate([stack.units for stack in stacks]))
+        return Stack(pa.Table.from_arrays(columns, schema=schema), np.concatenate([stack.units for stack in stacks]))
 
 
 def combine(pile: Pile, rtol: float) -> Combined:
@@ -143,7 +147,7 @@ def _distinct(name: str, stack: Stack, units: "pd.DataFrame", rtol: float) -> tu
         order = np.lexsort((step, rank))
         rows, unit = rows.take(order), unit[order]
     same = units.groupby(owner(name))["rank"]
-    key = _key(rows, [key for key in KEYS[name] if key not in OWNER], same.ngroup().to_numpy(np.int64)[unit])
+    key = _key(rows, [key for key in KEYS[name] if key not in OWNER], np.asarray(same.ngroup(), np.int64)[unit])
     values, first = np.unique(key, return_index=True)
     again = np.ones(len(key), bool)
     again[first] = False

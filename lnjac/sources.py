@@ -26,6 +26,8 @@ INDEX = ".index.json"
 _MARKS = {runs.STATUS, *runs.FILES.values()}
 """A folder that has one of these is a run's."""
 
+_DECLARED = {name: runs.schema(columns) for name, columns in TABLES.items()}
+
 Tables = dict[str, pa.Table]
 Integers = npt.NDArray[np.int64]
 
@@ -152,7 +154,7 @@ def read(source: Source) -> Tables:
         if (version := note.get("schema_version")) != SCHEMA_VERSION:
             raise Unfit(f"{path.name} has schema version {version}, this lnjac reads {SCHEMA_VERSION}")
         try:
-            tables[name] = conform(data, runs.schema(TABLES[name]))
+            tables[name] = conform(data, _DECLARED[name])
         except Unfit as error:
             raise Unfit(f"{path.name} {error}") from None
         if source.merged:

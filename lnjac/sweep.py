@@ -7,6 +7,7 @@ agree with itself, and what makes a comparison doubtful (mixed commits, missing 
 import dataclasses
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -184,7 +185,7 @@ def _read_all(
         source: schemas for memory in memories for source, schemas in zip(memory.sources, memory.schemas, strict=True)
     }
     kinds: dict[int, Kind] = {}
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # more only wait for one another
         unknown = pool.map(_try_read, [source for source in found if source not in known])
         for done, source in enumerate(found, 1):
             if source in known:
