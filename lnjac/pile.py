@@ -209,6 +209,8 @@ def _require_same_science(
 
 def _differs(one: pa.ChunkedArray, other: pa.ChunkedArray, rtol: float) -> Booleans:
     """Where the values differ; null equals null and NaN equals NaN, but not each other."""
+    if pa.types.is_null(one.type):
+        return np.zeros(len(one), bool)
     if pa.types.is_floating(one.type):
         equal = np.isclose(one.to_numpy(), other.to_numpy(), rtol=rtol, atol=0, equal_nan=True)
     else:
