@@ -96,9 +96,11 @@ class Pile:
     def _united(self, name: str, stacks: Sequence[Stack]) -> Stack:
         schema = agreed((kind.schemas[name], kind.first) for kind in self.declared.values() if name in kind.schemas)
         rows = pa.concat_tables([stack.rows for stack in stacks], promote_options="permissive")
-        there = set(rows.column_names)
-        columns = [rows[f.name].cast(f.type) if f.name in there else pa.nulls(len(rows), f.type) for f in schema]
-        return Stack(pa.Table.from_arrays(columns, schema=schema), np.concatenate([stack.units for stack in stacks]))
+        if not rows.schema.equals(schema):
+            there = set(rows.column_names)
+            columns = [rows[f.name].cast(f.type) if f.name in there else pa.nulls(len(rows), f.type) for f in schema]
+            rows = pa.Table.from_arrays(columns, schema=schema)
+        return Stack(rows, np.concatenate([stack.units for stack in stacks]))
 
 
 def combine(pile: Pile, rtol: float) -> Combined:
