@@ -23,8 +23,8 @@ NO_SCIENCE = (*VOLATILE, "jacobian_residual", "data")
 """Columns in which equal runs may differ: the residual is nothing but rounding error, and one corpus may be read by
 another name (its content is in data_sha256)."""
 
-STACKED_AT_ONCE = 500
-"""How many small tables are held one by one: such a one is mostly overhead, 290 KB a run."""
+STACKED_AT_ONCE = 50
+"""How many small tables are held one by one: such a one is mostly overhead, 290 KB a run, which is soon used again."""
 
 Booleans = npt.NDArray[np.bool_]
 

@@ -7,10 +7,8 @@ agree with itself, and what makes a comparison doubtful (mixed commits, missing 
 import dataclasses
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -185,20 +183,18 @@ def _read_all(
         source: schemas for memory in memories for source, schemas in zip(memory.sources, memory.schemas, strict=True)
     }
     kinds: dict[int, Kind] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # more only wait for one another
-        unknown = pool.map(_try_read, [source for source in found if source not in known])
-        for done, source in enumerate(found, 1):
-            if source in known:
-                if id(schemas := known[source]) not in kinds:
-                    kinds[id(schemas)] = pile.declare(source, schemas)
-            elif isinstance(data := next(unknown), str):
-                skipped.append(Skip(str(source.path), data))
-            else:
-                kind = pile.declare(source, {name: table.schema for name, table in data.items()})
-                n_runs = data["runs"].num_rows
-                pile.add(data, [source] * n_runs, [kind] * n_runs)
-            if progress:
-                progress(done, len(found))
+    for done, source in enumerate(found, 1):  # no threads: small files are read in Python's time, where these only wait
+        if source in known:
+            if id(schemas := known[source]) not in kinds:
+                kinds[id(schemas)] = pile.declare(source, schemas)
+        elif isinstance(data := _try_read(source), str):
+            skipped.append(Skip(str(source.path), data))
+        else:
+            kind = pile.declare(source, {name: table.schema for name, table in data.items()})
+            n_runs = data["runs"].num_rows
+            pile.add(data, [source] * n_runs, [kind] * n_runs)
+        if progress:
+            progress(done, len(found))
     for memory in memories:
         pile.add(memory.tables, memory.sources, [kinds[id(schemas)] for schemas in memory.schemas])
     return pile, skipped
