@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -14,7 +14,6 @@ from lnjac.config import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.table import Table
 
     from lnjac.compare import Comparison, Scaling
     from lnjac.stats import Inference
@@ -89,7 +88,7 @@ def compare(
     if as_json:
         _print_json(_plain_comparison(found, seeds))
     else:
-        _print([*_tables(found, confidence, seeds), *_notes(found.notes)])
+        _print([*_grids(found, confidence, seeds), *_notes(found.notes)])
 
 
 @commands.command()
@@ -128,7 +127,7 @@ def cost(
         _print_json({what.replace(" ", "_"): _plain_comparison(part, seeds) for what, part in parts.items()})
         return
     for what, part in parts.items():
-        _print([*_tables(part, confidence, seeds, what), *_notes(part.notes), ""])
+        _print([*_grids(part, confidence, seeds, what), *_notes(part.notes), ""])
 
 
 @commands.command()
@@ -229,90 +228,120 @@ def _inference(kind: IntervalKind, confidence: float) -> "Inference":
 # Output
 
 
-def _tables(found: "Comparison", confidence: float, seeds: bool, what: str = "difference") -> "Iterator[str | Table]":
-    """A table for each metric, of norms also for each cell: a line for each comparison, and under it one for each seed."""
+class Grid(NamedTuple):
+    """A table of text under its title: `labels` columns of names, then numbers; `strong` lines are the headline."""
+
+    title: str
+    heads: list[str]
+    labels: int
+    lines: list[list[str]]
+    strong: set[int]
+
+
+def _grids(found: "Comparison", confidence: float, seeds: bool, what: str = "difference") -> Iterator[Grid]:
+    """One for each metric, of norms also for each cell: a line for each comparison, and under it one for each seed."""
     rows = found.rows
-    apart = ["metric", *(found.cells if "site" in rows else [])]
-    labels = [name for name in rows.columns[: rows.columns.get_loc("a")] if name not in apart]
-    n_a, n_b = rows["a"].nunique(), rows["b"].nunique()
-    pair, means = {
-        (False, False): ("a − b", ["a", "b"]),
-        (False, True): (found.by, ["mean", str(rows["b"].iloc[0])]),
-        (True, True): ("", [str(rows["a"].iloc[0]), str(rows["b"].iloc[0])]),
-    }[n_a == 1 and n_b == 1, n_b == 1]
-    some_diverged = bool(rows[["diverged_a", "diverged_b"]].to_numpy().any())
+    apart, labels = _layout(rows, found.cells, "a")
+    single_a, single_b = rows["a"].nunique() == 1, rows["b"].nunique() == 1
+    pair, means = "a − b", ["a", "b"]  # the column that says what a line compares, and the heads of its two means
+    if single_a and single_b:
+        pair, means = "" if labels else pair, [str(rows["a"].iloc[0]), str(rows["b"].iloc[0])]
+    elif single_b:
+        pair, means = found.by, ["mean", str(rows["b"].iloc[0])]
     heads = [*labels, *([pair] if pair else []), *means, what, f"{confidence:.0%} interval", "p adj.", "n"]
-    heads += ["diverged"] if some_diverged else []
-    for _, part in rows.groupby(apart, sort=False, dropna=False):
-        table = _table(heads, len(heads) - len(means) - 4 - some_diverged)
-        for at, row in zip(part.index, part.to_dict("records"), strict=True):
+    diverged = bool(rows[["diverged_a", "diverged_b"]].to_numpy().any())
+    heads += ["diverged"] if diverged else []
+    for title, part in _parts(rows, apart):
+        lines: list[list[str]] = []
+        strong = set()
+        for at, row in part:
             names = [_text(row[name]) for name in labels]
-            names += {"": [], found.by: [_text(row["a"])]}.get(pair, [f"{row['a']} − {row['b']}"])
+            if pair:
+                names.append(_text(row["a"]) if pair == found.by else f"{row['a']} − {row['b']}")
+            if "site" in row and row["adjusted_by"] == "holm":
+                strong.add(len(lines))
             numbers = [_number(row[name]) for name in ("mean_a", "mean_b", "difference")]
-            counts = [_p(row["p_adjusted"]), str(row["n"])]
-            if some_diverged:
-                counts.append(" ".join(f"{row[f'diverged_{side}']}/{row[f'runs_{side}']}" for side in "ab"))
-            style = "bold" if "site" in row and row["adjusted_by"] == "holm" else None
-            table.add_row(*names, *numbers, _interval(row), *counts, style=style)
-            if seeds:
-                for seed, a, b in zip(found.seed[at], found.a[at], found.b[at], strict=True):
-                    if seed >= 0 and not (math.isnan(a) and math.isnan(b)):
-                        blank = [""] * (len(names) - 1)
-                        table.add_row(*blank, f"seed {seed}", _number(a), _number(b), _number(a - b))
-        yield from (_title(part, apart), table, "")
+            lines.append([*names, *numbers, _interval(row), _p(row["p_adjusted"]), str(row["n"])])
+            if diverged:
+                lines[-1].append(" ".join(f"{row[f'diverged_{side}']}/{row[f'runs_{side}']}" for side in "ab"))
+            for seed, a, b in zip(found.seed[at], found.a[at], found.b[at], strict=True) if seeds else ():
+                if seed >= 0 and not (math.isnan(a) and math.isnan(b)):
+                    lines.append(_of_seed(seed, len(names), [a, b, a - b], heads))
+        yield Grid(title, heads, len(heads) - len(means) - 4 - diverged, lines, strong)
 
 
-def _slopes(found: "Scaling", confidence: float, seeds: bool) -> "Iterator[str | Table]":
-    """A table for each metric, of norms also for each cell: the means at each x and the slope; under it each seed's."""
-    rows, key = found.slopes, list(found.slopes.columns[: found.slopes.columns.get_loc("slope")])
-    apart = ["metric", *(found.cells if "site" in rows else [])]
-    labels = [name for name in key if name not in apart]
+def _slopes(found: "Scaling", confidence: float, seeds: bool) -> Iterator[Grid]:
+    """One for each metric, of norms also for each cell: the means at each x and the slope, and under it each seed's."""
+    apart, labels = _layout(found.slopes, found.cells, "slope")
+    key = [*apart, *labels]
     levels = list(dict.fromkeys(found.points[found.x]))
-    means = found.points.set_index([*key, found.x])["mean"]
-    for _, part in rows.groupby(apart, sort=False, dropna=False):
-        table = _table([*labels, *map(_number, levels), "slope", f"{confidence:.0%} interval", "n"], len(labels))
-        for row in part.to_dict("records"):
+    means = found.points.set_index([*key, found.x])["mean"].to_dict()
+    heads = [*labels, *map(_number, levels), "slope", f"{confidence:.0%} interval", "n"]
+    for title, part in _parts(found.slopes, apart):
+        lines = []
+        for _, row in part:
             names = [row[name] for name in key]
             at_x = [_number(means.get((*names, level), math.nan)) for level in levels]
-            table.add_row(
-                *(_text(row[name]) for name in labels), *at_x, _number(row["slope"]), _interval(row), str(row["n"])
+            lines.append(
+                [*(_text(row[name]) for name in labels), *at_x, _number(row["slope"]), _interval(row), str(row["n"])]
             )
-            if seeds:
-                own = found.seeds[(found.seeds[key] == names).all(axis=1)]
-                for seed, slope in zip(own["seed"], own["slope"], strict=True):
-                    blank = [""] * (len(labels) - 1)
-                    table.add_row(*blank, f"seed {seed}", *([""] * len(levels)), _number(slope))
-        yield from (f"{_title(part, apart)}, by {found.x}", table, "")
+            of_row = found.seeds[(found.seeds[key] == names).all(axis=1)] if seeds else found.seeds[:0]
+            for seed, slope in zip(of_row["seed"], of_row["slope"], strict=True):
+                lines.append(_of_seed(seed, len(labels), [*([None] * len(levels)), slope], heads))
+        yield Grid(f"{title}, by {found.x}", heads, len(labels), lines, set())
 
 
-def _title(part: "pd.DataFrame", names: Sequence[str]) -> str:
-    first = part.iloc[0]
-    return " ".join([str(first["metric"]), *(f"{name}={_text(first[name])}" for name in names if name != "metric")])
+def _layout(rows: "pd.DataFrame", cells: Sequence[str], first: str) -> tuple[list[str], list[str]]:
+    """Of the key (the columns before `first`): what each grid has one value of, and what labels its lines."""
+    apart = ["metric", *(cells if "site" in rows else [])]
+    key = [str(name) for name in rows.columns[: rows.columns.get_loc(first)]]
+    return apart, [name for name in key if name not in apart]
 
 
-def _table(heads: Sequence[str], labels: int) -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+def _parts(rows: "pd.DataFrame", apart: Sequence[str]) -> Iterator[tuple[str, list[tuple[int, dict[str, Any]]]]]:
+    """The rows with their numbers, by the values of `apart`, which make a title."""
+    parts: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for at, row in enumerate(rows.to_dict("records")):
+        cell = [f"{name}={_text(row[name])}" for name in apart if name != "metric"]
+        parts.setdefault(" ".join([row["metric"], *cell]), []).append((at, {str(k): v for k, v in row.items()}))
+    yield from parts.items()
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="left" if i < labels else "right", overflow="fold", no_wrap=i >= labels)
-    return table
+
+def _of_seed(seed: int, labels: int, numbers: Sequence[float | None], heads: Sequence[str]) -> list[str]:
+    """A line under a comparison's own: the seed in its last label, its numbers, and nothing in the rest."""
+    line = [*[""] * (labels - 1), f"  seed {seed}", *("" if number is None else _number(number) for number in numbers)]
+    return line + [""] * (len(heads) - len(line))
 
 
 def _notes(notes: Sequence[str]) -> list[str]:
     return [f"- {note}" for note in notes]
 
 
-def _print(parts: "Iterable[str | Table]") -> None:
-    """To a terminal within its width; elsewhere as wide as it takes, so that nothing is cut off."""
+def _print(parts: Iterable[str | Grid]) -> None:
+    """On a terminal within its width; elsewhere as plain lines, as long as they have to be."""
+    if not sys.stdout.isatty():
+        from lnjac.summary import aligned
+
+        for part in parts:
+            print(
+                part if isinstance(part, str) else f"{part.title}\n{aligned([part.heads, *part.lines], part.labels)}\n"
+            )
+        return
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.table import Table
 
     console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, emoji=False, width=10_000)
     for part in parts:
-        console.print(part)
+        if isinstance(part, str):
+            console.print(part)
+            continue
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+        for i, head in enumerate(part.heads):
+            table.add_column(head, justify="left" if i < part.labels else "right", overflow="fold")
+        for number, line in enumerate(part.lines):
+            table.add_row(*line, style="bold" if number in part.strong else None)
+        console.print(part.title, table, sep="\n", end="\n")
 
 
 def _print_json(found: Any) -> None:
