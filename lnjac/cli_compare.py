@@ -53,7 +53,7 @@ Output = Annotated[
 @commands.command()
 def compare(
     sources: Sources,
-    by: Annotated[str, typer.Option(help="The config column whose levels are compared.")],
+    by: Annotated[str, typer.Option(help="The config column whose levels are compared, or step.")],
     metric: Metric = "",
     at: At = "last",
     where: Where = None,
@@ -133,7 +133,7 @@ def cost(
 @commands.command()
 def scaling(
     sources: Sources,
-    x: Annotated[str, typer.Option("--x", help="A config column of numbers: model.n_embd, steps, …")],
+    x: Annotated[str, typer.Option("--x", help="A config column of numbers (model.n_embd, steps, …), or step.")],
     metric: Metric = "",
     at: At = "last",
     where: Where = None,
@@ -260,7 +260,7 @@ def _grids(found: "Comparison", confidence: float, seeds: bool, what: str = "dif
                 names.append(_text(row["a"]) if pair == found.by else f"{row['a']} − {row['b']}")
             if "site" in row and row["adjusted_by"] == "holm":
                 strong.add(len(lines))
-            numbers = [_number(row[name]) for name in ("mean_a", "mean_b", "difference")]
+            numbers = [_number(row["mean_a"], 5), _number(row["mean_b"], 5), _number(row["difference"])]
             lines.append([*names, *numbers, _interval(row), _p(row["p_adjusted"]), str(row["n"])])
             if diverged:
                 lines[-1].append(" ".join(f"{row[f'diverged_{side}']}/{row[f'runs_{side}']}" for side in "ab"))
@@ -341,7 +341,7 @@ def _print(parts: Iterable[str | Grid]) -> None:
             table.add_column(head, justify="left" if i < part.labels else "right", overflow="fold")
         for number, line in enumerate(part.lines):
             table.add_row(*line, style="bold" if number in part.strong else None)
-        console.print(part.title, table, sep="\n", end="\n")
+        console.print(part.title, table, "", sep="\n")
 
 
 def _print_json(found: Any) -> None:
@@ -386,8 +386,8 @@ def _text(value: Any) -> str:
     return _number(value) if isinstance(value, float) else str(value)
 
 
-def _number(value: float) -> str:
-    return "-" if value != value else f"{value:.4g}"
+def _number(value: float, digits: int = 4) -> str:
+    return "-" if value != value else f"{value:.{digits}g}"
 
 
 def _p(value: float) -> str:

@@ -191,7 +191,10 @@ def scaling(
     where: str | None = None,
     how: Inference = STUDENT,
 ) -> Scaling:
-    """The slope of log metric against log x (a config column of numbers) of each seed, and its mean over seeds."""
+    """The slope of log metric against log x of each seed, and its mean over seeds.
+
+    `x` is a config column of numbers, such as model.n_embd or steps, or the measured `step` of layers.
+    """
     import pandas as pd
 
     chosen = metrics or (LAYER_METRICS if table == "layers" else RUN_METRICS)
