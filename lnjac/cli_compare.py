@@ -24,11 +24,20 @@ SEED = 0
 """Of a bootstrap's or a permutation's draws: the same table gives the same numbers."""
 
 
+EXPORTS = (".csv", ".md", ".tex", ".parquet")
+
+
 class IntervalKind(str, Enum):
     t = "t"
     bootstrap = "bootstrap"
     percentile = "percentile"
     signflip = "signflip"
+
+
+def _exportable(path: Path | None) -> Path | None:
+    if path is not None and path.suffix not in EXPORTS:
+        raise ConfigError(f"the output {path} must end in one of {', '.join(EXPORTS)}")
+    return path
 
 
 Sources = Annotated[list[Path], typer.Argument(help="A merged table, or any mix of tables, sweeps and runs.")]
@@ -46,7 +55,8 @@ Kind = Annotated[
 Confidence = Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of the intervals.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Also write the rows: X.csv, X.md, X.tex or X.parquet.")
+    Path | None,
+    typer.Option("--output", "-o", callback=_exportable, help="Also write the rows: X.csv, X.md, X.tex or X.parquet."),
 ]
 
 
@@ -273,7 +283,7 @@ def _grids(found: "Comparison", confidence: float, seeds: bool, what: str = "dif
 def _slopes(found: "Scaling", confidence: float, seeds: bool) -> Iterator[Grid]:
     """One for each metric, of norms also for each cell: the means at each x and the slope, and under it each seed's."""
     apart, labels = _layout(found.slopes, found.cells, "slope")
-    key = [*apart, *labels]
+    key, labels = [*apart, *labels], labels or ["metric"]
     levels = list(dict.fromkeys(found.points[found.x]))
     means = found.points.set_index([*key, found.x])["mean"].to_dict()
     heads = [*labels, *map(_number, levels), "slope", f"{confidence:.0%} interval", "n"]
@@ -369,8 +379,6 @@ def _write(frame: "pd.DataFrame", path: Path | None) -> None:
         ".tex": lambda to: frame.to_latex(to, index=False, escape=True, float_format="%.4g"),
         ".parquet": lambda to: frame.to_parquet(to, index=False),
     }
-    if path.suffix not in writers:
-        raise ConfigError(f"the output {path} must end in one of {', '.join(writers)}")
     write_atomically(path, writers[path.suffix])
 
 

@@ -327,7 +327,7 @@ def _how(values: Values, rows: "pd.DataFrame", how: Inference) -> list[str]:
     if rows["paired"].any():
         found.append(f"paired by seed, {_interval_name(how)}")
     n_holm, n_bh = (int((rows["adjusted_by"] == family).sum()) for family in ("holm", "bh"))
-    adjusted = [f"Holm over these {n_holm}" + (f" rows of {ALL_SITES}" if n_bh else "")] if n_holm > 1 else []
+    adjusted = [f"Holm over these {n_holm} rows" + (f" of {ALL_SITES}" if n_bh else "")] if n_holm > 1 else []
     adjusted += [f"Benjamini-Hochberg over the map of {n_bh} rows of single sites"] if n_bh else []
     if adjusted and not rows["p"].isna().all():
         found.append("p adjusted: " + ", ".join(adjusted))
