@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lnjac import checkpoint, data, gpt, optim, plan, runs
 from lnjac import config as configs
-from lnjac.analyse import analyse
+from lnjac.analyse import examine
 from lnjac.config import ConfigError, Device, Precision, RunConfig, Split
 from lnjac.credit import is_feedback
 from lnjac.data import Corpus
@@ -211,7 +211,10 @@ class Training:
         """Measured columns of the rows of each table, with dropout off."""
         self.model.eval()
         settings, batches = self.config.diagnostics, self.diagnostic_batches()
-        found = {"layers": analyse(self.model, batches, self.loss, grad_at=settings.grad_at)}
+        analysis = examine(self.model, batches, self.loss, grad_at=settings.grad_at, keep_tokens=settings.distributions)
+        found = {"layers": analysis.rows()}
+        if settings.distributions:
+            found["distributions"] = analysis.distributions(settings.position_bins)
         return {table: [{"step": self.updates, **row} for row in rows] for table, rows in found.items()}
 
 
