@@ -1,4 +1,4 @@
-"""How the per-token quantities of a norm's backward spread: quantiles over tokens, profiles over positions. Pure functions."""
+"""How a norm's per-token quantities spread: quantiles over tokens, profiles over positions. Pure functions."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
