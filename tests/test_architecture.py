@@ -12,7 +12,7 @@ LAYERS = [
     {"config", "streams"},
     {"runs"},
     {"jacobian", "attention", "credit", "play", "summary", "interruption", "stats", "where", "pooling"},
-    {"norm", "data", "optim", "sweep"},
+    {"norm", "data", "optim", "sweep", "distribution"},
     {"plan", "design", "diff"},
     {"compare"},
     {"capture", "gpt"},
