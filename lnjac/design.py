@@ -131,7 +131,7 @@ def gather(
         each = rows[["run", "step"]].drop_duplicates()
         every = every.loc[each["run"]].assign(step=each["step"].to_numpy()).reset_index(drop=True)
         rows = rows.assign(run=rows.groupby(["run", "step"], sort=False).ngroup())
-    every = every.loc[rows["run"].unique()]
+    every = every.loc[[*rows["run"].unique(), *_without_rows(every, rows, chosen, by)]]
     if table == "runs":
         every = every[~every["run_id"].duplicated()]  # other diagnostics of one run are no other run
         every = every[[name for name in every if not str(name).startswith("diagnostics.")]]
@@ -180,6 +180,14 @@ def _rows(
         more = study.frame(table, list(dict.fromkeys([*wanted, *pooling.NEEDED]))).loc[layers.index]
         layers = pooling.pooled(more, metrics).merge(known_runs, on=RUN)
     return _some(layers[["run", "step", "site", *metrics]], chosen)
+
+
+def _without_rows(every: "pd.DataFrame", rows: "pd.DataFrame", chosen: Where | None, by: Sequence[str]) -> list[Any]:
+    """Chosen runs that diverged before any norm was measured: they have no numbers, but they count."""
+    if "step" in by or (chosen and not set(chosen.columns) <= set(every)):
+        return []
+    absent = every[(every["status"] == runs.DIVERGED) & ~every.index.isin(rows["run"])]
+    return list(absent[chosen.holds(absent)].index if chosen else absent.index)
 
 
 def _some(rows: "pd.DataFrame", chosen: Where | None) -> "pd.DataFrame":
@@ -251,12 +259,12 @@ def _arranged(
     at = pd.Series(range(len(every)), index=every.index)[rows["run"]].to_numpy()
     site = rows["site"].map({name: i for i, name in enumerate(sites)}).to_numpy()
     data = np.full((len(metrics), len(sites) + 1, *shape), np.nan)
-    counts = np.bincount(at, minlength=len(every))
+    n_sites = np.maximum(np.bincount(at, minlength=len(every)), 1)
     of_row: Any = (site, *(part[at] for part in place))
     for plane, metric in zip(data, metrics, strict=True):
         values = rows[metric].to_numpy(float)
         plane[of_row] = values
-        plane[-1][place] = np.bincount(at, weights=values, minlength=len(every)) / counts
+        plane[-1][place] = np.bincount(at, weights=values, minlength=len(every)) / n_sites
     data[..., diverged] = np.nan
     if sites == [""]:
         data = data[:, 1:]

@@ -26,7 +26,10 @@ LAYERS = [
 ]
 """From the ground up: a module imports only what stands on a lower floor."""
 
-READING = ["lnjac", *(f"lnjac.{name}" for name in ("cli", "compare", "diff", "sweep", "summary", "runs", "tables", "config"))]
+READING = [
+    "lnjac",
+    *(f"lnjac.{name}" for name in ("cli", "compare", "diff", "sweep", "summary", "runs", "tables", "config")),
+]
 
 
 def imported(path: Path, *, lazily: bool = True) -> set[str]:

@@ -206,6 +206,14 @@ def test_diverged_runs_are_counted_and_never_averaged(tmp_path: Path):
     assert math.isnan(row["difference"])
 
 
+def test_a_run_that_diverged_before_any_norm_was_measured_counts(tmp_path: Path):
+    lost = {"share": [], "status": "diverged", "attn_mode": "sigmoid", "attn_mode.bias": -4.0}
+    one = study(tmp_path, [*TWO_MODES, run(4), run(4) | lost, run(5, method="bp") | lost])
+    rows = compare(one, "attn_mode", metrics=["radial_share"], where="method == 'fa'").rows
+    assert rows[["n", "diverged_b", "runs_b", "missing"]].drop_duplicates().to_numpy().tolist() == [[3, 1, 4, 0]]
+    assert rows["difference"].tolist() == pytest.approx([0.1, 0.2, 0.15])
+
+
 def test_a_level_that_a_cell_lacks_is_said(tmp_path: Path):
     found = losses(tmp_path, "attn_mode", [*TWO_MODES, run(1, method="bp")])
     assert len(found.rows) == 1
@@ -378,8 +386,11 @@ def test_scaling_with_the_measured_step_of_one_run(tmp_path: Path):
 def test_values_without_a_logarithm_have_no_slope_and_are_said(tmp_path: Path):
     rows = [run(seed, loss, model__n_embd=d) for d, loss in ((64, 1.0), (128, 2.0)) for seed in (1, 2, 3)]
     rows[0]["val_loss_nats"] = 0.0
+    for row in rows:
+        row["optimizer.lr"] = 0.1 / row["model.n_embd"]
     found = scaling(study(tmp_path, rows), "model.n_embd", metrics=["val_loss_nats"], table="runs")
     assert found.slopes["n"].tolist() == [2]
+    assert noted(found, "optimizer.lr changes together with model.n_embd")
     assert noted(found, "1 lines of a seed")
 
 
