@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lnjac import checkpoint, data, gpt, optim, plan, runs
+from lnjac import checkpoint, data, gpt, optim, plan, runs, tracking
 from lnjac import config as configs
 from lnjac.analyse import analyse
 from lnjac.config import ConfigError, Device, Precision, RunConfig, Split
@@ -257,6 +257,7 @@ class Job:
         self.stacked, self.resumed = 1, 0
         self.found: str | None = None
         self.checkpoint = Path(folder) / runs.CHECKPOINT
+        self.tracker = tracking.Guarded(config.tracker)
         try:
             self.out = runs.RunFolder(folder, self.identity)
         except runs.InUse as error:
@@ -283,10 +284,14 @@ class Job:
             for warning in part.warnings(self.config) if hasattr(part, "warnings") else ():
                 log.warning(warning)
         self.training = Training(self.config, self.corpus)
-        self.record = Record(self.training, self.identity, self.clock)
+        self.record = Record(self.training, self.identity, self.clock, self.tracker)
         if before.reason:
             log.info("run again: %s", before.reason.splitlines()[0])
         self._resume()
+        shown = {column.name: value for column, value in configs.columns(self.config)}
+        self.tracker.start(
+            tracking.TrackedRun("-".join(self.identity.values()), self.out.path, shown, after=self.resumed)
+        )
         log.info("run %s on %s: %s", self.identity["run_id"], self.training.device.type, _brief(self.config))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -299,7 +304,11 @@ class Job:
             elif error is not None:  # Ctrl-C, or a cluster's notice
                 self.out.status(runs.INTERRUPTED)
         finally:
-            self.out.release()
+            try:
+                failed = isinstance(error, Exception)
+                self.tracker.end(self.found or (runs.FAILED if failed else runs.INTERRUPTED))
+            finally:
+                self.out.release()
 
     def save(self) -> None:
         """Write a checkpoint, if any are wanted. A full disk costs the checkpoint, not the run: it is said."""
@@ -382,8 +391,8 @@ class Job:
 class Record:
     """What a run measures on its way: rows of layers and of the curve."""
 
-    def __init__(self, training: Training, identity: dict[str, str], clock: Clock) -> None:
-        self.training, self.identity, self.clock = training, identity, clock
+    def __init__(self, training: Training, identity: dict[str, str], clock: Clock, tracker: tracking.Guarded) -> None:
+        self.training, self.identity, self.clock, self.tracker = training, identity, clock, tracker
         self.analysed_at = set(training.config.diagnostics.at(training.config.steps))
         self.layers: list[dict[str, Any]] = []
         self.curve: list[dict[str, Any]] = []
@@ -399,11 +408,14 @@ class Record:
         if healthy and done in self.analysed_at:
             with self.clock.timing("diagnose"):
                 rows = self.training.diagnose()
-            self.layers += [{**self.identity, **row} for row in rows if math.isfinite(row["sum_C_rstd2"])]
+            measured = [{**self.identity, **row} for row in rows if math.isfinite(row["sum_C_rstd2"])]
+            self.layers += measured
+            self.tracker.layers(done, measured)
         if train_loss is not None or val_loss is not None:
             val_loss = val_loss if healthy else None
-            point = {"step": done, "train_loss_nats": train_loss, "val_loss_nats": val_loss, "lr": lr}
-            self.curve.append({"run_id": self.identity["run_id"], **point})
+            point = {"train_loss_nats": train_loss, "val_loss_nats": val_loss, "lr": lr}
+            self.curve.append({"run_id": self.identity["run_id"], "step": done, **point})
+            self.tracker.scalars(done, point)
         return healthy
 
 

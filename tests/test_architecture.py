@@ -9,7 +9,7 @@ import pytest
 
 LAYERS = [
     {"tables"},
-    {"config", "streams"},
+    {"config", "streams", "tracking"},
     {"runs"},
     {"jacobian", "attention", "credit", "play", "summary", "interruption"},
     {"norm", "data", "optim", "sweep"},
