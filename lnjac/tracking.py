@@ -42,7 +42,7 @@ class TrackedRun:
     def title(self) -> str:
         """What a reader tells runs apart by, in a few words; the whole of it is `config`."""
         config = self.config
-        members = [str(config[group]) for group in ("model", "attn_mode", "method", "ln_backward")]
+        members = [str(config[group]) for group in ("attn_mode", "method", "ln_backward")]
         return "-".join([*members, f"seed{config['seed']}"])
 
 
