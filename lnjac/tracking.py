@@ -60,7 +60,7 @@ class Tracker(Protocol):
         """After update number `step`: what is known of train_loss_nats, val_loss_nats and lr."""
 
     def layers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The measured rows of this step, one for each norm: the declared columns of layers."""
+        """What was measured at this step: a row for each norm, by the names of the columns of layers."""
 
     def end(self, status: str) -> None:
         """The run's status: done, diverged, failed or interrupted."""
