@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 MEASURED = [column.name for column in LAYERS if column.dtype == "float64"]
 """The columns of layers that can be drawn as curves."""
 
+EVENTS = "events.out.tfevents"
+"""What TensorBoard knows its files by."""
+
 NONE = {"_target_": "lnjac.tracking.Untracked", "name": "none"}
 """The config of a run that is not tracked."""
 
@@ -146,16 +149,20 @@ class TensorBoard:
 
         folder = run.folder / "tensorboard" / run.title
         folder.mkdir(parents=True, exist_ok=True)
-        number = len(list(folder.iterdir()))  # read in the order of their names
-        self.shown = sorted({name for pattern in self.columns for name in fnmatch.filter(MEASURED, pattern)})
-        self.records = RecordWriter((folder / f"events.out.tfevents.{number:04d}").open("xb", buffering=0))
-        void_from = run.after + 1 if run.after else 0
-        self._write(0, file_version="brain.Event:2")  # of the files in which a start voids what follows its step
-        self._write(void_from, session_log=SessionLog(status=SessionLog.START))
+        before = list(folder.glob(f"{EVENTS}.*"))
         if run.after == 0:
+            while before:
+                before.pop().unlink()
+        self.shown = sorted({name for pattern in self.columns for name in fnmatch.filter(MEASURED, pattern)})
+        # files are read in the order of their names
+        self.records = RecordWriter((folder / f"{EVENTS}.{len(before):04d}").open("xb", buffering=0))
+        self._write(0, file_version="brain.Event:2")  # of the files in which a start voids what was said of later steps
+        if before:
+            self._write(run.after + 1, session_log=SessionLog(status=SessionLog.START))
+        else:
             known = {name: value for name, value in run.config.items() if value is not None}
             self._write(0, summary=hparams_pb(known, trial_id=run.id))
-            self._write(0, summary=_text("config", "\n".join(["| | |", "| --- | --- |", *_table(run)])))
+            self._write(0, summary=_text("config", _table(run)))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._draw(step, {f"curve/{name}": value for name, value in values.items()})
@@ -183,8 +190,10 @@ def _place(row: Mapping[str, Any]) -> str:
     return f"{row['site']}[{row['call']}]" if row["call"] else str(row["site"])
 
 
-def _table(run: TrackedRun) -> list[str]:
-    return [f"| {name} | {value} |" for name, value in {"run": run.id, **run.config}.items()]
+def _table(run: TrackedRun) -> str:
+    """The config in Markdown."""
+    rows = {"run": run.id, **run.config}
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
 def _text(tag: str, markdown: str) -> Any:
