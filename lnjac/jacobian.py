@@ -7,7 +7,7 @@ out some of its three factors. With A = d·ḡ², B = d·m²/ρ, C = ‖g‖² �
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -183,6 +183,21 @@ def cosines(tokens: Tokens, *, rms: bool = False) -> dict[str, Tensor]:
     return found
 
 
+METRICS: dict[str, Callable[[Tokens], Tensor]] = {}
+"""Further quantities per token by the name of their column, which holds their mean: filled by `metric`."""
+
+
+def metric(function: Callable[[Tokens], Tensor]) -> Callable[[Tokens], Tensor]:
+    """Decorator: make function(tokens) -> (n,) a column of its name, declared in `tables.LAYERS` (docs/how-to.md)."""
+    METRICS[function.__name__] = function
+    return function
+
+
+def per_token(tokens: Tokens, *, rms: bool = False) -> dict[str, Tensor]:
+    """What a row holds as a mean over its measurable tokens: (n,) each."""
+    return {**cosines(tokens, rms=rms), **{name: function(tokens) for name, function in METRICS.items()}}
+
+
 Sums = dict[str, float]
 """Additive statistics of any number of tokens: those of micro-batches, ranks and runs merge by `add`."""
 
@@ -200,7 +215,7 @@ def sums(tokens: Tokens, *, rms: bool = False) -> Sums:
     assert list(energies) == list(ENERGIES)
     weights = {suffix: tokens.sigma.pow(-power) for suffix, power in RSTD_POWERS.items()}
     found = {f"sum_{e}{s}": (energy * weight).sum() for e, energy in energies.items() for s, weight in weights.items()}
-    found |= {f"sum_{name}": cos[tokens.measurable].sum() for name, cos in cosines(tokens, rms=rms).items()}
+    found |= {f"sum_{name}": values[tokens.measurable].sum() for name, values in per_token(tokens, rms=rms).items()}
     found["sum_sigma"] = tokens.sigma.sum()
     found["sum_rho"] = tokens.rho.sum()
     found["sum_residual_sq"] = tokens.residual_sq.sum()
@@ -274,7 +289,7 @@ def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = Fa
     found: dict[str, float] = {
         name.removeprefix("sum_"): _ratio(value, n - n_zero)
         for name, value in total.items()
-        if name.startswith("sum_cos_")
+        if name.startswith("sum_cos_") or name.removeprefix("sum_") in METRICS
     }
     found |= shares(total, d, rms=rms)
     for name, switches in SURROGATES.items():
