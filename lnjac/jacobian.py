@@ -26,6 +26,14 @@ ROUNDING_SQ = (64 * torch.finfo(torch.float64).eps) ** 2
 """A pullback this much shorter than what it was made from, squared, is rounding noise without a direction."""
 
 
+HALF_EPS = torch.finfo(torch.float32).eps
+"""Stands for the ε of the half dtypes, whose gradients are accumulated in float32."""
+
+NOISE = 8
+"""Times the dtype's ε: a token whose gradient is so much shorter than the longest of its call holds rounding errors, as
+the first query's does, which softmax over one key leaves without any."""
+
+
 class Switches(NamedTuple):
     """Which factors of the backward are kept: subtract ḡ, subtract z·m, divide by σ."""
 
@@ -90,7 +98,7 @@ class Tokens:
     residual_sq: Tensor
     """‖t − replay‖²; NaN where the norm was not replayed."""
     measurable: Tensor
-    """Whether ‖g‖ and ‖t‖ exceed the tiny of the dtype they came in, and t is more than rounding noise (bool)."""
+    """Whether ‖g‖ and ‖t‖ exceed the tiny of the dtype they came in, and g and t are more than rounding noise (bool)."""
 
 
 def decompose(
@@ -146,7 +154,10 @@ def decompose(
                 measurable=measurable,
             )
         )
-    return concatenate(parts)
+    found = concatenate(parts)
+    g_sq = found.A + found.B + found.C
+    found.measurable &= g_sq > (NOISE * min(torch.finfo(grad.dtype).eps, HALF_EPS)) ** 2 * g_sq.max()
+    return found
 
 
 def concatenate(parts: Sequence[Tokens]) -> Tokens:
