@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lnjac import checkpoint, data, gpt, optim, plan, runs
+from lnjac import checkpoint, data, gpt, optim, plan, runs, swap
 from lnjac import config as configs
 from lnjac.analyse import analyse
 from lnjac.config import ConfigError, Device, Precision, RunConfig, Split
@@ -212,6 +212,16 @@ class Training:
         self.model.eval()
         settings, batches = self.config.diagnostics, self.diagnostic_batches()
         found = {"layers": analyse(self.model, batches, self.loss, grad_at=settings.grad_at)}
+        if settings.swap:
+            found["swaps"] = swap.measure(
+                self.model,
+                batches,
+                self.loss,
+                trained=self.trained,
+                optimizer=self.optimizer,
+                settings=self.config.optimizer,
+                parts=settings.swap_parts,
+            )
         return {table: [{"step": self.updates, **row} for row in rows] for table, rows in found.items()}
 
 
