@@ -1,7 +1,7 @@
 """Optimizers and their learning-rate schedules (conf/optimizer/*.yaml)."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -150,34 +150,20 @@ class Rehearsal:
     def __init__(
         self, optimizer: torch.optim.Optimizer, settings: Optimizer, parameters: Sequence[nn.Parameter]
     ) -> None:
-        self.flat = flat(torch.zeros_like(p) for p in parameters)
-        self.parameters, self.clip, self.lr = unflat(self.flat, parameters), settings.grad_clip, settings.lr
+        self.clip, self.lr = settings.grad_clip, settings.lr
+        self.parameters = [torch.zeros_like(p) for p in parameters]
         self.optimizer = settings.build([{"params": self.parameters, "weight_decay": 0.0}])
         self.states = [optimizer.state.get(p, {}) for p in parameters]
 
     @torch.no_grad()
-    def update(self, gradient: Tensor) -> Tensor:
-        """The update by a gradient; both flat: (n,). The next call overwrites what this one returned."""
-        self.flat.zero_()
-        self.optimizer.state.clear()
-        if self.clip is not None:
-            gradient = gradient.clone()  # clipped in place
-        for mine, grad, state in zip(self.parameters, unflat(gradient, self.parameters), self.states, strict=True):
-            mine.grad = grad
-            if state:
+    def update(self, gradient: Sequence[Tensor | None]) -> list[Tensor]:
+        """The update of each parameter by its gradient, 0 where that is None. The next call overwrites what this one gave."""
+        for mine, grad, state in zip(self.parameters, gradient, self.states, strict=True):
+            mine.zero_()
+            mine.grad = grad if grad is None or self.clip is None else grad.clone()  # clipped in place
+            if grad is not None:
                 self.optimizer.state[mine] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
-        return self.flat
-
-
-def flat(parts: Iterable[Tensor]) -> Tensor:
-    """The parts as one vector, detached."""
-    return torch.cat([part.detach().flatten() for part in parts])
-
-
-def unflat(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The vector's parts in the shapes of `like`: views."""
-    pieces = vector.split([p.numel() for p in like])  # type: ignore[no-untyped-call]
-    return [piece.view_as(p) for piece, p in zip(pieces, like, strict=True)]
+        return self.parameters

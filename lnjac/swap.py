@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from lnjac.config import Parts
 from lnjac.credit import backprop, is_feedback
 from lnjac.norm import exact_norms, norms
-from lnjac.optim import Optimizer, Rehearsal, flat, unflat
-from lnjac.switch import DOSES, EXACT, SURROGATES, Graphs, Loss, Swap
+from lnjac.optim import Optimizer, Rehearsal
+from lnjac.switch import DOSES, EXACT, SURROGATES, Gradient, Graphs, Loss, Swap, add
 
 ALL = "all"
 
@@ -46,10 +47,11 @@ def measure(
     before, tokens = mean_loss(model, batches, loss)
     true = true_gradient(model, batches, loss, parameters, tokens)
     graphs = Graphs(model, batches, loss, parameters, tokens)
-    if not (exact := graphs.exact()).isfinite().all():
+    exact = graphs.exact()
+    if not all(part.isfinite().all() for part in exact):
         return []
     p = preconditioner(optimizer, settings, parameters)
-    yardstick = Yardstick(exact, true, Rehearsal(optimizer, settings, parameters), p, divide(named, parts))
+    yardstick = Yardstick(exact, true, Rehearsal(optimizer, settings, parameters), p, divide(list(named), parts))
 
     rows: list[dict[str, Any]] = []
     damages: dict[str, dict[Swap, float]] = {}
@@ -61,7 +63,7 @@ def measure(
         for swap, gradient in zip(distinct, graphs.swapped(sites, distinct), strict=True):
             compared[swap] = yardstick.compare(gradient)
             if p is not None and len(sites) > 1:
-                with moved(parameters, gradient * p * -settings.lr):
+                with moved(parameters, [g * q * -settings.lr for g, q in zip(gradient, p, strict=True)]):
                     compared[swap][0]["decrease_nats"] = before - mean_loss(model, batches, loss)[0]
         damage = {swap: 1 - compared[canonical(swap, rms=rms)][0]["grad_cos"] for _, swap in treatments}
         damages[place] = damage
@@ -119,24 +121,17 @@ class Part(NamedTuple):
     tensors: list[int]
 
 
-class Division(NamedTuple):
-    """The parts in which a flat gradient is compared, the whole first; entries of each tensor."""
-
-    parts: list[Part]
-    sizes: list[int]
-
-
-def divide(named: Mapping[str, Tensor], finest: Parts) -> Division:
-    """By the whole, then by block, then by tensor, as far as `finest` says."""
+def divide(names: Sequence[str], finest: Parts) -> list[Part]:
+    """The gradient's parts: the whole, then the blocks, then the tensors, as far as `finest` says."""
     blocks: dict[str, list[int]] = {}
-    for i, name in enumerate(named):
+    for i, name in enumerate(names):
         blocks.setdefault(block_of(name), []).append(i)
-    parts = [Part("model", ALL, list(range(len(named))))]
+    parts = [Part("model", ALL, list(range(len(names))))]
     if finest is not Parts.model:
         parts += [Part("block", name, tensors) for name, tensors in blocks.items()]
     if finest is Parts.tensor:
-        parts += [Part("tensor", name, [i]) for i, name in enumerate(named)]
-    return Division(parts, [tensor.numel() for tensor in named.values()])
+        parts += [Part("tensor", name, [i]) for i, name in enumerate(names)]
+    return parts
 
 
 def block_of(parameter: str) -> str:
@@ -162,23 +157,34 @@ class Products(NamedTuple):
 
 
 class Yardstick:
-    """The exact gradient g and what another is compared with: g's update, P, and P∇L. All flat: (n,)."""
+    """The exact gradient g, with its update, P and P∇L: what another gradient is compared with."""
 
-    def __init__(self, exact: Tensor, true: Tensor, rehearsal: Rehearsal, p: Tensor | None, division: Division) -> None:
-        self.exact, self.rehearsal, self.division = exact, rehearsal, division
+    def __init__(
+        self, exact: Gradient, true: Gradient, rehearsal: Rehearsal, p: Gradient | None, parts: Sequence[Part]
+    ) -> None:
+        self.exact, self.rehearsal, self.parts = exact, rehearsal, parts
         self.preconditioned = p is not None
-        self.p = torch.zeros_like(exact) if p is None else p
-        self.update, self.true_step = rehearsal.update(exact).clone(), self.p * true
-        self.members = exact.new_zeros(len(division.parts), len(division.sizes), dtype=torch.float64)
-        for row, part in zip(self.members, division.parts, strict=True):
-            row[part.tensors] = 1
-        self.own, self.steepest = self._products(exact, self.update), self._products(true, self.update).slope
-        floor = NOISE * torch.finfo(exact.dtype).eps * self.own.grad_sq[0].sqrt()
+        self.p = [torch.zeros_like(g) for g in exact] if p is None else p
+        self.true_step = [q * g for q, g in zip(self.p, true, strict=True)]
+        self.update = [update.clone() for update in rehearsal.update(exact)]
+        self.members = exact[0].new_zeros(len(exact), len(parts), dtype=torch.float64)
+        for i, part in enumerate(parts):
+            self.members[part.tensors, i] = 1
+        self.of_tensors = self._products(exact, self.update, range(len(exact)))
+        self.own = Products(*(self.of_tensors @ self.members))
+        floor = NOISE * torch.finfo(exact[0].dtype).eps * self.own.grad_sq[0].sqrt()
         self.interpretable = self.own.grad_sq.sqrt() > floor
+        self.steepest = Products(*(self._products(true, self.update, range(len(exact))) @ self.members)).slope
 
-    def compare(self, gradient: Tensor) -> list[dict[str, Any]]:
+    def compare(self, gradient: Gradient) -> list[dict[str, Any]]:
         """A row for each part, the whole first: every column of `swaps` but the place's, those of WHOLE still null."""
-        found, own = self._products(gradient, self.rehearsal.update(gradient)), self.own
+        clipped = self.rehearsal.clip is not None  # by the whole gradient's norm: then every tensor's update changes
+        changed = [i for i, (a, b) in enumerate(zip(gradient, self.exact, strict=True)) if clipped or a is not b]
+        update = self.rehearsal.update([g if i in changed else None for i, g in enumerate(gradient)])
+        of_tensors = self.of_tensors.clone()
+        if changed:
+            of_tensors[:, changed] = self._products(gradient, update, changed)
+        found, own = Products(*(of_tensors @ self.members)), self.own
         columns = {
             "grad_cos": found.grad_dot / (found.grad_sq * own.grad_sq).sqrt(),
             "grad_gain": (found.grad_sq / own.grad_sq).sqrt(),
@@ -190,61 +196,59 @@ class Yardstick:
         }
         values = {name: torch.where(self.interpretable, x, math.nan).tolist() for name, x in columns.items()}
         if not self.preconditioned:
-            values |= {name: [None] * len(self.division.parts) for name in ("precond_cos", "precond_gain", "descent")}
+            values |= {name: [None] * len(self.parts) for name in ("precond_cos", "precond_gain", "descent")}
         values |= {"grad_norm": own.grad_sq.sqrt().tolist(), "interpretable": self.interpretable.tolist()}
         rows = [
             {"level": part.level, "part": part.name, **dict.fromkeys(WHOLE), **dict(zip(values, row, strict=True))}
-            for part, row in zip(self.division.parts, zip(*values.values(), strict=True), strict=True)
+            for part, row in zip(self.parts, zip(*values.values(), strict=True), strict=True)
         ]
         if self.preconditioned:
             rows[0]["predicted_nats"] = self.rehearsal.lr * float(found.slope[0])
         return rows
 
-    def _products(self, gradient: Tensor, update: Tensor) -> Products:
-        """Of each part, added up from its tensors'; in float64, a tensor at a time so that it stays in cache."""
-        whole = (gradient, update, self.exact, self.update, self.p, self.true_step)
-        pieces = zip(*(vector.split(self.division.sizes) for vector in whole), strict=True)  # type: ignore[no-untyped-call]
-        tensors = torch.stack([_products(*(piece.double() for piece in tensor)) for tensor in pieces], dim=1)
-        return Products(*(tensors @ self.members.T))
+    def _products(self, gradient: Gradient, update: Gradient, tensors: Sequence[int]) -> Tensor:
+        """`Products` of these tensors: (7, n). Of one tensor after the other, so that its float64 copies stay in cache."""
+        fixed = (self.exact, self.update, self.p, self.true_step)
+        columns = [_products(*(each[i].flatten().double() for each in (gradient, update, *fixed))) for i in tensors]
+        return torch.stack(columns, dim=1)
 
 
 def _products(hat: Tensor, hat_update: Tensor, g: Tensor, update: Tensor, p: Tensor, true_step: Tensor) -> Tensor:
-    """`Products` of one tensor, all flat."""
+    """`Products` of one tensor: (7,). All given as (n,)."""
     step = hat * p
-    return torch.stack(
-        [
-            hat @ hat,
-            hat @ g,
-            hat_update @ hat_update,
-            hat_update @ update,
-            step @ step,
-            step @ (p * g),
-            hat @ true_step,
-        ]
+    pairs = (
+        (hat, hat),
+        (hat, g),
+        (hat_update, hat_update),
+        (hat_update, update),
+        (step, step),
+        (step, p * g),
+        (hat, true_step),
     )
+    return torch.stack([a @ b for a, b in pairs])
 
 
 def preconditioner(
     optimizer: torch.optim.Optimizer, settings: Optimizer, parameters: Sequence[nn.Parameter]
-) -> Tensor | None:
-    """The optimizer's P, flat; None where it has none. A parameter without state has had no gradient: 0 there."""
+) -> Gradient | None:
+    """The optimizer's P; None where it has none. A parameter without state has had no gradient yet: 0 there."""
     found = [settings.preconditioner(optimizer, p) for p in parameters]
     if all(p is None for p in found):
         return None
-    return flat(torch.zeros_like(like) if p is None else p for p, like in zip(found, parameters, strict=True))
+    return [torch.zeros_like(like) if p is None else p for p, like in zip(found, parameters, strict=True)]
 
 
 def true_gradient(
     model: nn.Module, batches: Sequence[Any], loss: Loss, parameters: Sequence[nn.Parameter], total: int
-) -> Tensor:
-    """∇L, flat: backprop through exact norms, whatever the model's method."""
+) -> Gradient:
+    """∇L: backprop through exact norms, whatever the model's method."""
     found = []
     for batch in batches:
         with backprop(model), exact_norms(model):
             value, tokens = loss(model, batch)
-            grads = torch.autograd.grad(value * (tokens / total), parameters, allow_unused=True, materialize_grads=True)
-        found.append(flat(grads))
-    return torch.stack(found).sum(0)
+            mean = value * (tokens / total)
+            found.append(list(torch.autograd.grad(mean, parameters, allow_unused=True, materialize_grads=True)))
+    return reduce(add, found)
 
 
 @torch.no_grad()
@@ -258,11 +262,11 @@ def mean_loss(model: nn.Module, batches: Sequence[Any], loss: Loss) -> tuple[flo
 
 
 @contextmanager
-def moved(parameters: Sequence[nn.Parameter], step: Tensor) -> Iterator[None]:
-    """Within the context the parameters hold other tensors, a step, flat, away from their own; a kept graph stays valid."""
+def moved(parameters: Sequence[nn.Parameter], step: Gradient) -> Iterator[None]:
+    """Within the context the parameters hold other tensors, a step away from their own; a kept graph stays valid."""
     own = [p.data for p in parameters]
     try:
-        for p, change in zip(parameters, unflat(step, parameters), strict=True):
+        for p, change in zip(parameters, step, strict=True):
             p.data = p.data + change
         yield
     finally:

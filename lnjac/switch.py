@@ -7,6 +7,7 @@ single norm a replacement changes the gradient by the pullback, through the laye
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from lnjac import tables
 from lnjac.jacobian import center, normalise, remove_radial
 from lnjac.norm import norms
-from lnjac.optim import flat, unflat
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
 """`loss(model, batch)`: the mean loss and the number of tokens it is the mean of."""
+
+Gradient = list[Tensor]
+"""A tensor for each parameter."""
 
 
 class Swap(NamedTuple):
@@ -129,55 +132,55 @@ def recording(model: nn.Module) -> Iterator[list[Call]]:
 
 
 class Graph:
-    """One batch's graph, kept: the gradient of share·loss with respect to the parameters, as one flat vector.
+    """One batch's graph, kept, of share·loss, share being its part of all `total` tokens. No `.grad` is touched.
 
-    `exact` is that with every norm's exact backward, whatever the model trains with. No `.grad` is touched.
+    `exact` is the gradient with every norm's exact backward, whatever the model trains with. What a swap cannot change of
+    it is given out as the very tensor that stands there.
     """
 
     def __init__(self, model: nn.Module, batch: Any, loss: Loss, parameters: Sequence[Tensor], total: int) -> None:
         with recording(model) as self.calls:
             value, tokens = loss(model, batch)
         self.loss, self.parameters = value * (tokens / total), parameters
-        self.exact = self._pull(self.loss, missing=[torch.zeros_like(p) for p in parameters])
+        found = self._pull(self.loss)
+        self.exact = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
-    def swapped(self, sites: Collection[str], swaps: Sequence[Swap]) -> Iterator[Tensor]:
+    def swapped(self, sites: Collection[str], swaps: Sequence[Swap]) -> Iterator[Gradient]:
         """For each swap the gradient with it at these sites, exact elsewhere."""
-        calls = [call for call in self.calls if call.site in sites and call.x.requires_grad and call.g is not None]
+        calls = [call for call in self.calls if call.site in sites and call.g is not None]
         if not calls:
             return iter([self.exact] * len(swaps))
         return self._at_one(calls[0], swaps) if len(calls) == 1 else self._together(calls, swaps)
 
-    def _at_one(self, call: Call, swaps: Sequence[Swap]) -> Iterator[Tensor]:
+    def _at_one(self, call: Call, swaps: Sequence[Swap]) -> Iterator[Gradient]:
         """At most five passes through the layers below serve all swaps."""
         assert call.g is not None
-        zeros = [torch.zeros_like(p) for p in self.parameters]
         parts = basis(call.g, call.z, call.rstd, rms=call.rms)
-        deltas = torch.stack([self._pull(call.x, part.to(call.x.dtype), missing=zeros) for part in parts])
+        passes = zip(*(self._pull(call.x, part.to(call.x.dtype)) for part in parts), strict=True)
+        deltas = [None if of_one[0] is None else torch.stack(of_one) for of_one in passes]
         for swap in swaps:
-            yield self.exact + deltas.new_tensor(coefficients(swap, rms=call.rms)) @ deltas
+            c = call.z.new_tensor(coefficients(swap, rms=call.rms))
+            yield [
+                g if d is None else g + torch.tensordot(c.to(d), d, 1) for g, d in zip(self.exact, deltas, strict=True)
+            ]
 
-    def _together(self, calls: Sequence[Call], swaps: Sequence[Swap]) -> Iterator[Tensor]:
+    def _together(self, calls: Sequence[Call], swaps: Sequence[Swap]) -> Iterator[Gradient]:
         """A pass for each swap, from the topmost call's input where all that can change lies below it."""
         top = calls[-1]
         arrived = torch.autograd.grad(self.loss, top.x, retain_graph=True)[0] if self._is_gate(calls) else None
-        exact = unflat(self.exact, self.parameters)
         for swap in swaps:
             for call in calls:
                 call.swap = swap
             try:
-                if arrived is None:
-                    found = self._pull(self.loss, missing=exact)
-                else:
-                    found = self._pull(top.x, arrived + top.change(swap), missing=exact)
+                found = self._pull(self.loss) if arrived is None else self._pull(top.x, arrived + top.change(swap))
             finally:
                 for call in calls:
                     call.swap = EXACT
-            yield found
+            yield [exact if g is None else g for exact, g in zip(self.exact, found, strict=True)]
 
-    def _pull(self, output: Tensor, cotangent: Tensor | None = None, *, missing: Sequence[Tensor]) -> Tensor:
-        """The parameters' gradient, flat: of those that the output does not depend on, what is `missing`."""
-        found = torch.autograd.grad(output, self.parameters, cotangent, retain_graph=True, allow_unused=True)
-        return flat(m if grad is None else grad for grad, m in zip(found, missing, strict=True))
+    def _pull(self, output: Tensor, cotangent: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """The parameters' gradients, None for those that the output does not depend on."""
+        return torch.autograd.grad(output, self.parameters, cotangent, retain_graph=True, allow_unused=True)
 
     def _is_gate(self, calls: Sequence[Call]) -> bool:
         """Whether the loss reaches the other calls, and all else below the last one's input, only through that input."""
@@ -193,24 +196,29 @@ class Graphs:
         self.model, self.batches, self.loss, self.parameters, self.total = model, batches, loss, parameters, total
         self.only = self._made(batches[0]) if len(batches) == 1 else None
 
-    def exact(self) -> Tensor:
-        """The gradient with every norm's exact backward: (n,)."""
-        return torch.stack([graph.exact for graph in self._each()]).sum(0)
+    def exact(self) -> Gradient:
+        """The gradient with every norm's exact backward."""
+        return reduce(add, (graph.exact for graph in self._each()))
 
-    def swapped(self, sites: Collection[str], swaps: Sequence[Swap]) -> Iterator[Tensor]:
+    def swapped(self, sites: Collection[str], swaps: Sequence[Swap]) -> Iterator[Gradient]:
         """For each swap the gradient with it at these sites, exact elsewhere."""
         if self.only is not None:
             return self.only.swapped(sites, swaps)
-        total = torch.zeros(())
+        found: list[Gradient] = []
         for graph in self._each():
-            total = total + torch.stack(list(graph.swapped(sites, swaps)))
-        return iter(total)
+            each = graph.swapped(sites, swaps)
+            found = [add(sofar, more) for sofar, more in zip(found, each, strict=True)] if found else list(each)
+        return iter(found)
 
     def _each(self) -> Iterator[Graph]:
         return iter([self.only]) if self.only is not None else map(self._made, self.batches)
 
     def _made(self, batch: Any) -> Graph:
         return Graph(self.model, batch, self.loss, self.parameters, self.total)
+
+
+def add(one: Gradient, other: Gradient) -> Gradient:
+    return [a + b for a, b in zip(one, other, strict=True)]
 
 
 Edge = tuple[Any, int]
