@@ -160,8 +160,10 @@ class Rehearsal:
         """The update of each parameter by its gradient, 0 where that is None. The next call overwrites what this one gave."""
         for mine, grad, state in zip(self.parameters, gradient, self.states, strict=True):
             mine.zero_()
-            mine.grad = grad if grad is None or self.clip is None else grad.clone()  # clipped in place
+            mine.grad = None
             if grad is not None:
+                grad = grad.contiguous()  # fused kernels read another layout wrongly
+                mine.grad = grad if self.clip is None else grad.clone()  # clipped in place
                 self.optimizer.state[mine] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)

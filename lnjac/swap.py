@@ -62,7 +62,7 @@ def measure(
         compared: dict[Swap, list[dict[str, Any]]] = {}
         for swap, gradient in zip(distinct, graphs.swapped(sites, distinct), strict=True):
             compared[swap] = yardstick.compare(gradient)
-            if p is not None and len(sites) > 1:
+            if p is not None and len(sites) > 1 and swap not in DOSES:
                 with moved(parameters, [g * q * -settings.lr for g, q in zip(gradient, p, strict=True)]):
                     compared[swap][0]["decrease_nats"] = before - mean_loss(model, batches, loss)[0]
         damage = {swap: 1 - compared[canonical(swap, rms=rms)][0]["grad_cos"] for _, swap in treatments}

@@ -169,6 +169,9 @@ class Graph:
         top = calls[-1]
         arrived = torch.autograd.grad(self.loss, top.x, retain_graph=True)[0] if self._is_gate(calls) else None
         for swap in swaps:
+            if swap == EXACT:
+                yield self.exact
+                continue
             for call in calls:
                 call.swap = swap
             try:
@@ -180,7 +183,8 @@ class Graph:
 
     def _pull(self, output: Tensor, cotangent: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """The parameters' gradients, None for those that the output does not depend on."""
-        return torch.autograd.grad(output, self.parameters, cotangent, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(output, self.parameters, cotangent, retain_graph=True, allow_unused=True)
+        return tuple(None if g is None else g.contiguous() for g in found)
 
     def _is_gate(self, calls: Sequence[Call]) -> bool:
         """Whether the loss reaches the other calls, and all else below the last one's input, only through that input."""
