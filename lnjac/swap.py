@@ -12,14 +12,12 @@ from torch import Tensor, nn
 
 from lnjac.config import Parts
 from lnjac.credit import backprop, is_feedback
+from lnjac.jacobian import NOISE
 from lnjac.norm import exact_norms, norms
 from lnjac.optim import Optimizer, Rehearsal
 from lnjac.switch import DOSES, EXACT, SURROGATES, Gradient, Graphs, Loss, Swap, add
 
 ALL = "all"
-
-NOISE = 16
-"""A part whose exact gradient is shorter than so many roundings of the whole one has vanished: nothing is compared."""
 
 TREATMENTS = [*SURROGATES.items(), *(("partial_radial", dose) for dose in DOSES)]
 
@@ -174,6 +172,12 @@ class Yardstick:
         self.own = Products(*(self.of_tensors @ self.members))
         floor = NOISE * torch.finfo(exact[0].dtype).eps * self.own.grad_sq[0].sqrt()
         self.interpretable = self.own.grad_sq.sqrt() > floor
+        self.given = [
+            {"level": part.level, "part": part.name, "grad_norm": norm, "interpretable": sound, **dict.fromkeys(WHOLE)}
+            for part, norm, sound in zip(
+                parts, self.own.grad_sq.sqrt().tolist(), self.interpretable.tolist(), strict=True
+            )
+        ]
         self.steepest = Products(*(self._products(true, self.update, range(len(exact))) @ self.members)).slope
 
     def compare(self, gradient: Gradient) -> list[dict[str, Any]]:
@@ -197,11 +201,8 @@ class Yardstick:
         values = {name: torch.where(self.interpretable, x, math.nan).tolist() for name, x in columns.items()}
         if not self.preconditioned:
             values |= {name: [None] * len(self.parts) for name in ("precond_cos", "precond_gain", "descent")}
-        values |= {"grad_norm": own.grad_sq.sqrt().tolist(), "interpretable": self.interpretable.tolist()}
-        rows = [
-            {"level": part.level, "part": part.name, **dict.fromkeys(WHOLE), **dict(zip(values, row, strict=True))}
-            for part, row in zip(self.parts, zip(*values.values(), strict=True), strict=True)
-        ]
+        compared = zip(*values.values(), strict=True)
+        rows = [given | dict(zip(values, row, strict=True)) for given, row in zip(self.given, compared, strict=True)]
         if self.preconditioned:
             rows[0]["predicted_nats"] = self.rehearsal.lr * float(found.slope[0])
         return rows

@@ -77,6 +77,7 @@ _SITE = [
     ),
     Column("d", "int64", "", "size of the normalised vectors"),
     Column("dtype", "string", "", "dtype of the norm's input; the measurement itself is in float64"),
+    Column("loss_nats", "float64", "nats/token", "mean loss of the diagnostic batches"),
     Column("n_tokens", "int64", "tokens", "tokens measured"),
     Column(
         "n_zero",
@@ -289,7 +290,7 @@ SWAPS = [
         "interpretable",
         "bool",
         "",
-        "whether ‖g‖ is more than 16 roundings of the whole's; if not, every comparison is NaN",
+        "whether ‖g‖ is more than 8 roundings of the whole's; if not, every comparison is NaN",
     ),
     Column("grad_cos", "float64", "", "cos(ĝ, g), ĝ the gradient with the backward replaced"),
     Column("grad_gain", "float64", "", "‖ĝ‖/‖g‖"),
