@@ -160,7 +160,6 @@ class Rehearsal:
         """The update of each parameter by its gradient, 0 where that is None. The next call overwrites what this one gave."""
         for mine, grad, state in zip(self.parameters, gradient, self.states, strict=True):
             mine.zero_()
-            mine.grad = None
             if grad is not None:
                 grad = grad.contiguous()  # fused kernels read another layout wrongly
                 mine.grad = grad if self.clip is None else grad.clone()  # clipped in place
@@ -168,4 +167,6 @@ class Rehearsal:
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.optimizer.state.clear()
         return self.parameters

@@ -156,13 +156,10 @@ class Graph:
         """At most five passes through the layers below serve all swaps."""
         assert call.g is not None
         parts = basis(call.g, call.z, call.rstd, rms=call.rms)
-        passes = zip(*(self._pull(call.x, part.to(call.x.dtype)) for part in parts), strict=True)
-        deltas = [None if of_one[0] is None else torch.stack(of_one) for of_one in passes]
+        deltas = list(zip(*(self._pull(call.x, part.to(call.x.dtype)) for part in parts), strict=True))
         for swap in swaps:
-            c = call.z.new_tensor(coefficients(swap, rms=call.rms))
-            yield [
-                g if d is None else g + torch.tensordot(c.to(d), d, 1) for g, d in zip(self.exact, deltas, strict=True)
-            ]
+            c = coefficients(swap, rms=call.rms)
+            yield [_changed(g, c, of_one) for g, of_one in zip(self.exact, deltas, strict=True)]
 
     def _together(self, calls: Sequence[Call], swaps: Sequence[Swap]) -> Iterator[Gradient]:
         """A pass for each swap, from the topmost call's input where all that can change lies below it."""
@@ -191,6 +188,14 @@ class Graph:
         gate = _edge(calls[-1].x)
         below, beside = _reach(gate), _reach(_edge(self.loss), gate)
         return not below & beside and all(_edge(call.x)[0] in below for call in calls[:-1])
+
+
+def _changed(g: Tensor, c: Sequence[float], deltas: Sequence[Tensor | None]) -> Tensor:
+    """g + Σ c·delta, g itself where that adds nothing."""
+    for factor, delta in zip(c, deltas, strict=True):
+        if factor and delta is not None:
+            g = g.add(delta, alpha=factor)
+    return g
 
 
 class Graphs:
