@@ -112,7 +112,7 @@ def decompose(
     tiny = torch.finfo(grad.dtype).tiny
     gamma = None if weight is None else weight.detach().double()
     parts = []
-    for x_, grad_, replayed_ in _chunks(x, grad, replayed):
+    for x_, grad_, replayed_ in chunks(x, grad, replayed):
         z, rstd = normalise(x_, eps, rms=rms)
         g = grad_ if gamma is None else grad_ * gamma
         rstd_ = rstd.squeeze(-1)
@@ -154,7 +154,7 @@ def concatenate(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Tokens)})
 
 
-def _chunks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+def chunks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The tensors, (…, d) each, as matching float64 pieces of (rows, d); None stays None."""
     d = next(a.shape[-1] for a in tensors if a is not None)
     rows = max(1, CHUNK_ELEMENTS // d)
