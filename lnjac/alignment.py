@@ -1,7 +1,7 @@
 """How far a method's gradient is the true one: per norm, per parameter and as a whole, at the same weights and batches."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,12 @@ from lnjac.norm import Backward, exact_norms, norms
 
 OVER_DRAWS = ("enrichment_mean", "enrichment_radial", "enrichment_radial_share")
 """Columns of a layer row that are averaged over draws of the feedback."""
+
+NOISE = 1 / 16
+"""Root mean square of the entries, over that of the whole gradient and the dtype's ε, up to which a gradient counts as noise.
+
+Gradients that vanish in exact arithmetic were measured at 0.002 to 0.03, in fp64, fp32 and bf16.
+"""
 
 Key = tuple[str, str, int]
 """kind, name and call of a row of `tensors`."""
@@ -178,22 +184,18 @@ class Alignment:
         return control
 
     def _cosines(self, pairs: Mapping[Key, Pair]) -> dict[Key, float]:
-        """Each pair's cosine; NaN where either gradient is no more than rounding noise."""
-        largest: dict[tuple[str, str], float] = {}
+        """Each pair's cosine; NaN where either gradient is rounding noise: beside the whole one, or at norms the largest."""
+        scales: dict[str, tuple[float, float]] = {}
         for (kind, _, _), pair in pairs.items():
-            for side in ("own_sq", "bp_sq"):
-                largest[kind, side] = max(largest.get((kind, side), 0.0), getattr(pair, side) / pair.n)
-
-        def significant(kind: str, side: str, pair: Pair) -> bool:
-            reference = largest["model" if kind == "parameter" else kind, side]
-            return bool(getattr(pair, side) > self.rounding**2 * reference * pair.n)
-
-        return {
-            key: pair.dot / math.sqrt(pair.own_sq * pair.bp_sq)
-            if all(significant(key[0], side, pair) for side in ("own_sq", "bp_sq"))
-            else math.nan
-            for key, pair in pairs.items()
-        }
+            own, bp = scales.get(kind, (0.0, 0.0))
+            scales[kind] = max(own, pair.own_sq / pair.n), max(bp, pair.bp_sq / pair.n)
+        scales["parameter"] = scales["model"]
+        found = {}
+        for key, pair in pairs.items():
+            own_floor, bp_floor = ((NOISE * self.rounding) ** 2 * scale * pair.n for scale in scales[key[0]])
+            clear = pair.own_sq > own_floor and pair.bp_sq > bp_floor
+            found[key] = pair.dot / math.sqrt(pair.own_sq * pair.bp_sq) if clear else math.nan
+        return found
 
 
 def feedback_cosines(model: nn.Module) -> dict[str, float]:
@@ -211,14 +213,14 @@ def feedback_cosines(model: nn.Module) -> dict[str, float]:
 def over_draws(
     model: nn.Module,
     draws: Iterable[Mapping[str, Tensor]],
-    batches: Iterable[Any],
+    batches: Sequence[Any],
     loss: Loss,
     *,
     grad_at: GradAt | str = GradAt.normalized,
 ) -> list[dict[str, Any]]:
     """Rows of `mechanism`: mean and standard error over draws of the feedback, given by name, of each norm's enrichments.
 
-    None where the draws leave the model's feedback as it is: where it has none, or no random one.
+    No rows where the draws leave the model's feedback as it is: where it has none, or no random one.
     """
     state = model.state_dict()
     values: dict[tuple[str, int, str], list[float]] = {}
