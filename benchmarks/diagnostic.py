@@ -1,4 +1,4 @@
-"""The diagnostic on one batch against a plain forward and backward on it: interleaved times and peak memory.
+"""The diagnostics on one batch against a training step and a plain forward and backward: interleaved times, peak memory.
 
     python benchmarks/diagnostic.py [ROUNDS]
 
@@ -9,13 +9,13 @@ before.
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from interleaved import interleaved, ratio
 from torch.profiler import ProfilerActivity, profile
 
 from lnjac import train
-from lnjac.analyse import analyse
 from lnjac.config import compose
 
 
@@ -32,11 +32,10 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 
 def main(rounds: int) -> None:
-    config = compose("device=cpu")
+    config = compose("device=cpu", "diagnostics=full", "diagnostics.swap=false")
     training = train.Training(config, train.admit(config))
     for _ in range(3):
         training.update()
-    training.model.eval()
     batches = training.diagnostic_batches()
     parameters = list(training.model.parameters())
 
@@ -46,16 +45,33 @@ def main(rounds: int) -> None:
         for parameter in parameters:
             parameter.grad = None
 
-    def diagnostic() -> None:
-        analyse(training.model, batches, training.loss)
+    def diagnostics(**switches: bool) -> Callable[[], object]:
+        off = dict.fromkeys(("distributions", "alignment", "attention"), False)
+        settings = replace(config.diagnostics, **{**off, **switches})
 
-    times = interleaved({"plain": plain, "diagnostic": diagnostic}, rounds)
+        def diagnose() -> None:
+            training.config = replace(config, diagnostics=settings)
+            training.diagnose()
+
+        return diagnose
+
+    calls = {
+        "plain": plain,
+        "step": training.update,
+        "layers": diagnostics(),
+        "attention": diagnostics(attention=True),
+        "alignment": diagnostics(alignment=True),
+        "full": diagnostics(distributions=True, alignment=True, attention=True),
+    }
+    times = interleaved(calls, rounds)
+    bytes_ = {name: peak_bytes(call) for name, call in calls.items()}
+    print("          ms      of plain  of a step   MiB    of plain  of a step")
     for name, values in times.items():
-        print(f"{name:12} {statistics.median(values):6.1f} ms")
-    print(f"time ratio   {ratio(times, 'diagnostic', 'plain'):6.2f}")
-    plain_peak, diagnostic_peak = peak_bytes(plain), peak_bytes(diagnostic)
-    print(f"peak memory  {plain_peak / 2**20:.1f} MiB plain, {diagnostic_peak / 2**20:.1f} MiB diagnostic", end="")
-    print(f", ratio {diagnostic_peak / plain_peak:.2f}")
+        time, memory = statistics.median(values), bytes_[name]
+        print(
+            f"{name:10}{time:6.1f}  {ratio(times, name, 'plain'):6.2f}  {ratio(times, name, 'step'):9.2f}"
+            f"  {memory / 2**20:8.1f}  {memory / bytes_['plain']:6.2f}  {memory / bytes_['step']:9.2f}"
+        )
 
 
 if __name__ == "__main__":

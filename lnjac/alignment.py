@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lnjac.analyse import Loss, analyse, block_of, fresh_grads
+from lnjac.analyse import Loss, analyse, block_of, fresh_grads, replay
 from lnjac.capture import Capture, capture
 from lnjac.config import GradAt
 from lnjac.credit import backprop, is_feedback, linears
 from lnjac.gpt import replaced
-from lnjac.jacobian import chunks, normalise, pull_back
+from lnjac.jacobian import dot
 from lnjac.norm import Backward, exact_norms, norms
 
 OVER_DRAWS = ("enrichment_mean", "enrichment_radial", "enrichment_radial_share")
@@ -41,10 +41,11 @@ class Pair:
     bp_sq: float = 0.0
 
     def add(self, own: Tensor, bp: Tensor, scale: float = 1.0) -> None:
-        """own, bp: float64, of one shape; `scale` takes them to the summed loss's."""
+        """own, bp: of one shape; `scale` takes them to the summed loss's."""
         self.n += own.numel()
-        for name, product in (("dot", own * bp), ("own_sq", own * own), ("bp_sq", bp * bp)):
-            setattr(self, name, getattr(self, name) + float(product.sum()) * scale**2)
+        self.dot += dot(own, bp) * scale**2
+        self.own_sq += dot(own, own) * scale**2
+        self.bp_sq += dot(bp, bp) * scale**2
 
 
 def total(pairs: Iterable[Pair]) -> Pair:
@@ -77,10 +78,12 @@ class Comparison:
         def compare(call: Capture) -> None:
             own = self.arrived.pop((call.site, call.call), None)
             own = torch.zeros_like(call.grad) if own is None else own
-            output, input_ = (
-                self.at_norms.setdefault((kind, call.site, call.call), Pair()) for kind in ("norm_output", "norm_input")
-            )
-            _compare(call, own, rules.get(call.site), output, input_, tokens)
+            sides = {
+                "norm_output": (own, call.grad),
+                "norm_input": (_below(call, own, rules.get(call.site)), _below(call, call.grad, None)),
+            }
+            for kind, (mine, true) in sides.items():
+                self.at_norms.setdefault((kind, call.site, call.call), Pair()).add(mine, true, tokens)
 
         with fresh_grads(model), backprop(model), exact_norms(model):
             with capture(model, compare):
@@ -91,7 +94,7 @@ class Comparison:
         found: dict[Key, Pair] = {}
         for name, own in self.own.items():
             found["parameter", name, 0] = pair = Pair()
-            pair.add(own.double(), self.bp[name].double())
+            pair.add(own, self.bp[name])
         sites = [name for name, _ in self.model.named_modules()]
         by_site = sorted(self.at_norms, key=lambda key: (sites.index(key[1]), key[2]))
         return {("model", "all", 0): total(found.values()), **found, **{key: self.at_norms[key] for key in by_site}}
@@ -105,23 +108,15 @@ def _accumulate(sums: dict[str, Tensor], model: nn.Module, tokens: int) -> None:
         sums[name] = grad if name not in sums else sums[name].add_(grad)
 
 
-def _compare(call: Capture, own: Tensor, rule: Backward | None, output: Pair, input_: Pair, tokens: int) -> None:
-    """Add one call of a norm: ∂L/∂y as it arrived, and what the norm's backward makes of it, the exact one of bp's."""
-    gamma = 1.0 if call.weight is None else call.weight.double()
-    for x, mine, true in chunks(call.x, own, call.grad):
-        output.add(mine, true, tokens)
-        z, rstd = normalise(x, call.eps, rms=call.rms)
-        exact = pull_back(true * gamma, z, rstd, rms=call.rms)
-        by_rule = None if rule is None else _pull_back_by(rule, x, mine * gamma, call.eps, rms=call.rms)
-        input_.add(pull_back(mine * gamma, z, rstd, rms=call.rms) if by_rule is None else by_rule, exact, tokens)
-
-
-def _pull_back_by(rule: Backward, x: Tensor, g: Tensor, eps: float, *, rms: bool) -> Tensor | None:
-    """What a backward of any kind makes of g = ∂L/∂z; None where it is the exact one. x, g: (n, d)."""
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        expression = rule.surrogate(leaf, eps, rms=rms)
-        return None if expression is None else torch.autograd.grad(expression, leaf, g)[0]
+def _below(call: Capture, grad: Tensor, rule: Backward | None) -> Tensor:
+    """∂L/∂x through this norm alone of grad = ∂L/∂y: (…, d), by the rule's backward; None: the exact one."""
+    with torch.enable_grad(), torch.autocast(call.x.device.type, enabled=False):
+        x = call.x.clone().requires_grad_()
+        expression = None if rule is None else rule.surrogate(x, call.eps, rms=call.rms)
+        if expression is None:
+            return replay(call.x, grad, call.eps, weight=call.weight, rms=call.rms)
+        below = grad if call.weight is None else grad * call.weight
+        return torch.autograd.grad(expression, x, below.to(expression.dtype))[0]
 
 
 class Alignment:

@@ -112,7 +112,7 @@ def decompose(
     tiny = torch.finfo(grad.dtype).tiny
     gamma = None if weight is None else weight.detach().double()
     parts = []
-    for x_, grad_, replayed_ in chunks(x, grad, replayed):
+    for x_, grad_, replayed_ in _chunks(x, grad, replayed):
         z, rstd = normalise(x_, eps, rms=rms)
         g = grad_ if gamma is None else grad_ * gamma
         rstd_ = rstd.squeeze(-1)
@@ -154,7 +154,7 @@ def concatenate(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Tokens)})
 
 
-def chunks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+def _chunks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The tensors, (…, d) each, as matching float64 pieces of (rows, d); None stays None."""
     d = next(a.shape[-1] for a in tensors if a is not None)
     rows = max(1, CHUNK_ELEMENTS // d)
@@ -291,6 +291,16 @@ def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = Fa
         "jacobian_residual": math.sqrt(_ratio(total["sum_residual_sq"], total["sum_C_rstd2"] + total["sum_B2_rstd2"])),
         **{name: total[name] for name in (f"sum_{e}{s}" for e in ENERGIES for s in RSTD_POWERS)},
     }
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """Σ a⊙b of two tensors of one shape, their rows' sums added in float64."""
+    return float((wide(a) * wide(b)).sum(-1).sum(dtype=torch.float64))
 
 
 def _ratio(above: float, below: float) -> float:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lnjac.attention import Attention, causal_mask
 from lnjac.gpt import GPT, Block, SelfAttention
+from lnjac.jacobian import dot, wide
 from lnjac.norm import Norm, norms
 from lnjac.tables import QUANTITIES
 
@@ -210,16 +211,6 @@ def _on_grad(x: Tensor, call: Callable[[Tensor], None]) -> None:
     """Call with the whole gradient at x once it is there, if any can come."""
     if x.requires_grad:
         x.register_hook(call)  # type: ignore[no-untyped-call]
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def dot(a: Tensor, b: Tensor) -> float:
-    """Σ a⊙b, added in float64."""
-    return float((wide(a) * wide(b)).sum(dtype=torch.float64))
 
 
 def _without_bias(y: Tensor, norm: Norm) -> Tensor:
