@@ -77,6 +77,7 @@ _SITE = [
     ),
     Column("d", "int64", "", "size of the normalised vectors"),
     Column("dtype", "string", "", "dtype of the norm's input; the measurement itself is in float64"),
+    Column("loss_nats", "float64", "nats/token", "mean loss of the diagnostic batches"),
     Column("n_tokens", "int64", "tokens", "tokens measured"),
     Column(
         "n_zero",

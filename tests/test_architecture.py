@@ -9,10 +9,10 @@ import pytest
 
 LAYERS = [
     {"tables"},
-    {"config", "streams"},
+    {"config", "streams", "tracking"},
     {"runs"},
     {"jacobian", "attention", "credit", "play", "summary", "interruption"},
-    {"norm", "data", "optim", "sweep"},
+    {"norm", "data", "optim", "sweep", "distribution"},
     {"plan"},
     {"capture", "gpt"},
     {"analyse", "mechanism", "progress", "checkpoint"},
