@@ -1,6 +1,6 @@
-"""The diagnostic on one batch against a plain forward and backward on it: interleaved times and peak memory.
+"""The diagnostics on one batch against a training step and a plain forward and backward: interleaved times, peak memory.
 
-    python benchmarks/diagnostic.py [ROUNDS]
+    python benchmarks/diagnostic.py [ROUNDS [SWAP_ROUNDS]]
 
 Peak memory is the largest sum of live tensor storage, counted at every allocation by torch's profiler, over what lived
 before.
@@ -9,13 +9,13 @@ before.
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from interleaved import interleaved, ratio
 from torch.profiler import ProfilerActivity, profile
 
 from lnjac import train
-from lnjac.analyse import analyse
 from lnjac.config import compose
 
 
@@ -31,12 +31,11 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return peak
 
 
-def main(rounds: int) -> None:
-    config = compose("device=cpu")
+def main(rounds: int, swap_rounds: int) -> None:
+    config = compose("device=cpu", "diagnostics=full")
     training = train.Training(config, train.admit(config))
     for _ in range(3):
         training.update()
-    training.model.eval()
     batches = training.diagnostic_batches()
     parameters = list(training.model.parameters())
 
@@ -46,17 +45,40 @@ def main(rounds: int) -> None:
         for parameter in parameters:
             parameter.grad = None
 
-    def diagnostic() -> None:
-        analyse(training.model, batches, training.loss)
+    def diagnostics(**switches: bool) -> Callable[[], object]:
+        off = dict.fromkeys(("distributions", "alignment", "attention", "swap"), False)
+        settings = replace(config.diagnostics, **{**off, **switches})
 
-    times = interleaved({"plain": plain, "diagnostic": diagnostic}, rounds)
-    for name, values in times.items():
-        print(f"{name:12} {statistics.median(values):6.1f} ms")
-    print(f"time ratio   {ratio(times, 'diagnostic', 'plain'):6.2f}")
-    plain_peak, diagnostic_peak = peak_bytes(plain), peak_bytes(diagnostic)
-    print(f"peak memory  {plain_peak / 2**20:.1f} MiB plain, {diagnostic_peak / 2**20:.1f} MiB diagnostic", end="")
-    print(f", ratio {diagnostic_peak / plain_peak:.2f}")
+        def diagnose() -> None:
+            training.config = replace(config, diagnostics=settings)
+            training.diagnose()
+
+        return diagnose
+
+    calls = {
+        "plain": plain,
+        "step": training.update,
+        "layers": diagnostics(),
+        "attention": diagnostics(attention=True),
+        "alignment": diagnostics(alignment=True),
+        "full": diagnostics(distributions=True, alignment=True, attention=True),
+    }
+    times = interleaved(calls, rounds)
+    swaps = {"swaps": diagnostics(swap=True)}
+    swaps["full+swaps"] = diagnostics(distributions=True, alignment=True, attention=True, swap=True)
+    slow = interleaved({"plain": plain, "step": training.update, **swaps}, swap_rounds, warmup=1)
+    calls |= swaps
+    bytes_ = {name: peak_bytes(call) for name, call in calls.items()}
+    print("           ms      of plain  of a step   MiB    of plain  of a step")
+    for name in calls:
+        of = slow if name in swaps else times
+        time, memory = statistics.median(of[name]), bytes_[name]
+        print(
+            f"{name:11}{time:6.1f}  {ratio(of, name, 'plain'):6.2f}  {ratio(of, name, 'step'):9.2f}"
+            f"  {memory / 2**20:8.1f}  {memory / bytes_['plain']:6.2f}  {memory / bytes_['step']:9.2f}"
+        )
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 30)
+    given = [int(word) for word in sys.argv[1:]]
+    main(*given, *(30, 5)[len(given) :])

@@ -200,7 +200,7 @@ def _require_same_science(
         if column in (*KEYS[name], *NO_SCIENCE):
             continue
         one, other = table[column].take(pa.array(kept)), table[column].take(pa.array(dropped))
-        for i in np.flatnonzero(_differs(one, other, rtol)):
+        for i in np.flatnonzero(differs(one, other, rtol)):
             key = ", ".join(f"{key}={table[key][int(kept[i])]}" for key in KEYS[name])
             raise ConfigError(
                 f"{paths.iloc[kept[i]]} and {paths.iloc[dropped[i]]} both hold the row of {name} with {key}, but "
@@ -209,7 +209,7 @@ def _require_same_science(
             )
 
 
-def _differs(one: pa.ChunkedArray, other: pa.ChunkedArray, rtol: float) -> Booleans:
+def differs(one: pa.ChunkedArray, other: pa.ChunkedArray, rtol: float) -> Booleans:
     """Where the values differ; null equals null and NaN equals NaN, but not each other."""
     if pa.types.is_null(one.type):
         return np.zeros(len(one), bool)

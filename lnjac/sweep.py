@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 RTOL = 1e-6
 """Relative difference up to which two measurements of the same run count as equal."""
 
-__all__ = ["MergeReport", "Skip", "Source", "Unfit", "companions", "discover", "load", "merge", "read"]
+__all__ = ["MergeReport", "Skip", "Source", "Unfit", "companions", "discover", "layers_file", "load", "merge", "read"]
 
 
 class Skip(NamedTuple):

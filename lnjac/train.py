@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lnjac import checkpoint, data, gpt, optim, plan, runs
+from lnjac import checkpoint, data, gpt, optim, plan, runs, swap, tracking
 from lnjac import config as configs
-from lnjac.analyse import analyse
+from lnjac.alignment import Alignment, over_draws
+from lnjac.analyse import examine
 from lnjac.config import ConfigError, Device, Precision, RunConfig, Split
 from lnjac.credit import is_feedback
 from lnjac.data import Corpus
 from lnjac.interruption import held_back
+from lnjac.mechanism import Mechanism
 from lnjac.norm import norms, unmatched
 from lnjac.progress import progress
 from lnjac.streams import sequence, stream
@@ -127,6 +129,11 @@ class Training:
         bf16 = self.config.precision is Precision.bf16
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the matrix products are computed in."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[self.config.precision.value]
+
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         """Mean cross-entropy of a batch (idx, targets): (B, T) each, and the number of tokens it is the mean of."""
         idx, targets = (part.to(self.device, non_blocking=True) for part in batch)
@@ -211,8 +218,51 @@ class Training:
         """Measured columns of the rows of each table, with dropout off."""
         self.model.eval()
         settings, batches = self.config.diagnostics, self.diagnostic_batches()
-        found = {"layers": analyse(self.model, batches, self.loss, grad_at=settings.grad_at)}
+        watchers = self._watchers()
+        analysis = examine(
+            self.model,
+            batches,
+            self.loss,
+            grad_at=settings.grad_at,
+            keep_tokens=settings.distributions,
+            watchers=list(watchers.values()),
+        )
+        found = {"layers": analysis.rows(), **{table: watcher.rows() for table, watcher in watchers.items()}}
+        if settings.distributions:
+            found["distributions"] = analysis.distributions(settings.position_bins)
+        if settings.swap:
+            found["swaps"] = swap.measure(
+                self.model,
+                batches,
+                self.loss,
+                trained=self.trained,
+                optimizer=self.optimizer,
+                settings=self.config.optimizer,
+                parts=settings.swap_parts,
+            )
+        if self.updates == 0 and (drawn := self._over_draws(batches)):
+            found["mechanism"] = found.get("mechanism", []) + drawn
         return {table: [{"step": self.updates, **row} for row in rows] for table, rows in found.items()}
+
+    def _watchers(self) -> dict[str, Alignment | Mechanism]:
+        """What measures more on the analysis's passes, by the table it fills."""
+        settings, found = self.config.diagnostics, dict[str, Alignment | Mechanism]()
+        if settings.alignment:
+            initial = gpt.initial_blocks(self.config, self.corpus.vocab_size)
+            found["tensors"] = Alignment(self.model, self.loss, dtype=self.dtype, initial=initial)
+        if settings.attention:
+            found["mechanism"] = Mechanism(self.model)
+        return found
+
+    def _over_draws(self, batches: list[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
+        """Enrichments over other draws of the feedback, each from a seed apart from the run's own streams."""
+        config = self.config
+        seeds = (
+            int(sequence(config.seed, "feedback draws", i).generate_state(1, np.uint64)[0])
+            for i in range(config.diagnostics.feedback_draws)
+        )
+        draws = (gpt.feedback(replace(config, seed=seed), self.corpus.vocab_size) for seed in seeds)
+        return over_draws(self.model, draws, batches, self.loss, grad_at=config.diagnostics.grad_at)
 
 
 @contextmanager
@@ -258,6 +308,7 @@ class Job:
         self.stacked, self.resumed = 1, 0
         self.found: str | None = None
         self.checkpoint = Path(folder) / runs.CHECKPOINT
+        self.tracker = tracking.Guarded(config.tracker)
         try:
             self.out = runs.RunFolder(folder, self.identity)
         except runs.InUse as error:
@@ -284,10 +335,14 @@ class Job:
             for warning in part.warnings(self.config) if hasattr(part, "warnings") else ():
                 log.warning(warning)
         self.training = Training(self.config, self.corpus)
-        self.record = Record(self.training, self.identity, self.clock)
+        self.record = Record(self.training, self.identity, self.clock, self.tracker)
         if before.reason:
             log.info("run again: %s", before.reason.splitlines()[0])
         self._resume()
+        shown = {column.name: value for column, value in configs.columns(self.config)}
+        self.tracker.start(
+            tracking.TrackedRun("-".join(self.identity.values()), self.out.path, shown, after=self.resumed)
+        )
         log.info("run %s on %s: %s", self.identity["run_id"], self.training.device.type, _brief(self.config))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -300,7 +355,11 @@ class Job:
             elif error is not None:  # Ctrl-C, or a cluster's notice
                 self.out.status(runs.INTERRUPTED)
         finally:
-            self.out.release()
+            try:
+                failed = isinstance(error, Exception)
+                self.tracker.end(self.found or (runs.FAILED if failed else runs.INTERRUPTED))
+            finally:
+                self.out.release()
 
     def save(self) -> None:
         """Write a checkpoint, if any are wanted. A full disk costs the checkpoint, not the run: it is said."""
@@ -381,8 +440,8 @@ class Job:
 class Record:
     """What a run measures on its way: the rows of each table but `runs`."""
 
-    def __init__(self, training: Training, identity: dict[str, str], clock: Clock) -> None:
-        self.training, self.identity, self.clock = training, identity, clock
+    def __init__(self, training: Training, identity: dict[str, str], clock: Clock, tracker: tracking.Guarded) -> None:
+        self.training, self.identity, self.clock, self.tracker = training, identity, clock, tracker
         self.analysed_at = set(training.config.diagnostics.at(training.config.steps))
         self.rows: dict[str, list[dict[str, Any]]] = {"layers": [], "curves": []}
 
@@ -400,10 +459,12 @@ class Record:
             found["layers"] = [row for row in found["layers"] if math.isfinite(row["sum_C_rstd2"])]
             for table, rows in found.items():
                 self.rows.setdefault(table, []).extend({**self.identity, **row} for row in rows)
+            self.tracker.layers(done, found["layers"])
         if train_loss is not None or val_loss is not None:
             val_loss = val_loss if healthy else None
-            point = {"step": done, "train_loss_nats": train_loss, "val_loss_nats": val_loss, "lr": lr}
-            self.rows["curves"].append({"run_id": self.identity["run_id"], **point})
+            point = {"train_loss_nats": train_loss, "val_loss_nats": val_loss, "lr": lr}
+            self.rows["curves"].append({"run_id": self.identity["run_id"], "step": done, **point})
+            self.tracker.scalars(done, point)
         return healthy
 
 
