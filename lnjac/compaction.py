@@ -22,12 +22,16 @@ import pyarrow.parquet as pq
 from lnjac import runs
 from lnjac.pile import Combined, Pile
 from lnjac.sources import Source, Tables, companion, companions, index_file, owner, positions, report_file
-from lnjac.tables import CORE, SCHEMA_VERSION
+from lnjac.tables import CORE, SCHEMA_VERSION, TABLES
 
 Schemas = Mapping[str, pa.Schema]
 
 TYPES = {str(dtype): dtype for dtype in runs.ARROW.values()}
 """Types by the name that the index gives them: runs with columns of others are read anew."""
+
+
+VERSION = hashlib.sha256(repr((SCHEMA_VERSION, TABLES)).encode()).hexdigest()[:16]
+"""Of all that a table is checked against: what was verified under other declarations is verified anew."""
 
 
 def proof(source: Source) -> str:
@@ -68,7 +72,7 @@ class Index:
     files: dict[str, str]
     runs: dict[str, tuple[int, int]]
     kinds: list[dict[str, list[tuple[str, str]]]]
-    version: int = SCHEMA_VERSION
+    version: str = VERSION
 
     @classmethod
     def load(cls, layers: Path) -> "Index | None":
@@ -77,7 +81,7 @@ class Index:
             index = cls(**json.loads(index_file(layers).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
-        return index if index.version == SCHEMA_VERSION else None
+        return index if index.version == VERSION else None
 
     def write(self, layers: Path) -> None:
         index_file(layers).write_text(json.dumps(asdict(self)), encoding="utf-8")

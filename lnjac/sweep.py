@@ -32,7 +32,7 @@ from lnjac.sources import (
     report_file,
     search,
 )
-from lnjac.tables import SCHEMA_VERSION, TABLES
+from lnjac.tables import TABLES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,7 +161,7 @@ def load(path: Path, columns: Sequence[str] | None = None) -> "pd.DataFrame":
 
 def _request(sources: Sequence[Path], output: Path, strict: bool, rtol: float, proofs: Mapping[Source, str]) -> str:
     """What is asked of a merge, in short: the same answer is there already if the same was asked before."""
-    asked = [*map(str, sources), str(output), strict, rtol, SCHEMA_VERSION]
+    asked = [*map(str, sources), str(output), strict, rtol]
     asked += [(str(source.path), proof) for source, proof in proofs.items()]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,6 +183,17 @@ def test_another_versions_index_is_ignored(folder: Path, out: Path, opened: list
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": -1}))
     merge([folder], out)
     assert len(opened) == 5
+
+
+def test_what_was_checked_against_other_columns_is_checked_again(folder: Path, root: Path):
+    """A column that this lnjac declares and the run lacks makes the run unfit, whatever an earlier lnjac remembers."""
+    code = (
+        "import sys; from pathlib import Path; from lnjac import tables; "
+        "tables.LAYERS.append(tables.Column('new', 'float64', '', '')); from lnjac.sweep import merge; "
+        "merge([Path(sys.argv[1])], Path(sys.argv[1]) / 'all.parquet')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], cwd=root, capture_output=True, text=True)
+    assert "layers.parquet lacks the column new" in done.stderr
 
 
 def test_nothing_changed_leaves_the_files_as_they_are(folder: Path, out: Path, opened: list[str]):
