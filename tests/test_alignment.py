@@ -47,7 +47,7 @@ BATCHES = [batch(3), batch(1, seed=1)]
 
 
 def rows_of(training: Training, batches: list[Batch] = BATCHES) -> dict[tuple[str, str], dict[str, Any]]:
-    initial = gpt.initial_blocks(training.config, VOCAB)
+    initial = gpt.block_weights(gpt.build(training.config, VOCAB))
     watcher = Alignment(training.model, training.loss, dtype=training.dtype, initial=initial)
     analyse(training.model, batches, training.loss, watchers=[watcher])
     return {(row["kind"], row["name"]): row for row in watcher.rows()}
