@@ -1,6 +1,6 @@
 """The diagnostics on one batch against a training step and a plain forward and backward: interleaved times, peak memory.
 
-    python benchmarks/diagnostic.py [ROUNDS]
+    python benchmarks/diagnostic.py [ROUNDS [SWAP_ROUNDS]]
 
 Peak memory is the largest sum of live tensor storage, counted at every allocation by torch's profiler, over what lived
 before.
@@ -31,8 +31,8 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return peak
 
 
-def main(rounds: int) -> None:
-    config = compose("device=cpu", "diagnostics=full", "diagnostics.swap=false")
+def main(rounds: int, swap_rounds: int) -> None:
+    config = compose("device=cpu", "diagnostics=full")
     training = train.Training(config, train.admit(config))
     for _ in range(3):
         training.update()
@@ -46,7 +46,7 @@ def main(rounds: int) -> None:
             parameter.grad = None
 
     def diagnostics(**switches: bool) -> Callable[[], object]:
-        off = dict.fromkeys(("distributions", "alignment", "attention"), False)
+        off = dict.fromkeys(("distributions", "alignment", "attention", "swap"), False)
         settings = replace(config.diagnostics, **{**off, **switches})
 
         def diagnose() -> None:
@@ -64,15 +64,21 @@ def main(rounds: int) -> None:
         "full": diagnostics(distributions=True, alignment=True, attention=True),
     }
     times = interleaved(calls, rounds)
+    swaps = {"swaps": diagnostics(swap=True)}
+    swaps["full+swaps"] = diagnostics(distributions=True, alignment=True, attention=True, swap=True)
+    slow = interleaved({"plain": plain, "step": training.update, **swaps}, swap_rounds, warmup=1)
+    calls |= swaps
     bytes_ = {name: peak_bytes(call) for name, call in calls.items()}
-    print("          ms      of plain  of a step   MiB    of plain  of a step")
-    for name, values in times.items():
-        time, memory = statistics.median(values), bytes_[name]
+    print("           ms      of plain  of a step   MiB    of plain  of a step")
+    for name in calls:
+        of = slow if name in swaps else times
+        time, memory = statistics.median(of[name]), bytes_[name]
         print(
-            f"{name:10}{time:6.1f}  {ratio(times, name, 'plain'):6.2f}  {ratio(times, name, 'step'):9.2f}"
+            f"{name:11}{time:6.1f}  {ratio(of, name, 'plain'):6.2f}  {ratio(of, name, 'step'):9.2f}"
             f"  {memory / 2**20:8.1f}  {memory / bytes_['plain']:6.2f}  {memory / bytes_['step']:9.2f}"
         )
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 30)
+    given = [int(word) for word in sys.argv[1:]]
+    main(*given, *(30, 5)[len(given) :])
