@@ -311,8 +311,10 @@ def test_doses_run_from_center_scale_to_exact() -> None:
     torch.testing.assert_close(half, (ends[0] + ends[1]) / 2)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
-def test_the_forward_value_is_the_ordinary_one_to_the_last_bit(precision: str) -> None:
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 3e-2), ("fp64", 1e-12)])
+def test_the_forward_value_is_the_ordinary_one_to_the_last_bit_and_the_gradient_is_close(
+    precision: str, tolerance: float
+) -> None:
     config = compose("model=tiny", "model.qk_norm=true", f"precision={precision}", "method=fa")
     training = Training(config, corpus())
     batch = training.diagnostic_batches()[0]
@@ -323,6 +325,31 @@ def test_the_forward_value_is_the_ordinary_one_to_the_last_bit(precision: str) -
     assert torch.equal(plain, recorded)
     assert len(calls) == len(norms(training.model))
     assert [module.backward_rule for _, module in norms(training.model)] == rules
+    parameters = list(training.trained.values())
+    expected = torch.autograd.grad(plain, parameters)
+    exact = switch.Graph(training.model, batch, training.loss, parameters, batch[1].numel()).exact
+    off = sum((a - b).square().sum() for a, b in zip(exact, expected, strict=True))
+    assert float(off) < tolerance**2 * float(sum(g.square().sum() for g in expected))
+
+
+def test_a_swap_costs_at_most_the_layers_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = subject("method=bp")
+    graph = switch.Graph(training.model, ONE[0], training.loss, list(training.trained.values()), 24)
+    passed: list[int] = []
+    outer = credit._outer
+    monkeypatch.setattr(credit, "_outer", lambda g, x: passed.append(1) or outer(g, x))  # once for each linear layer
+    swaps = list(SURROGATES.values())
+
+    def cost(*sites: str) -> int:
+        passed.clear()
+        assert len(list(graph.swapped(sites, swaps))) == len(swaps)
+        return len(passed)
+
+    assert cost("blocks.0.ln_1") == 0
+    assert cost("blocks.1.ln_1") == 5 * 4
+    assert cost("ln_f") == 5 * 8
+    once_above = 5  # block 1 and the head, for what arrives at the topmost site
+    assert cost("blocks.0.ln_1", "blocks.1.ln_1") == once_above + len(swaps) * 4
 
 
 @given(st.lists(st.floats(0, 2), min_size=7, max_size=7))
