@@ -11,21 +11,26 @@ LAYERS = [
     {"tables"},
     {"config", "streams", "tracking"},
     {"runs"},
-    {"jacobian", "attention", "credit", "play", "summary", "interruption"},
+    {"jacobian", "attention", "credit", "play", "summary", "interruption", "stats", "where", "pooling"},
     {"norm", "data", "optim", "sweep", "distribution"},
-    {"plan"},
+    {"plan", "design", "diff"},
+    {"compare"},
     {"capture", "gpt"},
-    {"analyse", "progress", "checkpoint", "switch"},
-    {"swap"},
+    {"analyse", "mechanism", "progress", "checkpoint", "switch"},
+    {"alignment", "swap"},
     {"train", "replay"},
     {"stack"},
     {"__init__"},
+    {"cli_compare"},
     {"cli"},
     {"__main__"},
 ]
 """From the ground up: a module imports only what stands on a lower floor."""
 
-READING = ["lnjac", "lnjac.cli", "lnjac.sweep", "lnjac.summary", "lnjac.runs", "lnjac.tables", "lnjac.config"]
+READING = [
+    "lnjac",
+    *(f"lnjac.{name}" for name in ("cli", "compare", "diff", "sweep", "summary", "runs", "tables", "config")),
+]
 
 
 def imported(path: Path, *, lazily: bool = True) -> set[str]:
