@@ -35,12 +35,13 @@ CASES = {
     "bp, post-LN": ("method=bp", "model.placement=post"),
     "bp, qk_norm, relu": ("method=bp", "attn_mode=relu", "model.qk_norm=true"),
     "bp, tied": ("method=bp", "model.tie=true"),
-    "kp": ("method=kp",),
     "frozen": ("method=frozen",),
     "dfa": ("method=dfa",),
     "dfa, post-LN": ("method=dfa", "model.placement=post"),
     "dfa, sublayers, head's true gradient": ("method=dfa", "method.inject=sublayer", "method.cut_head=false"),
+    "kp": ("method=kp",),
 }
+SLOW = ("fa, linear, no affine", "bp, post-LN", "dfa, sublayers, head's true gradient", "kp")
 
 
 def subject(*overrides: str, updates: int = 2) -> Training:
@@ -115,7 +116,13 @@ def cos(a: Tensor, b: Tensor) -> float:
     return float(a @ b / (a.norm() * b.norm()))
 
 
-@pytest.mark.parametrize(("case", "batches"), [*((case, ONE) for case in CASES), ("bp", TWO), ("dfa", TWO)])
+@pytest.mark.parametrize(
+    ("case", "batches"),
+    [
+        pytest.param(case, TWO if case in ("bp", "dfa") else ONE, marks=[pytest.mark.slow] * (case in SLOW))
+        for case in CASES
+    ],
+)
 def test_every_swap_is_the_gradient_of_a_pass_of_its_own(case: str, batches: Sequence[Any]) -> None:
     training = subject(*CASES[case])
     found = {(r["place"], r["surrogate"], r["radial"], r["part"]): r for r in measured(training, batches)}
@@ -224,7 +231,7 @@ def test_small_steps_decrease_the_loss_as_predicted(method: str) -> None:
     training = subject(f"method={method}", "optimizer.eps=0.1")
     errors = []
     for lr in (1e-5, 1e-6):
-        rows = measured(training, TWO, settings=dataclasses.replace(training.config.optimizer, lr=lr))
+        rows = measured(training, settings=dataclasses.replace(training.config.optimizer, lr=lr))
         whole = [r for r in rows if r["part"] == "all" and r["decrease_nats"] is not None]
         assert {r["place"] for r in whole} == {"ln_1", "ln_2", "all"}
         errors.append([abs(r["decrease_nats"] - r["predicted_nats"]) / lr for r in whole])
