@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lnjac import jacobian
+from lnjac import distribution, jacobian
 from lnjac.capture import Capture, capture
 from lnjac.config import GradAt
 from lnjac.norm import Norm
@@ -16,7 +16,10 @@ from lnjac.norm import Norm
 
 @dataclass
 class Measured:
-    """One micro-batch's statistics of one call of a norm; sigma: (n,) is kept for its quantiles, which do not add."""
+    """One micro-batch's statistics of one call of a norm; sigma: (n,) is kept for its quantiles, which do not add.
+
+    `tokens`, and the `length` of the sequences they come in, are there only when distributions are wanted.
+    """
 
     site: str
     call: int
@@ -25,6 +28,32 @@ class Measured:
     dtype: torch.dtype
     sums: jacobian.Sums
     sigma: Tensor
+    length: int
+    tokens: jacobian.Tokens | None
+
+
+@dataclass
+class Analysis:
+    """All micro-batches' statistics, by call of a norm, and their mean loss."""
+
+    model: nn.Module
+    calls: list[list[Measured]]
+    loss_nats: float
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row of `layers` for each call: its measured columns."""
+        return [{**_row(self.model, parts), "loss_nats": self.loss_nats} for parts in self.calls]
+
+    def distributions(self, bins: int) -> list[dict[str, Any]]:
+        """Rows of `distributions`, positions in so many bins. The analysis must have kept its tokens."""
+        found = []
+        for parts in self.calls:
+            one = parts[0]
+            tokens = jacobian.concatenate([part.tokens for part in parts if part.tokens is not None])
+            for quantity in distribution.quantities(tokens, rms=one.rms):
+                for statistic in (*distribution.spread(quantity), *distribution.profile(quantity, one.length, bins)):
+                    found.append({"site": one.site, "call": one.call, **statistic._asdict()})
+        return found
 
 
 def analyse(
@@ -39,14 +68,29 @@ def analyse(
     `loss(model, batch)` gives the mean loss and the number of tokens it is the mean of. Parameters' `.grad` are left as
     they were found. Raises ValueError where `capture` does, and when no gradient arrived at any norm.
     """
+    return examine(model, batches, loss, grad_at=grad_at).rows()
+
+
+def examine(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], tuple[Tensor, int]],
+    *,
+    grad_at: GradAt | str = GradAt.normalized,
+    keep_tokens: bool = False,
+) -> Analysis:
+    """What `analyse` makes its rows of; with `keep_tokens`, distributions too. Raises ValueError as it does."""
     at = GradAt(grad_at)
     before = [(p, p.grad) for p in model.parameters()]
     merged: dict[tuple[str, int], list[Measured]] = {}
+    total_loss, total_tokens = 0.0, 0
     try:
         for batch in batches:
             for p, _ in before:
                 p.grad = None
-            for part in _measure_batch(model, batch, loss, at):
+            mean, tokens, parts = _measure_batch(model, batch, loss, at, keep_tokens)
+            total_loss, total_tokens = total_loss + mean * tokens, total_tokens + tokens
+            for part in parts:
                 merged.setdefault((part.site, part.call), []).append(part)
     finally:
         for p, grad in before:
@@ -55,21 +99,26 @@ def analyse(
         raise ValueError(
             "no gradient arrived at any norm: is the loss computed from the model's output, with grad enabled?"
         )
-    return [_row(model, parts) for parts in merged.values()]
+    return Analysis(model, list(merged.values()), total_loss / total_tokens)
 
 
 def _measure_batch(
-    model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], tuple[Tensor, int]], at: GradAt
-) -> list[Measured]:
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[[nn.Module, Any], tuple[Tensor, int]],
+    at: GradAt,
+    keep_tokens: bool,
+) -> tuple[float, int, list[Measured]]:
+    """The batch's mean loss, the tokens it is the mean of, and what was measured at each call of a norm."""
     tokens = 0  # known with the loss, before any gradient arrives
-    with capture(model, lambda call: measure(call, at, tokens)) as found:
+    with capture(model, lambda call: measure(call, at, tokens, keep_tokens=keep_tokens)) as found:
         value, tokens = loss(model, batch)
         if value.requires_grad:  # else no gradient arrives, which the caller says
             value.backward()  # type: ignore[no-untyped-call]
-    return found
+    return value.item(), tokens, found
 
 
-def measure(call: Capture, at: GradAt, loss_tokens: int) -> Measured:
+def measure(call: Capture, at: GradAt, loss_tokens: int, *, keep_tokens: bool = False) -> Measured:
     """Reduce one call: replay the norm alone for autograd's own pullback, decompose, add up."""
     weight = call.weight if at is GradAt.normalized else None
     tokens = jacobian.decompose(
@@ -82,7 +131,17 @@ def measure(call: Capture, at: GradAt, loss_tokens: int) -> Measured:
         loss_tokens=loss_tokens,
     )
     sums = jacobian.sums(tokens, rms=call.rms)
-    return Measured(call.site, call.call, call.x.shape[-1], call.rms, call.x.dtype, sums, tokens.sigma)
+    return Measured(
+        site=call.site,
+        call=call.call,
+        d=call.x.shape[-1],
+        rms=call.rms,
+        dtype=call.x.dtype,
+        sums=sums,
+        sigma=tokens.sigma,
+        length=call.x.shape[-2] if call.x.dim() > 1 else 1,
+        tokens=tokens if keep_tokens else None,
+    )
 
 
 def replay(x: Tensor, grad: Tensor, eps: float, *, weight: Tensor | None, rms: bool) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lnjac.runs import write_atomically
 
-VERSION = 1
+VERSION = 2
 """Raised when the file's contents change: another version's checkpoint is not used."""
 
 

@@ -83,6 +83,14 @@ class Schedule(str, Enum):
     list = "list"
 
 
+class Parts(str, Enum):
+    """How finely a replaced backward is compared with the exact one: each level adds rows to those before it."""
+
+    model = "model"
+    block = "block"
+    tensor = "tensor"
+
+
 @dataclass
 class Model:
     """Shape of the GPT (conf/model)."""
@@ -127,6 +135,13 @@ class Diagnostics:
     batch_size: int
     split: Split
     grad_at: GradAt
+    distributions: bool
+    position_bins: int
+    alignment: bool
+    feedback_draws: int
+    attention: bool
+    swap: bool
+    swap_parts: Parts
 
     def at(self, last: int) -> list[int]:
         """The steps (numbers of updates done) at which the norms are analysed; the last one is always among them."""
@@ -144,7 +159,7 @@ class Diagnostics:
         return sorted({step for step in chosen if step < last} | {last})
 
     def problems(self, config: "RunConfig") -> Iterator[str]:
-        for field in ("batches", "batch_size", "every"):
+        for field in ("batches", "batch_size", "every", "position_bins"):
             if (value := getattr(self, field)) < 1:
                 yield f"diagnostics.{field}={value} must be at least 1"
         if self.steps and self.schedule is not Schedule.list:

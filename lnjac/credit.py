@@ -7,6 +7,7 @@ product, the norms' γ and the residual stream stay exact.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -191,6 +192,24 @@ class Linear(nn.Module):
 def linears(model: nn.Module) -> list[tuple[str, Linear]]:
     """The model's linear layers of this class with their dotted names."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+
+
+@contextmanager
+def backprop(model: nn.Module) -> Iterator[None]:
+    """Within the context the model's gradients are the true ones, whatever its method: no feedback, no cuts."""
+    layers = [layer for _, layer in linears(model)]
+    rules, broadcast = [layer.feedback_rule for layer in layers], getattr(model, "broadcast", None)
+    try:
+        for layer in layers:
+            layer.feedback_rule = None
+        if broadcast is not None:
+            setattr(model, "broadcast", None)  # noqa: B010 (nn.Module's typing knows no attribute that may be None)
+        yield
+    finally:
+        for layer, rule in zip(layers, rules, strict=True):
+            layer.feedback_rule = rule
+        if broadcast is not None:
+            model.broadcast = broadcast
 
 
 def draw(shape: tuple[int, ...], std: float, distribution: Distribution, generator: np.random.Generator) -> Tensor:

@@ -262,6 +262,12 @@ def flattened(total: Mapping[str, float], switches: Switches, *, rms: bool = Fal
     return Flattened(cos=_ratio(dot, math.sqrt(norm_sq * true_sq)), gain=math.sqrt(_ratio(norm_sq, true_sq)))
 
 
+def weighted_rstd_cv(total: Mapping[str, float]) -> float:
+    """Coefficient of variation of 1/σ over tokens weighted by ‖u‖²: projected's flattened cosine is 1/√(1 + cv²)."""
+    moments = [total[f"sum_C{suffix}"] + total[f"sum_B2{suffix}"] for suffix in RSTD_POWERS]
+    return math.sqrt(max(0.0, _ratio(moments[0] * moments[2], moments[1] ** 2) - 1))
+
+
 def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = False) -> dict[str, float]:
     """Every measured column of a layer row, from the added statistics and, for spread and quantiles, every σ: (n,)."""
     n, n_zero = int(total["n_tokens"]), int(total["n_zero"])
@@ -281,6 +287,7 @@ def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = Fa
         "sigma_mean": total["sum_sigma"] / n,
         "sigma_std": float(sigmas.std(ddof=1)) if n > 1 else math.nan,
         "rho_mean": total["sum_rho"] / n,
+        "rstd_cv": weighted_rstd_cv(total),
         "jacobian_residual": math.sqrt(_ratio(total["sum_residual_sq"], total["sum_C_rstd2"] + total["sum_B2_rstd2"])),
         **{name: total[name] for name in (f"sum_{e}{s}" for e in ENERGIES for s in RSTD_POWERS)},
     }

@@ -6,6 +6,7 @@ to x itself, with z and σ held constant, gives an expression whose gradient is 
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -101,6 +102,20 @@ def set_backward(model: nn.Module, rule: Backward) -> list[str]:
         if module.backward_rule is not None:
             chosen.append(site)
     return chosen
+
+
+@contextmanager
+def exact_norms(model: nn.Module) -> Iterator[None]:
+    """Within the context every norm of the model has its exact backward."""
+    modules = [module for _, module in norms(model)]
+    rules = [module.backward_rule for module in modules]
+    try:
+        for module in modules:
+            module.backward_rule = None
+        yield
+    finally:
+        for module, rule in zip(modules, rules, strict=True):
+            module.backward_rule = rule
 
 
 def norms(model: nn.Module) -> list[tuple[str, Norm]]:

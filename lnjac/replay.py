@@ -54,6 +54,19 @@ class Run:
     def curve(self) -> pd.DataFrame:
         return self._frame("curves")
 
+    def table(self, name: str) -> pd.DataFrame:
+        """One of the tables by name (`lnjac.tables.TABLES`), those in long form too.
+
+        Raises ConfigError for one that the run's diagnostics did not ask for.
+        """
+        if name not in runs.FILES:
+            raise ConfigError(f"{name} is not a table: choose one of {', '.join(runs.FILES)}")
+        if runs.FILES[name] not in self.status.get("sha256", {}):
+            raise ConfigError(
+                f"{self.folder} has no {name}: its diagnostics did not ask for them (docs/diagnostics.md)"
+            )
+        return self._frame(name)
+
     def model(self) -> GPT:
         """The model as it was when the run ended: weights, feedback and norms' backward; in eval mode, on the CPU.
 

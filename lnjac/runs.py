@@ -20,11 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from lnjac.tables import CURVES, LAYERS, RUNS, SCHEMA_VERSION, Column
+from lnjac.tables import LONG, SCHEMA_VERSION, TABLES, Column
 
 STATUS = "status.json"
 FILES = {"layers": "layers.parquet", "runs": "run.parquet", "curves": "curve.parquet"}
-"""The file of each table in a run's folder."""
+FILES |= {name: f"{name}.parquet" for name in LONG}
+"""The file of each table in a run's folder; those in long form are there only where they have rows."""
 MODEL = "model.safetensors"
 BATCH = "diagnostic_batch.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
@@ -122,9 +123,8 @@ class RunFolder:
         config: Sequence[tuple[Column, Any]],
         metadata: Mapping[str, Any],
     ) -> None:
-        """Write one of the tables of FILES; curves leave the config out, as it can be joined by run_id."""
-        declared = {"layers": LAYERS, "runs": RUNS, "curves": CURVES}[name]
-        data = table(declared, () if name == "curves" else config, rows)
+        """Write one of the tables of FILES; only layers and runs hold the config, the others are joined by run_id."""
+        data = table(TABLES[name], config if name in ("layers", "runs") else (), rows)
         self.save(FILES[name], lambda path: write_table(path, data, {"table": name, **metadata}))
 
     def save(self, file: str, write: Callable[[Path], object]) -> None:

@@ -56,9 +56,10 @@ alone, as that of a bias which softmax cannot see."""
 def key(config: RunConfig) -> str | None:
     """Text equal for two configs whose runs may be stacked, given corpora of one sha256; None for one never stacked.
 
-    Not with dropout, which draws from torch's own generator and would differ from the run alone.
+    Not with dropout, which draws from torch's own generator and would differ from the run alone; nor where the swaps
+    read the state of the run's own optimizer.
     """
-    if config.model.dropout > 0:
+    if config.model.dropout > 0 or config.diagnostics.swap:
         return None
     plain = configs.to_dict(config)
     return json.dumps({name: value for name, value in plain.items() if name not in FREE}, sort_keys=True)

@@ -22,7 +22,8 @@ import pyarrow.compute as pc
 
 from lnjac import runs
 from lnjac.config import PLUGIN_GROUPS, ConfigError
-from lnjac.tables import KEYS, SCHEMA_VERSION, TABLES, VOLATILE
+from lnjac.tables import CORE as TABLES
+from lnjac.tables import KEYS, SCHEMA_VERSION, VOLATILE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -268,7 +269,7 @@ def read(source: Source) -> Tables:
         files, sha256 = companions(source.path), None
     else:
         sha256 = _finished(source.path).get("sha256", {})
-        files = {name: source.path / file for name, file in runs.FILES.items()}
+        files = {name: source.path / runs.FILES[name] for name in TABLES}
     tables, merges = {}, set()
     for name, path in files.items():
         data, note = _read_noted(path)

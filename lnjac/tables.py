@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised when a column changes its name, type or meaning."""
 
 SURROGATES = {
@@ -54,12 +54,17 @@ RUN_ID = Column(
 )
 DIAG_ID = Column("diag_id", "string", "", "identity of the diagnostic's settings")
 
+_STEP = Column("step", "int64", "updates", "optimizer updates done when the row was measured")
+_CALL = (
+    Column("site", "string", "", "the norm's dotted module name"),
+    Column("call", "int64", "", "which call of that module in one forward pass, from 0"),
+)
+
 _SITE = [
     RUN_ID,
     DIAG_ID,
-    Column("step", "int64", "updates", "optimizer updates done when the row was measured"),
-    Column("site", "string", "", "the norm's dotted module name"),
-    Column("call", "int64", "", "which call of that module in one forward pass, from 0"),
+    _STEP,
+    *_CALL,
     Column("block", "int64", "", "block number; null outside the blocks"),
     Column("role", "string", "", "last part of the site's name: ln_1, ln_2, ln_f, …"),
     Column("norm", "string", "", "layernorm or rmsnorm"),
@@ -72,6 +77,7 @@ _SITE = [
     ),
     Column("d", "int64", "", "size of the normalised vectors"),
     Column("dtype", "string", "", "dtype of the norm's input; the measurement itself is in float64"),
+    Column("loss_nats", "float64", "nats/token", "mean loss of the diagnostic batches"),
     Column("n_tokens", "int64", "tokens", "tokens measured"),
     Column(
         "n_zero",
@@ -134,6 +140,12 @@ _SHARES = [
     ),
     Column("rho_mean", "float64", "", "mean over tokens of ρ = v/(v+ε)"),
     *(Column(name, "float64", "", f"{q:.0%} quantile over tokens of σ") for name, q in SIGMA_QUANTILES.items()),
+    Column(
+        "rstd_cv",
+        "float64",
+        "",
+        "coefficient of variation over tokens of 1/σ, weighted by ‖u‖²: flat_cos_projected is 1/√(1 + rstd_cv²)",
+    ),
     Column(
         "jacobian_residual",
         "float64",
@@ -227,11 +239,135 @@ CURVES = [
     Column("lr", "float64", "", "learning rate of this update; null at step 0"),
 ]
 
-TABLES = {"layers": LAYERS, "runs": RUNS, "curves": CURVES}
+DISTRIBUTIONS = [
+    RUN_ID,
+    DIAG_ID,
+    _STEP,
+    *_CALL,
+    Column(
+        "quantity",
+        "string",
+        "",
+        "what is distributed over tokens: sigma, rho, radial_share (B/(B+C)), or a cosine by its column in layers",
+    ),
+    Column(
+        "statistic",
+        "string",
+        "",
+        "quantile; or position: over the tokens at positions from `at` to the next bin's, a mean, or for radial_share a "
+        "ratio of sums",
+    ),
+    Column("at", "float64", "", "the quantile's level in [0, 1], or the bin's first position in the context"),
+    Column("value", "float64", "", "the statistic; NaN where no token has the quantity"),
+    Column(
+        "n_tokens", "int64", "tokens", "tokens it was taken over: those left out of a mean cosine are left out here"
+    ),
+]
+
+SWAPS = [
+    RUN_ID,
+    DIAG_ID,
+    _STEP,
+    Column("place", "string", "", "where the backward was replaced: a site, a role (ln_1, ln_2) or all"),
+    Column("surrogate", "string", "", "the backward put there; partial_radial removes only a part of the radial part"),
+    Column("radial", "float64", "", "how much of z·m the backward subtracts: 0, 1, or a part under partial_radial"),
+    Column("level", "string", "", "what is compared: model, block or tensor"),
+    Column("part", "string", "", "all, a block (embedding, blocks.0, …, ln_f, head), or a parameter's name"),
+    Column(
+        "grad_norm", "float64", "", "‖g‖, g the part's gradient with the exact backward everywhere, of the mean loss"
+    ),
+    Column("interpretable", "bool", "", "whether ‖g‖ is more than rounding noise; if not, every comparison is NaN"),
+    Column("grad_cos", "float64", "", "cos(ĝ, g), ĝ the gradient with the backward replaced"),
+    Column("grad_gain", "float64", "", "‖ĝ‖/‖g‖"),
+    Column(
+        "update_cos", "float64", "", "cosine of the optimizer's updates by ĝ and by g, both from the run's own state"
+    ),
+    Column("update_gain", "float64", "", "ratio of those updates' norms"),
+    Column("precond_cos", "float64", "", "cos(P ĝ, P g), P the optimizer's preconditioner at its present state"),
+    Column("precond_gain", "float64", "", "‖P ĝ‖/‖P g‖"),
+    Column(
+        "descent",
+        "float64",
+        "",
+        "⟨∇L, P ĝ⟩/⟨∇L, P ∇L⟩, ∇L the true gradient: first-order decrease of the loss against bp's",
+    ),
+    Column(
+        "predicted_nats", "float64", "nats/token", "lr·⟨∇L, P ĝ⟩: the loss's decrease to first order; null per part"
+    ),
+    Column(
+        "decrease_nats",
+        "float64",
+        "nats/token",
+        "the decrease that the step lr·P ĝ really made on the diagnostic batch; null for single sites and parts",
+    ),
+    Column(
+        "compounding",
+        "float64",
+        "",
+        "(1 − grad_cos)/Σ over the place's sites of (1 − grad_cos); null but for whole gradients and several sites",
+    ),
+    Column(
+        "shapley_center",
+        "float64",
+        "",
+        "Shapley share of leaving out the centring in 1 − grad_cos over the 2³ backwards; whole gradient, rows of ste",
+    ),
+    Column("shapley_radial", "float64", "", "the same for leaving out the radial part"),
+    Column("shapley_scale", "float64", "", "the same for leaving out 1/σ; the three sum to ste's 1 − grad_cos"),
+]
+
+TENSORS = [
+    RUN_ID,
+    DIAG_ID,
+    _STEP,
+    Column(
+        "kind", "string", "", "model: the whole gradient; parameter; norm_output, norm_input: ∂L/∂y and ∂L/∂x of a norm"
+    ),
+    Column("name", "string", "", "all, the parameter's name, or the norm's site"),
+    Column("call", "int64", "", "which call of the norm in one forward pass, from 0; 0 for a parameter"),
+    Column("block", "int64", "", "block number; null outside the blocks"),
+    Column("n_entries", "int64", "", "entries of the tensor"),
+    Column("norm", "float64", "", "‖ĝ‖, ĝ the gradient by the run's method and backward, of the mean loss"),
+    Column("bp_norm", "float64", "", "‖g‖, g the true gradient: backprop, exact norms, the same weights and batch"),
+    Column("interpretable", "bool", "", "whether both norms are more than rounding noise; if not, the cosines are NaN"),
+    Column("cos", "float64", "", "cos(ĝ, g)"),
+    Column("norm_ratio", "float64", "", "‖ĝ‖/‖g‖"),
+    Column(
+        "control_cos",
+        "float64",
+        "",
+        "cos with the blocks' weights put back to their initial values: alignment that learning in the blocks did not make",
+    ),
+    Column("feedback_cos", "float64", "", "cos(B, W), for a weight with random feedback B; null for all else"),
+    Column("feedback_angle_deg", "float64", "degrees", "the angle of B and W"),
+]
+
+MECHANISM = [
+    RUN_ID,
+    DIAG_ID,
+    _STEP,
+    Column("place", "string", "", "a norm's site, or an attention layer's module name"),
+    Column("call", "int64", "", "which call of that module in one forward pass, from 0"),
+    Column("quantity", "string", "", "what was measured there: docs/diagnostics.md lists them"),
+    Column("value", "float64", "", "its value; sums over tokens are of the summed loss"),
+    Column("n", "int64", "", "tokens, rows or draws it was taken over"),
+]
+
+LONG = {"distributions": DISTRIBUTIONS, "swaps": SWAPS, "tensors": TENSORS, "mechanism": MECHANISM}
+"""Tables in long form, which a run has only if its diagnostics ask for them."""
+
+CORE = {"layers": LAYERS, "runs": RUNS, "curves": CURVES}
+"""Tables that every run has."""
+
+TABLES = {**CORE, **LONG}
 KEYS = {
     "layers": ("run_id", "diag_id", "step", "site", "call"),
     "runs": ("run_id", "diag_id"),
     "curves": ("run_id", "step"),
+    "distributions": ("run_id", "diag_id", "step", "site", "call", "quantity", "statistic", "at"),
+    "swaps": ("run_id", "diag_id", "step", "place", "surrogate", "radial", "part"),
+    "tensors": ("run_id", "diag_id", "step", "kind", "name", "call"),
+    "mechanism": ("run_id", "diag_id", "step", "place", "call", "quantity"),
 }
 """What makes a row of each table unique."""
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lnjac import checkpoint, data, gpt, optim, plan, runs
 from lnjac import config as configs
-from lnjac.analyse import analyse
+from lnjac.analyse import examine
 from lnjac.config import ConfigError, Device, Precision, RunConfig, Split
 from lnjac.credit import is_feedback
 from lnjac.data import Corpus
@@ -207,11 +207,15 @@ class Training:
         )
         return [source.next() for _ in range(settings.batches)]
 
-    def diagnose(self) -> list[dict[str, Any]]:
-        """Measured columns of a row per norm, with dropout off."""
+    def diagnose(self) -> dict[str, list[dict[str, Any]]]:
+        """Measured columns of the rows of each table, with dropout off."""
         self.model.eval()
-        rows = analyse(self.model, self.diagnostic_batches(), self.loss, grad_at=self.config.diagnostics.grad_at)
-        return [{"step": self.updates, **row} for row in rows]
+        settings, batches = self.config.diagnostics, self.diagnostic_batches()
+        analysis = examine(self.model, batches, self.loss, grad_at=settings.grad_at, keep_tokens=settings.distributions)
+        found = {"layers": analysis.rows()}
+        if settings.distributions:
+            found["distributions"] = analysis.distributions(settings.position_bins)
+        return {table: [{"step": self.updates, **row} for row in rows] for table, rows in found.items()}
 
 
 @contextmanager
@@ -310,8 +314,7 @@ class Job:
         del spent["started"]
         note |= {
             **self.identity,
-            "layers": self.record.layers,
-            "curve": self.record.curve,
+            "rows": self.record.rows,
             "spent": spent,
             "started_at": self.started_at,
             "commit": runs.provenance()["commit"],
@@ -331,7 +334,7 @@ class Job:
             log.warning("%s is not used, the run starts anew: %s", self.checkpoint, error)
             return
         self.training.restore(tensors, note)
-        self.record.layers, self.record.curve = note["layers"], note["curve"]
+        self.record.rows = note["rows"]
         self.clock = self.record.clock = Clock(**note["spent"])
         self.started_at, self.resumed = note["started_at"], self.training.updates
         log.info("goes on from the checkpoint after update %d", self.resumed)
@@ -344,7 +347,7 @@ class Job:
         status = runs.DONE if diverged_step is None else runs.DIVERGED
         with clock.timing("evaluate"):
             baselines = data.baselines(self.corpus, config.eval.tokens)
-        curve = self.record.curve
+        curve = self.record.rows["curves"]
         losses = [row["train_loss_nats"] for row in curve if row["train_loss_nats"] is not None][-LAST_LOSSES:]
         tokens = training.updates * config.batch_size * config.model.block_size
         result = {
@@ -368,25 +371,23 @@ class Job:
             "stacked": self.stacked,
             **_environment(config, training),
         }
-        tables = {"layers": self.record.layers, "runs": [result], "curves": curve}
-        _write(self.out, training, self.identity, tables)
+        _write(self.out, training, self.identity, {**self.record.rows, "runs": [result]})
         more = {"step": diverged_step} if status == runs.DIVERGED else {"val_loss_nats": result["val_loss_nats"]}
         self.out.status(status, **more)
         self.found = status
         self.checkpoint.unlink(missing_ok=True)
-        _say(result, self.record.layers)
+        _say(result, self.record.rows["layers"])
         log.info("written to %s", self.out.path)
         return status
 
 
 class Record:
-    """What a run measures on its way: rows of layers and of the curve."""
+    """What a run measures on its way: the rows of each table but `runs`."""
 
     def __init__(self, training: Training, identity: dict[str, str], clock: Clock) -> None:
         self.training, self.identity, self.clock = training, identity, clock
         self.analysed_at = set(training.config.diagnostics.at(training.config.steps))
-        self.layers: list[dict[str, Any]] = []
-        self.curve: list[dict[str, Any]] = []
+        self.rows: dict[str, list[dict[str, Any]]] = {"layers": [], "curves": []}
 
     def observe(self, train_loss: float | None = None, lr: float | None = None) -> bool:
         """Measure what is due after the updates done so far, leaving out what is not finite; False for a loss that is not."""
@@ -398,12 +399,14 @@ class Record:
         healthy = val_loss is None or math.isfinite(val_loss)
         if healthy and done in self.analysed_at:
             with self.clock.timing("diagnose"):
-                rows = self.training.diagnose()
-            self.layers += [{**self.identity, **row} for row in rows if math.isfinite(row["sum_C_rstd2"])]
+                found = self.training.diagnose()
+            found["layers"] = [row for row in found["layers"] if math.isfinite(row["sum_C_rstd2"])]
+            for table, rows in found.items():
+                self.rows.setdefault(table, []).extend({**self.identity, **row} for row in rows)
         if train_loss is not None or val_loss is not None:
             val_loss = val_loss if healthy else None
             point = {"step": done, "train_loss_nats": train_loss, "val_loss_nats": val_loss, "lr": lr}
-            self.curve.append({"run_id": self.identity["run_id"], **point})
+            self.rows["curves"].append({"run_id": self.identity["run_id"], **point})
         return healthy
 
 

@@ -150,6 +150,9 @@ def plain_row(module: Any, x: Tensor, grad: Tensor, *, at: str, rms: bool = Fals
         "n_zero": 0,
         "d": d,
     }
+    weight, rstd = vectors["projected"].square().sum(-1), 1 / s  # ‖u‖²
+    average = (weight * rstd).sum() / weight.sum()
+    row["rstd_cv"] = float(((weight * (rstd - average) ** 2).sum() / weight.sum()).sqrt() / average)
     ordered = s.sort().values
     for q in (5, 25, 50, 75, 95):  # by linear interpolation between order statistics
         place = (len(s) - 1) * q / 100
@@ -192,9 +195,10 @@ def test_rows_of_torchs_transformer_encoder(norm_first: bool, at: str) -> None:
     for site, module, x, grad in seen:
         expected = plain_row(module, x, grad, at=at)
         agree(by_site[site], expected)
+        assert by_site[site]["loss_nats"] == pytest.approx(loss(model, one)[0].item(), rel=1e-12)
         # every measured number was compared, and the rest is what the norm is
         described = ("site", "call", "block", "role", "norm", "site_backward", "n_backwards", "dtype")
-        assert expected.keys() == MEASURED - {*described, "jacobian_residual"}
+        assert expected.keys() == MEASURED - {*described, "jacobian_residual", "loss_nats"}
         assert [by_site[site][name] for name in described] == [
             site,
             0,

@@ -12,7 +12,7 @@ LAYERS = [
     {"config", "streams"},
     {"runs"},
     {"jacobian", "attention", "credit", "play", "summary", "interruption"},
-    {"norm", "data", "optim", "sweep"},
+    {"norm", "data", "optim", "sweep", "distribution"},
     {"plan"},
     {"capture", "gpt"},
     {"analyse", "progress", "checkpoint"},

@@ -63,7 +63,7 @@ def outcome(job: train.Job, ended: int | Exception | None) -> Outcome:
         job.finish(ended)
         run = runs.read_table(job.out.path / runs.FILES["runs"]).to_pylist()[0]
     weights = {name: value.clone() for name, value in gpt.saved(job.training.model).items()}
-    return Outcome(ended, job.record.layers, job.record.curve, run, weights)
+    return Outcome(ended, job.record.rows["layers"], job.record.rows["curves"], run, weights)
 
 
 def alone(these: Sequence[RunConfig], folder: Path) -> list[Outcome]:
