@@ -16,13 +16,6 @@ if TYPE_CHECKING:
 
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 2], [4, 4, 1, 4], [1, 3])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
-OFFSET = 0.75
-"""How much of a place on a discrete axis its levels share."""
-
-
-PICKED = "datum.site === site && datum.metric === metric"
-"""Whether a row is the one that a chart's parameters `site` and `metric` choose."""
-
 
 class Palette(NamedTuple):
     """Colours by use. `levels` are Okabe and Ito's; `diverging` runs from below to above through the paper's own shade."""
@@ -61,54 +54,61 @@ def _altair() -> Any:
     return altair
 
 
-# The charts
+# The charts. Where a frame has a column `cell`, or `pair`, a chart shows the rows that its parameter of that name names.
 
 
 def headline(seeds: "pd.DataFrame", intervals: "pd.DataFrame", *, title: str) -> "alt.Chart":
-    """Differences between levels at each site: every seed a dot, the mean a bar with its interval, and a line at none.
+    """Differences between levels in rows: every seed a dot, the mean a bar with its interval, and a line at none.
 
-    seeds: site, contrast, seed, difference; intervals: site, contrast, mean, low, high. Sites from the top in their order.
+    seeds: place, contrast, seed, difference; intervals: place, contrast, mean, low, high. Places are drawn in their order.
     """
     alt = _altair()
-    site = alt.Y("site:N", sort=_order(intervals["site"]), title=None)
+    place = alt.Y("place:N", sort=_order(intervals["place"]), title=None)
     level = _level(alt, intervals["contrast"], "contrast", "difference")
-    shift = alt.YOffset("contrast:N", sort=level.names, scale=alt.Scale(paddingOuter=1 - OFFSET))
-    value = alt.X("difference:Q", title=title, scale=alt.Scale(zero=False))
+    shift = alt.YOffset("contrast:N", sort=level.names)
     zero = alt.Chart(_zero()).mark_rule(style="none").encode(x="zero:Q")
-    bars = alt.Chart(intervals).encode(y=site, yOffset=shift, color=level.color, tooltip=_numbers(alt, intervals))
+    bars = alt.Chart(intervals).encode(y=place, yOffset=shift, color=level.color, tooltip=_numbers(alt, intervals))
     rule = bars.mark_rule(style="interval").encode(x=alt.X("low:Q", title=title), x2="high:Q")
-    mean = bars.mark_tick(style="mean", orient="vertical").encode(x="mean:Q")
+    mean = bars.mark_tick(style="middle", orient="vertical").encode(x="mean:Q")
     dots = (
         alt.Chart(seeds)
         .mark_point(style="seed")
-        .encode(x=value, y=site, yOffset=shift, color=level.color, shape=level.shape, tooltip=_numbers(alt, seeds))
+        .encode(
+            x=alt.X("difference:Q", title=title),
+            y=place,
+            yOffset=shift,
+            color=level.color,
+            shape=level.shape,
+            tooltip=_numbers(alt, seeds),
+        )
     )
-    n_rows = len(level.names) * intervals["site"].nunique()
-    return (zero + rule + mean + dots).properties(height=24 + 22 * n_rows)
+    n_rows = len(level.names) * intervals["place"].nunique()
+    return (zero + rule + mean + dots).properties(height=30 + 24 * n_rows)
 
 
 def heatmap(cells: "pd.DataFrame", *, legend: str) -> "alt.Chart":
-    """A cell for each site and metric; its shade, from −1 to 1, and the text in it are given. `legend` names the shade.
+    """A cell for each site and column; its shade, from −1 to 1, and the text in it are given. `legend` names the shade.
 
-    cells: site, metric, shade, shown. Both orders are the frame's. The parameters `site` and `metric` mark one cell.
+    cells: site, column, metric, shade, shown and what else a tooltip tells. The parameters `site` and `metric` mark one.
     """
     alt = _altair()
-    base = alt.Chart(cells).encode(
-        x=alt.X("metric:N", sort=_order(cells["metric"]), title=None, axis=alt.Axis(orient="top", labelAngle=-30)),
+    base = _filtered(alt, cells, "cell", "pair").encode(
+        x=alt.X("column:N", sort=_order(cells["column"]), title=None, axis=alt.Axis(orient="top", labelAngle=-40)),
         y=alt.Y("site:N", sort=_order(cells["site"]), title=None),
-        tooltip=_numbers(alt, cells.drop(columns="shade")),
+        tooltip=_numbers(alt, cells.drop(columns=["shade", "shown", "column"])),
     )
     shade = alt.Color(
         "shade:Q",
         title=legend,
         scale=alt.Scale(type="quantize", domain=[-1, 1], range="diverging"),
-        legend=alt.Legend(format=".1f", labelOverlap=True),
+        legend=alt.Legend(format=".1f", orient="bottom", gradientLength=260, titleLimit=400),
     )
-    rect = base.mark_rect(style="cell", cursor="pointer").encode(
-        color=shade, strokeWidth=alt.condition(PICKED, alt.value(3), alt.value(0.5))
+    rect = base.mark_rect(style="box", cursor="pointer").encode(
+        color=shade, strokeWidth=alt.condition(_picked("site", "metric"), alt.value(2.5), alt.value(0.3))
     )
     text = base.mark_text(style="shown", cursor="pointer").encode(text="shown:N")
-    return (rect + text).add_params(*_pick(alt, cells)).properties(height=alt.Step(26))
+    picks = _params(alt, cells, "cell", "pair", "site", "metric")
+    return (rect + text).add_params(*picks).properties(height=26 * cells["site"].nunique())
 
 
 def curves(frame: "pd.DataFrame", *, by: str) -> "alt.Chart":
@@ -116,81 +116,56 @@ def curves(frame: "pd.DataFrame", *, by: str) -> "alt.Chart":
 
     frame: site, metric, step, level, mean, low, high.
     """
-    alt = _altair()
-    chosen = _banded(alt, frame, by, "value").transform_filter(PICKED)
-    return chosen.add_params(*_pick(alt, frame)).properties(height=260)
+    return _banded(_altair(), frame, by, "value", "cell", "site", "metric")
 
 
 def trajectory(frame: "pd.DataFrame", *, by: str, title: str) -> "alt.Chart":
     """A value over the updates for each level: mean and interval. frame: step, level, mean, low, high."""
-    return _banded(_altair(), frame, by, title).properties(height=260)
+    return _banded(_altair(), frame, by, title, "cell")
 
 
 def cost(seeds: "pd.DataFrame", intervals: "pd.DataFrame", *, by: str, title: str) -> "alt.Chart":
-    """What each backward costs at each level: every seed a dot, one seed's dots joined, mean and interval beside them.
+    """What each backward costs at each level: every seed a dot, one seed's dots joined, mean and interval behind them.
 
     seeds: backward, level, seed, cost; intervals: backward, level, mean, low, high.
     """
     alt = _altair()
     level = _level(alt, intervals["level"], "level", by)
     backward = alt.X("backward:N", sort=_order(intervals["backward"]), title=None, axis=alt.Axis(labelAngle=-30))
-    shift = alt.XOffset("level:N", sort=level.names, scale=alt.Scale(paddingOuter=1 - OFFSET))
+    shift = alt.XOffset("level:N", sort=level.names)
     zero = alt.Chart(_zero()).mark_rule(style="none").encode(y="zero:Q")
-    base = alt.Chart(seeds).encode(x=backward, xOffset=shift, y=alt.Y("cost:Q", title=title))
-    pairs = base.mark_line(style="pair").encode(detail="seed:N")
+    base = _filtered(alt, seeds, "cell").encode(x=backward, xOffset=shift, y=alt.Y("cost:Q", title=title))
+    pairs = base.mark_line(style="pair").encode(detail=["seed:N", "backward:N"])
     dots = base.mark_point(style="seed").encode(color=level.color, shape=level.shape, tooltip=_numbers(alt, seeds))
-    bars = alt.Chart(intervals).encode(
+    bars = _filtered(alt, intervals, "cell").encode(
         x=backward, xOffset=shift, color=level.color, tooltip=_numbers(alt, intervals)
     )
     rule = bars.mark_rule(style="interval").encode(y=alt.Y("low:Q", title=title), y2="high:Q")
-    mean = bars.mark_tick(style="mean", orient="horizontal").encode(y="mean:Q")
-    return (zero + pairs + rule + mean + dots).properties(height=300)
+    mean = bars.mark_tick(style="middle", orient="horizontal").encode(y="mean:Q")
+    return (zero + pairs + rule + mean + dots).add_params(*_params(alt, seeds, "cell")).properties(height=300)
 
 
 def depth(frame: "pd.DataFrame", *, by: str, title: str, log: bool = False) -> "alt.Chart":
     """A metric at each site from the first to the last: mean and interval. frame: site, level, mean, low, high."""
     alt = _altair()
-    level = _level(alt, frame["level"], "level", by)
-    scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
-    base = alt.Chart(frame).encode(
-        x=alt.X("site:N", sort=_order(frame["site"]), title=None, axis=alt.Axis(labelAngle=-30)),
-        color=level.color,
-        tooltip=_numbers(alt, frame),
-    )
-    band = base.mark_area(style="band").encode(y=alt.Y("low:Q", scale=scale, title=title), y2="high:Q")
-    line = base.mark_line().encode(y=alt.Y("mean:Q", scale=scale, title=title), strokeDash=level.dash)
-    dots = base.mark_point(style="mean").encode(y="mean:Q", shape=level.shape)
-    return (band + line + dots).properties(height=280)
+    site = alt.X("site:N", sort=_order(frame["site"]), title=None, axis=alt.Axis(labelAngle=-30))
+    scale = alt.Scale(type="log", nice=False, zero=False, padding=10) if log else alt.Scale(zero=False)
+    return _series(alt, frame, by, site, alt.Y("mean:Q", scale=scale, title=title), "cell")
 
 
-def scaling(seeds: "pd.DataFrame", frame: "pd.DataFrame", *, by: str, x: str, title: str) -> "alt.Chart":
-    """A value against a size, both logarithmic where they are positive: means joined, every seed a dot.
+def scaling(frame: "pd.DataFrame", *, by: str, x: str, title: str) -> "alt.Chart":
+    """A value against a size, both logarithmic where they are positive: mean and interval.
 
-    seeds: x, level, seed, value; frame: x, level, mean, low, high.
+    frame: x, level, mean, low, high.
     """
     alt = _altair()
-    level = _level(alt, frame["level"], "level", by)
-    scale = alt.Scale(type="log", nice=False, padding=12) if (seeds["value"] > 0).all() else alt.Scale(zero=False)
+    positive = bool((frame[["mean", "low"]].min() > 0).all())
+    scale = alt.Scale(type="log", nice=False, zero=False, padding=10) if positive else alt.Scale(zero=False)
     sizes = sorted(frame["x"].unique().tolist())
-    wide = alt.Scale(type="log" if sizes[0] > 0 else "symlog", nice=False, padding=20)
-    size = alt.X("x:Q", title=x, scale=wide, axis=alt.Axis(values=sizes))
-    line = (
-        alt.Chart(frame)
-        .mark_line()
-        .encode(x=size, y=alt.Y("mean:Q", scale=scale, title=title), color=level.color, strokeDash=level.dash)
+    size = alt.X(
+        "x:Q", title=x, scale=alt.Scale(type="log", nice=False, padding=20), axis=alt.Axis(values=sizes, format="~s")
     )
-    dots = (
-        alt.Chart(seeds)
-        .mark_point(style="seed")
-        .encode(
-            x=size,
-            y=alt.Y("value:Q", scale=scale, title=title),
-            color=level.color,
-            shape=level.shape,
-            tooltip=_numbers(alt, seeds),
-        )
-    )
-    return (line + dots).properties(height=300)
+    return _series(alt, frame, by, size, alt.Y("mean:Q", scale=scale, title=title), "cell")
 
 
 # How they look
@@ -231,11 +206,11 @@ def _config(palette: Palette) -> dict[str, Any]:
         "style": {
             "none": {"stroke": palette.muted, "strokeDash": [3, 3]},
             "interval": {"strokeWidth": 3, "opacity": 0.55},
-            "mean": {"thickness": 3, "size": 60, "filled": True},
+            "middle": {"thickness": 3, "size": 50, "filled": True, "bandSize": 16},
             "seed": {"size": 42, "filled": False, "strokeWidth": 1.6, "opacity": 0.9},
             "pair": {"stroke": palette.muted, "strokeWidth": 1, "opacity": 0.45},
             "band": {"opacity": 0.18},
-            "cell": {"stroke": palette.ink},
+            "box": {"stroke": palette.ink},
             "shown": {"fill": palette.ink, "fontSize": 11},
         },
     }
@@ -263,15 +238,22 @@ def _level(alt: Any, levels: "pd.Series[Any]", field: str, title: str) -> _Level
     )
 
 
-def _banded(alt: Any, frame: "pd.DataFrame", by: str, title: str) -> Any:
+def _series(alt: Any, frame: "pd.DataFrame", by: str, x: Any, y: Any, *picks: str) -> Any:
+    """Means along x joined for each level, in a band of their intervals."""
     level = _level(alt, frame["level"], "level", by)
-    base = alt.Chart(frame).encode(x=_updates(alt, frame["step"]), color=level.color, tooltip=_numbers(alt, frame))
-    scale = alt.Scale(zero=False)
-    band = base.mark_area(style="band").encode(y=alt.Y("low:Q", scale=scale, title=title), y2="high:Q")
-    line = base.mark_line().encode(y=alt.Y("mean:Q", scale=scale, title=title), strokeDash=level.dash)
-    few = frame["step"].nunique() <= 20
-    dots = base.mark_point(style="mean", opacity=1 if few else 0).encode(y="mean:Q", shape=level.shape)
-    return band + line + dots
+    base = _filtered(alt, frame, *picks).encode(x=x, color=level.color, tooltip=_numbers(alt, frame))
+    bounds = y.copy()
+    bounds.shorthand = "low:Q"
+    band = base.mark_area(style="band").encode(y=bounds, y2="high:Q")
+    line = base.mark_line().encode(y=y, strokeDash=level.dash)
+    few = frame[x.shorthand.split(":")[0]].nunique() <= 20
+    dots = base.mark_point(style="middle", opacity=1 if few else 0).encode(y=y, shape=level.shape)
+    return (band + line + dots).add_params(*_params(alt, frame, *picks)).properties(height=270)
+
+
+def _banded(alt: Any, frame: "pd.DataFrame", by: str, title: str, *picks: str) -> Any:
+    y = alt.Y("mean:Q", scale=alt.Scale(zero=False), title=title)
+    return _series(alt, frame, by, _updates(alt, frame["step"]), y, *picks)
 
 
 def _updates(alt: Any, steps: "pd.Series[Any]") -> Any:
@@ -283,9 +265,19 @@ def _updates(alt: Any, steps: "pd.Series[Any]") -> Any:
     return alt.X("step:Q", title="updates", scale=alt.Scale(type="symlog"), axis=alt.Axis(values=known))
 
 
-def _pick(alt: Any, frame: "pd.DataFrame") -> list[Any]:
-    """The parameters that choose a site and a metric: the first of each to begin with."""
-    return [alt.param(name=name, value=frame[name].iloc[0]) for name in ("site", "metric")]
+def _params(alt: Any, frame: "pd.DataFrame", *names: str) -> list[Any]:
+    """Parameters that choose among a column's values, the first to begin with, of those columns that the frame has."""
+    return [alt.param(name=name, value=frame[name].iloc[0]) for name in names if name in frame]
+
+
+def _filtered(alt: Any, frame: "pd.DataFrame", *names: str) -> Any:
+    """A chart of the rows that the parameters of these names choose."""
+    there = [name for name in names if name in frame]
+    return alt.Chart(frame).transform_filter(_picked(*there)) if there else alt.Chart(frame)
+
+
+def _picked(*names: str) -> str:
+    return " && ".join(f"datum.{name} === {name}" for name in names)
 
 
 def _numbers(alt: Any, frame: "pd.DataFrame") -> list[Any]:
