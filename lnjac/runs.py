@@ -164,9 +164,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_table(path: Path) -> pa.Table:
-    """Read one parquet file, verifying its page checksums."""
-    return pq.ParquetFile(path, page_checksum_verification=True).read()
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read one parquet file, or some of its columns, verifying their page checksums."""
+    return pq.ParquetFile(path, page_checksum_verification=True).read(columns)
 
 
 def file_sha256(path: Path) -> str:

@@ -1,0 +1,402 @@
+"""Compare runs: levels of a config column, the cost of each backward, scaling with width or steps. docs/comparing.md.
+
+Everything is computed on one number per seed (`lnjac.design`), tested by `lnjac.stats`, and returned as data frames with
+notes that say what a reader must know: what was paired, what is missing, what diverged.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lnjac import stats
+from lnjac.config import ConfigError
+from lnjac.design import ALL_SITES, Study, Values, gather, read, varying
+from lnjac.stats import STUDENT, Inference
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "ALL_SITES",
+    "Comparison",
+    "Costs",
+    "Scaling",
+    "Study",
+    "compare",
+    "cost",
+    "read",
+    "scaling",
+    "varying",
+]
+
+Array = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+Booleans = npt.NDArray[np.bool_]
+
+LAYER_METRICS = ("radial_share", "cos_center_vs_true", "flat_cos_ste", "sigma_mean")
+RUN_METRICS = ("val_loss_nats", "train_loss_nats")
+LOSS = "val_loss_nats"
+EXACT = "exact"
+FEW = 3
+"""Seeds below which an interval says next to nothing."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row for each comparison, the numbers of every seed behind it, and notes on both.
+
+    `rows`: the cell's columns, metric, site, the levels `a` and `b`, `mean_a` and `mean_b` over the seeds compared,
+    `difference` = a − b with its interval `low` to `high`, `p`, `p_adjusted` and `adjusted_by`, `effect`, `n`, `paired`,
+    `missing` (seeds that only one of the levels has), `diverged_a` of `runs_a`, `diverged_b` of `runs_b`.
+    `cells` names the cell's columns. `seed`, `a`, `b`: (rows, seeds), NaN where a level has no number, seed −1 for none.
+    """
+
+    rows: "pd.DataFrame"
+    cells: list[str]
+    seed: npt.NDArray[np.int64]
+    a: Array
+    b: Array
+    notes: list[str]
+
+    def seeds(self) -> "pd.DataFrame":
+        """A line for each seed of each row: the row's key, `seed`, `value_a`, `value_b`, and their difference if paired."""
+        row, slot = np.nonzero(~(np.isnan(self.a) & np.isnan(self.b)))
+        key = [name for name in self.rows if name in ("metric", "site", "a", "b") or name in self.cells]
+        a, b = self.a[row, slot], self.b[row, slot]
+        lines = self.rows[key].iloc[row].reset_index(drop=True)
+        difference = np.where(self.rows["paired"].to_numpy()[row], a - b, np.nan)
+        return lines.assign(seed=self.seed[row, slot], value_a=a, value_b=b, difference=difference)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The cost of each backward (loss minus the exact one's), and how it differs between the levels of `by`."""
+
+    by: str | None
+    costs: Comparison
+    differences: Comparison | None
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """`slopes`: a row for each cell, metric and site: log-log `slope` with its interval over seeds, `p` (of slope 0), `n`.
+
+    `points`: the `mean` of the metric at each `x` with its interval; `seeds`: the slope of each seed.
+    """
+
+    x: str
+    cells: list[str]
+    slopes: "pd.DataFrame"
+    points: "pd.DataFrame"
+    seeds: "pd.DataFrame"
+    notes: list[str]
+
+
+class Side(NamedTuple):
+    """One level of a comparison: data (metric, site, cell, seed); which runs there are and which diverged (cell, seed)."""
+
+    name: Any
+    data: Array
+    there: Booleans
+    diverged: Booleans
+
+
+class Pair(NamedTuple):
+    """Two levels to compare, and what else to say of their rows."""
+
+    more: dict[str, Any]
+    a: Side
+    b: Side
+
+
+def compare(
+    study: Study,
+    by: str,
+    *,
+    metrics: Sequence[str] = (),
+    table: str = "layers",
+    at: int | None = None,
+    where: str | None = None,
+    reference: str | None = None,
+    how: Inference = STUDENT,
+) -> Comparison:
+    """The levels of one config column against each other, within each cell of all others that vary.
+
+    All pairs of levels, the later in order minus the earlier; each against one level if `reference` names it, and for
+    ln_backward against exact. Rows of ALL_SITES, and those of runs, are the headline family (Holm's adjustment); rows of
+    one site make an exploratory map (Benjamini and Hochberg's).
+    """
+    chosen = metrics or (LAYER_METRICS if table == "layers" else RUN_METRICS)
+    values = gather(study, [by], chosen, table=table, at=at, where=where)
+    sides = [
+        Side(name, values.data[..., i, :], values.there[:, i], values.diverged[:, i])
+        for i, name in enumerate(values.levels[0])
+    ]
+    pairs = [Pair({}, sides[i], sides[j]) for i, j in _pairs(values.levels[0], by, reference)]
+    return _compared(values, pairs, how)
+
+
+def cost(
+    study: Study,
+    *,
+    by: str | None = None,
+    metric: str = LOSS,
+    where: str | None = None,
+    reference: str | None = None,
+    how: Inference = STUDENT,
+) -> Costs:
+    """What each backward costs: its runs' loss minus the exact one's, paired by seed, within each cell of all else.
+
+    And the differences of these costs between the levels of `by` (attn_mode where that varies, unless given): softmax −
+    sigmoid. The costs are one family of Holm's adjustment, the differences another.
+    """
+    costs = compare(study, "ln_backward", metrics=[metric], table="runs", where=where, reference=EXACT, how=how)
+    if by is None and "attn_mode" in costs.cells:
+        by = "attn_mode"
+    if by is None:
+        return Costs(None, costs, None)
+    values = gather(study, ["ln_backward", by], [metric], table="runs", where=where)
+    backwards, levels = values.levels
+    exact = backwards.index(EXACT)
+
+    def side(backward: int, level: int) -> Side:
+        there = values.there[:, backward, level] & values.there[:, exact, level]
+        diverged = values.diverged[:, backward, level] | values.diverged[:, exact, level]
+        data = values.data[..., backward, level, :] - values.data[..., exact, level, :]
+        return Side(levels[level], data, there, there & diverged)
+
+    pairs = [
+        Pair({"ln_backward": name}, side(backward, i), side(backward, j))
+        for backward, name in enumerate(backwards)
+        if backward != exact
+        for i, j in _pairs(levels, by, reference)
+    ]
+    return Costs(by, costs, _compared(values, pairs, how))
+
+
+def scaling(
+    study: Study,
+    x: str,
+    *,
+    metrics: Sequence[str] = (),
+    table: str = "layers",
+    at: int | None = None,
+    where: str | None = None,
+    how: Inference = STUDENT,
+) -> Scaling:
+    """The slope of log metric against log x (a config column of numbers) of each seed, and its mean over seeds."""
+    import pandas as pd
+
+    chosen = metrics or (LAYER_METRICS if table == "layers" else RUN_METRICS)
+    values = gather(study, [x], chosen, table=table, at=at, where=where)
+    levels = values.levels[0]
+    if not all(isinstance(level, (int, float)) and level > 0 for level in levels):
+        raise ConfigError(f"{x} has levels without a logarithm ({_few(levels)}): choose positive ones by --where")
+    lines = np.moveaxis(values.data, -2, -1)  # (metric, site, cell, seed, x)
+    slopes = stats.log_slope(levels, lines)
+    of_slope = stats.paired(slopes, how)
+    of_point = stats.paired(values.data, how._replace(method="t"))
+    metric, site, cell = (part.ravel() for part in np.indices(of_slope.n.shape))
+    key = _key(values, metric, site, cell)
+    rows = key.assign(
+        slope=of_slope.estimate.ravel(),
+        low=of_slope.low.ravel(),
+        high=of_slope.high.ravel(),
+        p=of_slope.p.ravel(),
+        n=of_slope.n.ravel(),
+    )
+    at_x = pd.concat([key.assign(**{x: level}) for level in levels], ignore_index=True)
+    columns = {"mean": of_point.estimate, "low": of_point.low, "high": of_point.high, "n": of_point.n}
+    points = at_x.assign(**{name: np.moveaxis(part, -1, 0).ravel() for name, part in columns.items()})
+    line, slot = np.nonzero(~np.isnan(slopes.reshape(len(key), -1)))
+    seeds = key.iloc[line].reset_index(drop=True)
+    seeds = seeds.assign(seed=values.seeds[cell[line], slot], slope=slopes.reshape(len(key), -1)[line, slot])
+    notes = [f"slope of log metric against log {x} of each seed; its mean over seeds with a {_interval_name(how)}"]
+    not_positive = int(((lines <= 0).any(-1)).sum())
+    if not_positive:
+        notes.append(f"{not_positive} lines of a seed have a value that is not positive, so no slope")
+    few = rows[(rows["n"] > 0) & (rows["n"] < FEW)]
+    if len(few):
+        notes.append(_few_seeds(len(few), len(rows)))
+    notes += _about(values)
+    return Scaling(
+        x,
+        list(map(str, values.cells)),
+        rows[rows["n"] > 0].reset_index(drop=True),
+        points[points["n"] > 0].reset_index(drop=True),
+        seeds,
+        notes,
+    )
+
+
+def _pairs(levels: Sequence[Any], by: str, reference: str | None) -> list[tuple[int, int]]:
+    """Which levels to compare: all pairs, later minus earlier; or each minus the reference."""
+    names = [str(level) for level in levels]
+    if reference is None and by == "ln_backward" and EXACT in names:
+        reference = EXACT
+    if reference is None:
+        return [(later, earlier) for earlier, later in combinations(range(len(names)), 2)]
+    if reference not in names:
+        raise ConfigError(f"no run chosen has {by}={reference}, only {_few(names)}")
+    at = names.index(reference)
+    return [(i, at) for i in range(len(names)) if i != at]
+
+
+def _compared(values: Values, pairs: Sequence[Pair], how: Inference) -> Comparison:
+    a, b = np.stack([pair.a.data for pair in pairs]), np.stack([pair.b.data for pair in pairs])
+    there_a, there_b = np.stack([pair.a.there for pair in pairs]), np.stack([pair.b.there for pair in pairs])
+    diverged_a, diverged_b = (
+        np.stack([pair.a.diverged for pair in pairs]),
+        np.stack([pair.b.diverged for pair in pairs]),
+    )
+    # data is (pair, metric, site, cell, seed) from here on, what is known of the runs (pair, cell, seed)
+    both: Booleans = np.asarray(there_a.any(-1) & there_b.any(-1))
+    twins: Booleans = np.asarray((there_a & there_b).any(-1) & (not values.confounded))
+    as_pairs = twins[:, None, None, :, None]
+    a, b = (np.where(as_pairs & np.isnan(a - b), np.nan, side) for side in (a, b))
+    found = stats.paired(np.where(as_pairs, a - b, np.nan), how)
+    if (both & ~twins).any():
+        apart = stats.unpaired(np.where(as_pairs, np.nan, a), np.where(as_pairs, np.nan, b), how)
+        found = stats.either(as_pairs[..., 0], found, apart)
+    by_pair = {
+        "paired": twins,
+        "missing": np.where(twins, (there_a ^ there_b).sum(-1), 0),
+        "runs_a": there_a.sum(-1),
+        "diverged_a": diverged_a.sum(-1),
+        "runs_b": there_b.sum(-1),
+        "diverged_b": diverged_b.sum(-1),
+    }
+    headline = np.isin(values.sites, ["", ALL_SITES])
+    shown = both[:, None, None, :] & ((found.n > 0) | headline[:, None])
+    order = np.argwhere(shown.transpose(3, 1, 0, 2))  # by cell, metric, pair, site
+    cell, metric, pair, site = order.T
+    at = (pair, metric, site, cell)
+    with warnings.catch_warnings(action="ignore"):  # the mean of nothing is NaN
+        means = {"mean_a": np.nanmean(a[at], -1), "mean_b": np.nanmean(b[at], -1)}
+    rows = _key(values, metric, site, cell).assign(
+        **{name: [pairs[i].more[name] for i in pair] for name in pairs[0].more},
+        a=[pairs[i].a.name for i in pair],
+        b=[pairs[i].b.name for i in pair],
+        **means,
+        difference=found.estimate[at],
+        low=found.low[at],
+        high=found.high[at],
+        p=found.p[at],
+        p_adjusted=np.nan,
+        adjusted_by=np.where(headline[site], "holm", "bh"),
+        effect=found.effect[at],
+        n=found.n[at],
+        **{name: part[pair, cell] for name, part in by_pair.items()},
+    )
+    for family in ("holm", "bh"):
+        mine = rows["adjusted_by"] == family
+        rows.loc[mine, "p_adjusted"] = stats.adjusted(rows.loc[mine, "p"].to_numpy(), family)
+    notes = [*_how(values, rows, how), *_lacking(values, pairs, both, rows), *_about(values)]
+    return Comparison(rows, list(map(str, values.cells)), values.seeds[cell], a[at], b[at], notes)
+
+
+def _key(values: Values, metric: Integers, site: Integers, cell: Integers) -> "pd.DataFrame":
+    key = values.cells.iloc[cell].reset_index(drop=True).assign(metric=np.array(values.metrics)[metric])
+    return key if values.sites == [""] else key.assign(site=np.array(values.sites)[site])
+
+
+# Notes
+
+
+def _how(values: Values, rows: "pd.DataFrame", how: Inference) -> list[str]:
+    """What was computed."""
+    by = values.by[-1]
+    found = []
+    if values.confounded:
+        found.append(
+            f"unpaired (Welch): {_few(values.confounded)} change{'s' * (len(values.confounded) == 1)} together with {by}, "
+            "so their effects cannot be told apart"
+        )
+    elif not rows["paired"].all():
+        found.append(f"unpaired (Welch) in {_of(~rows['paired'])}: no seed is at both levels")
+    if rows["paired"].any():
+        found.append(f"paired by seed, {_interval_name(how)}")
+    n_holm, n_bh = (int((rows["adjusted_by"] == family).sum()) for family in ("holm", "bh"))
+    adjusted = [f"Holm over these {n_holm}" + (f" rows of {ALL_SITES}" if n_bh else "")] if n_holm > 1 else []
+    adjusted += [f"Benjamini-Hochberg over the map of {n_bh} rows of single sites"] if n_bh else []
+    if adjusted and not rows["p"].isna().all():
+        found.append("p adjusted: " + ", ".join(adjusted))
+    return found
+
+
+def _lacking(values: Values, pairs: Sequence[Pair], both: Booleans, rows: "pd.DataFrame") -> list[str]:
+    """What there are too few of."""
+    found = []
+    few = rows["n"] < FEW
+    if few.any():
+        found.append(_few_seeds(int(few.sum()), len(rows)))
+    by = values.by[-1]
+    single = {
+        " ".join([values.named(cell), *map(str, pair.more.values()), f"has no {by}={absent.name}"]).strip()
+        for number, pair in enumerate(pairs)
+        for cell in np.flatnonzero(~both[number])
+        for absent in (pair.a, pair.b)
+        if not absent.there[cell].any() and (pair.a.there[cell].any() or pair.b.there[cell].any())
+    }
+    found += _capped("not compared", sorted(single))
+    missing = {
+        f"{values.named(cell)} {by}={side.name} lacks seed {_few(values.seeds[cell][lacks].tolist())}"
+        for pair in pairs
+        for side, other in ((pair.a, pair.b), (pair.b, pair.a))
+        for cell in np.flatnonzero((other.there & ~side.there).any(-1) & side.there.any(-1))
+        for lacks in [other.there[cell] & ~side.there[cell]]
+    }
+    return found + _capped("missing pairs", sorted(line.strip() for line in missing))
+
+
+def _about(values: Values) -> list[str]:
+    """Where, over what, and with which runs."""
+    found = []
+    if len(values.cells.columns):
+        found.append(
+            f"within each of {len(values.cells)} cells of {', '.join(map(str, values.cells))}, which also vary"
+        )
+    if ALL_SITES in values.sites:
+        found.append(f"{ALL_SITES}: the plain mean over the norms of a run")
+    if n := int(values.diverged.sum()):
+        lines = []
+        for at in np.argwhere(values.diverged.any(-1)):
+            levels = " ".join(f"{b}={known[i]}" for b, known, i in zip(values.by, values.levels, at[1:], strict=True))
+            counts = values.diverged[tuple(at)].sum(), values.there[tuple(at)].sum()
+            lines.append(f"{values.named(at[0])} {levels} {counts[0]} of {counts[1]}".strip())
+        found += _capped(f"{n} runs diverged, left out of every mean", lines)
+    return found + values.doubts
+
+
+def _few_seeds(few: int, rows: int) -> str:
+    return f"{few} of {rows} rows have fewer than {FEW} seeds: their intervals say next to nothing"
+
+
+def _interval_name(how: Inference) -> str:
+    kind = {
+        "t": "t interval",
+        "bootstrap": "BCa bootstrap interval",
+        "percentile": "percentile bootstrap interval",
+        "signflip": "t interval and sign-flip p",
+    }[how.method]
+    return f"{how.confidence:.0%} {kind}"
+
+
+def _capped(what: str, lines: Sequence[str], most: int = 5) -> list[str]:
+    if not lines:
+        return []
+    more = f"; and {len(lines) - most} more" if len(lines) > most else ""
+    return [f"{what}: " + "; ".join(lines[:most]) + more]
+
+
+def _few(values: Sequence[Any], most: int = 10) -> str:
+    return ", ".join(map(str, values[:most])) + ", …" * (len(values) > most)
+
+
+def _of(mask: "pd.Series[bool]") -> str:
+    return f"{int(mask.sum())} of {len(mask)} rows"

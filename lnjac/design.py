@@ -1,0 +1,299 @@
+"""What varies among runs, and one number per seed and norm, arranged by it.
+
+Which columns vary is found, not asked. Runs that agree in all of them but `seed` and the compared one make a cell: only
+within a cell are levels compared, and there a seed of one level has its twin in the other.
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from lnjac import pooling, runs, sweep
+from lnjac.config import ConfigError
+from lnjac.tables import SCHEMA_VERSION, TABLES
+from lnjac.where import Where, known_column
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ALL_SITES = "all sites"
+"""The site of a plain mean over a run's norms."""
+
+RUN = ["run_id", "diag_id"]
+IDENTITY = ("data_sha256", "numerics_version")
+"""Columns outside the config in which runs of one config may differ, and then must not be compared with each other."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """The tables of one merge, read as they are needed, and what makes a comparison within them doubtful."""
+
+    path: Path
+    doubts: list[str]
+    held: Any = field(default=None, repr=False)
+    """Keeps a temporary folder as long as the study."""
+
+    def columns(self, table: str) -> list[str]:
+        return list(pq.read_schema(sweep.companions(self.path)[table]).names)
+
+    def frame(self, table: str, columns: Sequence[str] | None = None) -> "pd.DataFrame":
+        """A table, or some of its columns; NaN stands for null in columns of numbers."""
+        found: pd.DataFrame = runs.read_table(sweep.companions(self.path)[table], columns).to_pandas()
+        return found
+
+
+def read(sources: Sequence[Path]) -> Study:
+    """One merged table as it is; of other sources (sweeps, runs, several tables) a merge in a temporary folder."""
+    known = [_merge_of(Path(source)) for source in sources]
+    if len(known) == 1 and known[0].is_file():
+        return Study(known[0], _checked(known[0]))
+    folder = tempfile.TemporaryDirectory(prefix="lnjac-")
+    path = Path(folder.name) / "all.parquet"
+    report = sweep.merge(known, path)
+    return Study(path, _doubts(report.warnings, [skip.path for skip in report.skipped]), folder)
+
+
+def varying(frame: "pd.DataFrame") -> list[str]:
+    """The config columns (and IDENTITY) in which these runs differ, `seed` left out: groups first, then their settings."""
+    declared = {column.name for column in TABLES["runs"]} - set(IDENTITY)
+    names = [str(name) for name in frame if name not in declared and name != "seed"]
+    found = [name for name in names if frame[name].nunique(dropna=False) > 1]
+    return sorted(found, key=lambda name: (name in IDENTITY, "." in name))
+
+
+def labelled(frame: "pd.DataFrame", column: str) -> "pd.Series[Any]":
+    """The column's values; a group's member with those of its settings that vary: `center_scale@ln_f`, `sgd[lr=0.1]`."""
+    values, groups = frame[column], frame.groupby(column, dropna=False)
+    for option in [name for name in map(str, frame) if name.startswith(f"{column}.")]:
+        text = frame[option].map("{:g}".format if frame[option].dtype.kind == "f" else str, na_action="ignore")
+        if option == "ln_backward.sites":
+            values = values + ("@" + text).where(text != "all", "")
+        elif groups[option].nunique(dropna=False).max() > 1:
+            values = values + (f"[{option.removeprefix(column)[1:]}=" + text + "]").fillna("")
+    return values
+
+
+@dataclass(frozen=True)
+class Values:
+    """One number per seed: data (metric, site, cell, level of each `by`, seed), NaN where there is none.
+
+    Seeds are numbered within their cell, so that one number means the same seed at all levels. Diverged runs have no
+    numbers here; `there` and `diverged` (cell, level of each `by`, seed) say which runs there are.
+    """
+
+    data: npt.NDArray[np.float64]
+    metrics: list[str]
+    sites: list[str]
+    cells: "pd.DataFrame"
+    by: list[str]
+    levels: list[list[Any]]
+    seeds: npt.NDArray[np.int64]
+    there: npt.NDArray[np.bool_]
+    diverged: npt.NDArray[np.bool_]
+    confounded: list[str]
+    doubts: list[str]
+
+    def named(self, cell: int | np.signedinteger[Any]) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.cells.iloc[int(cell)].items())
+
+
+def gather(
+    study: Study,
+    by: Sequence[str],
+    metrics: Sequence[str],
+    *,
+    table: str = "layers",
+    at: int | None = None,
+    where: str | None = None,
+) -> Values:
+    """The metrics of a study's runs by seed, at a measured step (the last of each run unless given), arranged by `by`."""
+    every = study.frame("runs")
+    if "seed" not in every:
+        raise ConfigError(f"{study.path} has no column seed, the unit of every comparison")
+    for name in by:
+        known_column(name, list(map(str, every)), "no comparison by")
+    chosen = Where(where) if where else None
+    rows = _rows(study, every, list(metrics), table, at, chosen)
+    every = every.loc[rows["run"].unique()]
+    if table == "runs":
+        every = every[~every["run_id"].duplicated()]  # other diagnostics of one run are no other run
+        every = every[[name for name in every if not str(name).startswith("diagnostics.")]]
+        rows = rows[rows["run"].isin(every.index)]
+    vary = varying(every)
+    every = every.assign(**{name: labelled(every, name) for name in {"ln_backward", *by} if name in every})
+    for name in by:
+        if every[name].nunique(dropna=False) < 2:
+            raise ConfigError(f"all {len(every)} runs chosen have {name}={every[name].iloc[0]}: nothing to compare")
+    cells, confounded = _strata(every, list(by), [name for name in vary if name != "ln_backward.sites"])
+    return _arranged(rows, every, list(by), list(metrics), cells, confounded, study.doubts)
+
+
+def _rows(
+    study: Study, every: "pd.DataFrame", metrics: list[str], table: str, at: int | None, chosen: Where | None
+) -> "pd.DataFrame":
+    """Chosen rows: `run` (its label in `every`), `site` and the metrics."""
+    if table == "runs":
+        if at is not None:
+            raise ConfigError(f"--at {at}: a run's row is of its last update; leave --at out, or compare --layers")
+        _require_numbers(every, metrics)
+        kept = every[chosen.holds(every)] if chosen else every
+        return _some(kept[metrics].assign(run=kept.index, site=""), chosen)
+    known = study.columns(table)
+    for name in metrics:
+        known_column(name, known, "--metric names")
+    named = chosen.columns if chosen else []
+    own = [name for name in named if name in known and name not in every]
+    wanted = dict.fromkeys([*RUN, "step", "site", "call", *metrics, *own])
+    layers = study.frame(table, list(wanted))
+    _require_numbers(layers, metrics)
+    known_runs = every[RUN].assign(run=every.index)
+    layers = layers.merge(known_runs, on=RUN, how="left")
+    if chosen:
+        shown = [name for name in named if name in every]
+        context = layers.assign(**{name: every[name].to_numpy()[layers["run"]] for name in shown})
+        layers = layers[chosen.holds(context)]
+    last = layers.groupby("run")["step"].transform("max") if at is None else at
+    steps = sorted(layers["step"].unique().tolist())
+    layers = layers[layers["step"] == last]
+    if at is not None and steps and layers.empty:
+        raise ConfigError(f"no norm was measured at step {at}: choose one of {', '.join(map(str, steps[:20]))}")
+    if layers["call"].any():
+        more = study.frame(table, list(dict.fromkeys([*wanted, *pooling.NEEDED]))).loc[layers.index]
+        layers = pooling.pooled(more, metrics).merge(known_runs, on=RUN)
+    return _some(layers[["run", "site", *metrics]], chosen)
+
+
+def _some(rows: "pd.DataFrame", chosen: Where | None) -> "pd.DataFrame":
+    if rows.empty:
+        raise ConfigError(f"--where {chosen.text!r} holds for no row" if chosen else "the tables have no rows")
+    return rows
+
+
+def _require_numbers(frame: "pd.DataFrame", metrics: Sequence[str]) -> None:
+    for name in metrics:
+        known_column(name, list(map(str, frame)), "--metric names")
+        if frame[name].dtype.kind not in "if":
+            raise ConfigError(f"--metric {name} holds no numbers: choose a column of numbers")
+
+
+def _strata(every: "pd.DataFrame", by: list[str], vary: list[str]) -> tuple[list[str], list[str]]:
+    """The fewest varying columns that make cells, and those that vary within a cell all the same.
+
+    The latter change together with `by`, so that their effects cannot be told apart from its own. A setting of `by`'s
+    own members (`attn_mode.bias`) is part of their level.
+    """
+    others = [name for name in vary if name not in by and not name.startswith(tuple(f"{name}." for name in by))]
+    cells: list[str] = []
+    n_groups = every.groupby(by, dropna=False).ngroups
+    for name in others:
+        if (n := every.groupby([*by, *cells, name], dropna=False).ngroups) > n_groups:
+            cells, n_groups = [*cells, name], n
+    rest = [name for name in others if name not in cells and not ("data" in by and name == "data_sha256")]
+    if not cells:
+        return cells, rest
+    groups = every.groupby(cells, dropna=False)
+    return cells, [name for name in rest if groups[name].nunique(dropna=False).max() > 1]
+
+
+def _arranged(
+    rows: "pd.DataFrame",
+    every: "pd.DataFrame",
+    by: list[str],
+    metrics: list[str],
+    cells: list[str],
+    confounded: list[str],
+    doubts: list[str],
+) -> Values:
+    import pandas as pd
+
+    cell = every.groupby(cells, dropna=False, sort=False).ngroup().to_numpy() if cells else np.zeros(len(every), int)
+    slot = (every["seed"].groupby(cell).rank("dense").to_numpy() - 1).astype(int)
+    levels: list[list[Any]] = []
+    level: list[npt.NDArray[np.int64]] = []
+    for name in by:
+        found = sorted(every[name].dropna().unique().tolist()) + [None] * bool(every[name].isna().any())
+        levels.append(found)
+        number = every[name].map({value: i for i, value in enumerate(found)}).fillna(len(found) - 1)
+        level.append(number.to_numpy(int))
+    place = (cell, *level, slot)
+    shape = (cell.max() + 1, *map(len, levels), slot.max() + 1)
+    count = np.zeros(shape, int)
+    np.add.at(count, place, 1)
+    if (count > 1).any():
+        again = np.flatnonzero(count[place] > 1)
+        names = ", ".join(every["run_id"].iloc[again[:2]])
+        raise ConfigError(f"several runs have one config and seed ({names}): choose by --where")
+    diverged = np.zeros(shape, bool)
+    diverged[place] = every["status"] == runs.DIVERGED
+    seeds = np.full((shape[0], shape[-1]), -1)
+    seeds[cell, slot] = every["seed"]
+
+    sites = list(dict.fromkeys(rows["site"]))
+    at = pd.Series(range(len(every)), index=every.index)[rows["run"]].to_numpy()
+    site = rows["site"].map({name: i for i, name in enumerate(sites)}).to_numpy()
+    data = np.full((len(metrics), len(sites) + 1, *shape), np.nan)
+    counts = np.bincount(at, minlength=len(every))
+    of_row: Any = (site, *(part[at] for part in place))
+    for plane, metric in zip(data, metrics, strict=True):
+        values = rows[metric].to_numpy(float)
+        plane[of_row] = values
+        plane[-1][place] = np.bincount(at, weights=values, minlength=len(every)) / counts
+    data[..., diverged] = np.nan
+    if sites == [""]:
+        data = data[:, 1:]
+    else:
+        sites = [*sites, ALL_SITES]
+    first = pd.Series(cell).drop_duplicates().index
+    table = every[cells].iloc[first].reset_index(drop=True)
+    return Values(data, metrics, sites, table, by, levels, seeds, count > 0, diverged, confounded, doubts)
+
+
+def _merge_of(source: Path) -> Path:
+    """The merged file of a sweep's folder if it has one that is younger than all its runs; else the source itself."""
+    merged = source / "all.parquet"
+    if source.is_dir() and merged.is_file():
+        age = merged.stat().st_mtime
+        if all(status.stat().st_mtime <= age for status in source.glob(f"*/{runs.STATUS}")):
+            return merged
+    return sweep._layers_file(source)
+
+
+def _checked(path: Path) -> list[str]:
+    """The doubts of an earlier merge, whose files must be whole, ours and of one merge."""
+    merges = set()
+    for table, file in sweep.companions(path).items():
+        try:
+            note = runs.read_metadata(file)
+        except FileNotFoundError:
+            raise ConfigError(f"{file} is missing, the {table} of {path}: merge again") from None
+        except (KeyError, ValueError, OSError) as error:
+            raise ConfigError(f"{file} cannot be read as a table of lnjac: {error}") from None
+        if not note.get("merged"):
+            raise ConfigError(f"{file} is one file of a run: name its folder, {file.parent}")
+        if (version := note.get("schema_version")) != SCHEMA_VERSION:
+            raise ConfigError(f"{file} has schema version {version}, this lnjac reads {SCHEMA_VERSION}: merge again")
+        merges.add(note.get("merge_id"))
+    if len(merges) > 1:
+        raise ConfigError(f"{path} and the files beside it are not of one merge: merge again")
+    said = path.with_suffix(".merge.json")
+    if not said.exists():
+        return [f"{said.name} is missing: mixed commits, data or schemas would go unsaid"]
+    report = json.loads(said.read_text(encoding="utf-8"))
+    return _doubts(report["warnings"], [skip["path"] for skip in report["skipped"]])
+
+
+def _doubts(warnings: Sequence[str], skipped: Sequence[str]) -> list[str]:
+    """A merge's warnings but those of missing seeds, which every comparison counts for itself."""
+    found = [line for line in warnings if not line.startswith("missing seeds")]
+    if skipped:
+        found.append(
+            f"{len(skipped)} runs were found and not merged: {', '.join(skipped[:3])}" + ", …" * (len(skipped) > 3)
+        )
+    return found

@@ -1,0 +1,184 @@
+"""Intervals and paired comparison: pure functions of arrays whose last axis is the seed, NaN where a seed is missing.
+
+The unit is the seed: what is nested in it (layers, tokens, steps) is reduced to one number per seed beforehand. scipy and
+statsmodels are imported where they are used, since together they take longer to start than a comparison to compute.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+METHODS = ("t", "bootstrap", "percentile", "signflip")
+"""Of an interval: Student's t; bootstrap, BCa or by percentiles; t with the p value of a sign-flip permutation test."""
+
+BOOTSTRAPS = {"bootstrap": "BCa", "percentile": "percentile"}
+
+RESAMPLES = 9999
+
+
+class Inference(NamedTuple):
+    """How intervals are made: one of METHODS, the confidence, and the randomness of what is resampled."""
+
+    method: str = "t"
+    confidence: float = 0.95
+    rng: np.random.Generator | None = None
+
+
+STUDENT = Inference()
+
+
+class Interval(NamedTuple):
+    """Estimates with their intervals: arrays of one shape, the axis of seeds gone.
+
+    `p` is two-sided against 0, and NaN for a bootstrap, which gives none. `effect` is in standard deviations: d_z of
+    paired differences, Hedges' g of two groups. With one seed all but the estimate are NaN.
+    """
+
+    estimate: Array
+    low: Array
+    high: Array
+    p: Array
+    effect: Array
+    n: npt.NDArray[np.int64]
+    method: str
+
+
+def paired(differences: npt.ArrayLike, how: Inference = STUDENT) -> Interval:
+    """The mean of (…, seeds) values: of differences within a seed, or of one level's values.
+
+    d_z = mean/sd. A sign-flip test of n seeds cannot give a p below 2^(1−n): 0.0625 at n = 5.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    return _by_size([values], lambda parts: _one_sample(parts[0], how), how)
+
+
+def unpaired(a: npt.ArrayLike, b: npt.ArrayLike, how: Inference = STUDENT) -> Interval:
+    """mean(a) − mean(b) of (…, seeds) values of different seeds: Welch's t, unequal variances; `n` counts the fewer."""
+    parts = [np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)]
+    return _by_size(parts, lambda parts: _two_samples(parts[0], parts[1], how), how)
+
+
+def either(first: npt.NDArray[np.bool_], one: Interval, other: Interval) -> Interval:
+    """The one where `first` holds, elsewhere the other."""
+    estimate, low, high, p, effect, n = (np.where(first, *two) for two in zip(one[:6], other[:6], strict=True))
+    return Interval(estimate, low, high, p, effect, n, one.method)
+
+
+def adjusted(p: npt.ArrayLike, method: str) -> Array:
+    """p values of one family adjusted for its size: `holm` (family-wise error) or `bh` (false discoveries). NaN stays."""
+    from statsmodels.stats.multitest import multipletests
+
+    p = np.asarray(p, dtype=np.float64)
+    found = np.full(p.shape, np.nan)
+    if (known := ~np.isnan(p)).any():
+        found[known] = multipletests(p[known], method={"holm": "holm", "bh": "fdr_bh"}[method])[1]
+    return found
+
+
+def log_slope(x: npt.ArrayLike, y: npt.ArrayLike) -> Array:
+    """The least-squares slope of log y against log x of each line: x (points,), y (…, points) -> (…).
+
+    NaN points are left out; a line of fewer than two points, or with one that has no logarithm, has slope NaN.
+    """
+    log_x, values = np.log(np.asarray(x, dtype=np.float64)), np.asarray(y, dtype=np.float64)
+    return np.array([_slope(log_x, line) for line in values.reshape(-1, len(log_x))]).reshape(values.shape[:-1])
+
+
+def _slope(log_x: Array, line: Array) -> float:
+    known = ~np.isnan(line)
+    if known.sum() < 2 or (line[known] <= 0).any():
+        return np.nan
+    return float(np.polyfit(log_x[known], np.log(line[known]), 1)[0])
+
+
+def _one_sample(values: Array, how: Inference) -> list[Array]:
+    """Estimate, low, high, p, effect of (rows, n) values without NaN."""
+    from scipy import stats
+
+    estimate = values.mean(-1)
+    unknown = np.full_like(estimate, np.nan)
+    if values.shape[-1] < 2:
+        return [estimate, unknown, unknown, unknown, unknown]
+    effect = estimate / values.std(-1, ddof=1)
+    if how.method in BOOTSTRAPS:
+        low, high = _bootstrap([values], _mean, how)
+        return [estimate, low, high, unknown, effect]
+    test = stats.ttest_1samp(values, 0, axis=-1)
+    low, high = test.confidence_interval(how.confidence)
+    p = test.pvalue
+    if how.method == "signflip":
+        p = _permuted([values], _mean, "samples", how)
+    return [estimate, low, high, p, effect]
+
+
+def _two_samples(a: Array, b: Array, how: Inference) -> list[Array]:
+    """Estimate, low, high, p, effect of (rows, n) and (rows, m) values without NaN."""
+    from scipy import stats
+    from statsmodels.stats.meta_analysis import effectsize_smd
+
+    estimate = a.mean(-1) - b.mean(-1)
+    unknown = np.full_like(estimate, np.nan)
+    n, m = a.shape[-1], b.shape[-1]
+    if min(n, m) < 2:
+        return [estimate, unknown, unknown, unknown, unknown]
+    effect = effectsize_smd(a.mean(-1), a.std(-1, ddof=1), n, b.mean(-1), b.std(-1, ddof=1), m)[0]
+    if how.method in BOOTSTRAPS:
+        low, high = _bootstrap([a, b], _mean_difference, how)
+        return [estimate, low, high, unknown, effect]
+    test = stats.ttest_ind(a, b, axis=-1, equal_var=False)
+    low, high = test.confidence_interval(how.confidence)
+    p = _permuted([a, b], _mean_difference, "independent", how) if how.method == "signflip" else test.pvalue
+    return [estimate, low, high, p, effect]
+
+
+def _mean(values: Array, axis: int) -> Any:
+    return values.mean(axis)
+
+
+def _mean_difference(a: Array, b: Array, axis: int) -> Any:
+    return a.mean(axis) - b.mean(axis)
+
+
+def _bootstrap(parts: list[Array], statistic: Callable[..., Any], how: Inference) -> tuple[Array, Array]:
+    from scipy import stats
+
+    settings = {"n_resamples": RESAMPLES, "confidence_level": how.confidence, "method": BOOTSTRAPS[how.method]}
+    rows = zip(*parts, strict=True)
+    found = [stats.bootstrap(row, statistic, rng=how.rng, **settings).confidence_interval for row in rows]
+    return np.array([row.low for row in found]), np.array([row.high for row in found])
+
+
+def _permuted(parts: list[Array], statistic: Callable[..., Any], kind: str, how: Inference) -> Array:
+    """Two-sided p of every row: over all sign flips or splits where these are no more than RESAMPLES."""
+    from scipy import stats
+
+    settings = {"n_resamples": RESAMPLES, "permutation_type": kind}
+    rows = zip(*parts, strict=True)
+    return np.array([stats.permutation_test(row, statistic, rng=how.rng, **settings).pvalue for row in rows])
+
+
+def _by_size(parts: list[Array], test: Callable[[list[Array]], list[Array]], how: Inference) -> Interval:
+    """Apply `test` to all rows at once that hold equally many seeds: (…, seeds) of each part, NaN left out."""
+    if how.method not in METHODS:
+        raise ValueError(f"{how.method} is no interval: choose one of {', '.join(METHODS)}")
+    shape = parts[0].shape[:-1]
+    rows = [_gathered(part.reshape(-1, part.shape[-1])) for part in parts]
+    sizes = np.stack([(~np.isnan(part)).sum(-1) for part in rows], -1)
+    found = np.full((5, len(sizes)), np.nan)
+    with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):  # where all seeds agree
+        for size in np.unique(sizes, axis=0):
+            if size.all():
+                same = (sizes == size).all(-1)
+                found[:, same] = test([part[same, :n] for part, n in zip(rows, size, strict=True)])
+    estimate, low, high, p, effect = found.reshape(5, *shape)
+    return Interval(estimate, low, high, p, effect, sizes.min(-1).reshape(shape), how.method)
+
+
+def _gathered(rows: Array) -> Array:
+    """Each row's known values first, in their order, its NaNs last."""
+    return np.take_along_axis(rows, np.argsort(np.isnan(rows), axis=-1, kind="stable"), -1)
