@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lnjac import cli_report
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -20,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(cli_report.commands)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 

@@ -6,16 +6,21 @@ of a factor differ in colour, shape and dash alike, so that no reader depends on
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lnjac.config import ConfigError
+from lnjac.runs import write_atomically
 
 if TYPE_CHECKING:
-    import altair as alt
     import pandas as pd
+
+Chart = Any
+"""An altair.LayerChart: altair is imported when a chart is drawn, no sooner."""
 
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 2], [4, 4, 1, 4], [1, 3])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
+
 
 class Palette(NamedTuple):
     """Colours by use. `levels` are Okabe and Ito's; `diverging` runs from below to above through the paper's own shade."""
@@ -46,18 +51,21 @@ DARK = Palette(
 )
 
 
+MISSING = "charts need altair and vl-convert-python: pip install -e '.[report]'"
+
+
 def _altair() -> Any:
     try:
         import altair
     except ImportError:
-        raise ConfigError("charts need altair and vl-convert-python: pip install -e '.[report]'") from None
+        raise ConfigError(MISSING) from None
     return altair
 
 
 # The charts. Where a frame has a column `cell`, or `pair`, a chart shows the rows that its parameter of that name names.
 
 
-def headline(seeds: "pd.DataFrame", intervals: "pd.DataFrame", *, title: str) -> "alt.Chart":
+def headline(seeds: "pd.DataFrame", intervals: "pd.DataFrame", *, title: str) -> Chart:
     """Differences between levels in rows: every seed a dot, the mean a bar with its interval, and a line at none.
 
     seeds: place, contrast, seed, difference; intervals: place, contrast, mean, low, high. Places are drawn in their order.
@@ -86,7 +94,7 @@ def headline(seeds: "pd.DataFrame", intervals: "pd.DataFrame", *, title: str) ->
     return (zero + rule + mean + dots).properties(height=30 + 24 * n_rows)
 
 
-def heatmap(cells: "pd.DataFrame", *, legend: str) -> "alt.Chart":
+def heatmap(cells: "pd.DataFrame", *, legend: str) -> Chart:
     """A cell for each site and column; its shade, from −1 to 1, and the text in it are given. `legend` names the shade.
 
     cells: site, column, metric, shade, shown and what else a tooltip tells. The parameters `site` and `metric` mark one.
@@ -111,7 +119,7 @@ def heatmap(cells: "pd.DataFrame", *, legend: str) -> "alt.Chart":
     return (rect + text).add_params(*picks).properties(height=26 * cells["site"].nunique())
 
 
-def curves(frame: "pd.DataFrame", *, by: str) -> "alt.Chart":
+def curves(frame: "pd.DataFrame", *, by: str) -> Chart:
     """One metric at one site over the updates: the parameters `site` and `metric` choose which.
 
     frame: site, metric, step, level, mean, low, high.
@@ -119,12 +127,12 @@ def curves(frame: "pd.DataFrame", *, by: str) -> "alt.Chart":
     return _banded(_altair(), frame, by, "value", "cell", "site", "metric")
 
 
-def trajectory(frame: "pd.DataFrame", *, by: str, title: str) -> "alt.Chart":
+def trajectory(frame: "pd.DataFrame", *, by: str, title: str) -> Chart:
     """A value over the updates for each level: mean and interval. frame: step, level, mean, low, high."""
     return _banded(_altair(), frame, by, title, "cell")
 
 
-def cost(seeds: "pd.DataFrame", intervals: "pd.DataFrame", *, by: str, title: str) -> "alt.Chart":
+def cost(seeds: "pd.DataFrame", intervals: "pd.DataFrame", *, by: str, title: str) -> Chart:
     """What each backward costs at each level: every seed a dot, one seed's dots joined, mean and interval behind them.
 
     seeds: backward, level, seed, cost; intervals: backward, level, mean, low, high.
@@ -141,11 +149,11 @@ def cost(seeds: "pd.DataFrame", intervals: "pd.DataFrame", *, by: str, title: st
         x=backward, xOffset=shift, color=level.color, tooltip=_numbers(alt, intervals)
     )
     rule = bars.mark_rule(style="interval").encode(y=alt.Y("low:Q", title=title), y2="high:Q")
-    mean = bars.mark_tick(style="middle", orient="horizontal").encode(y="mean:Q")
+    mean = bars.mark_tick(style="middle", orient="horizontal", size=40).encode(y="mean:Q")
     return (zero + pairs + rule + mean + dots).add_params(*_params(alt, seeds, "cell")).properties(height=300)
 
 
-def depth(frame: "pd.DataFrame", *, by: str, title: str, log: bool = False) -> "alt.Chart":
+def depth(frame: "pd.DataFrame", *, by: str, title: str, log: bool = False) -> Chart:
     """A metric at each site from the first to the last: mean and interval. frame: site, level, mean, low, high."""
     alt = _altair()
     site = alt.X("site:N", sort=_order(frame["site"]), title=None, axis=alt.Axis(labelAngle=-30))
@@ -153,7 +161,7 @@ def depth(frame: "pd.DataFrame", *, by: str, title: str, log: bool = False) -> "
     return _series(alt, frame, by, site, alt.Y("mean:Q", scale=scale, title=title), "cell")
 
 
-def scaling(frame: "pd.DataFrame", *, by: str, x: str, title: str) -> "alt.Chart":
+def scaling(frame: "pd.DataFrame", *, by: str, x: str, title: str) -> Chart:
     """A value against a size, both logarithmic where they are positive: mean and interval.
 
     frame: x, level, mean, low, high.
@@ -171,7 +179,7 @@ def scaling(frame: "pd.DataFrame", *, by: str, x: str, title: str) -> "alt.Chart
 # How they look
 
 
-def spec(chart: "alt.Chart", palette: Palette, *, width: int | str) -> dict[str, Any]:
+def spec(chart: Chart, palette: Palette, *, width: int | str) -> dict[str, Any]:
     """The chart as Vega-Lite, in these colours. `width` is in pixels, or "container" for the space there is."""
     alt = _altair()
     with alt.data_transformers.disable_max_rows():
@@ -179,6 +187,28 @@ def spec(chart: "alt.Chart", palette: Palette, *, width: int | str) -> dict[str,
     # ticks, rules and areas have no size of their own in a container whose width is still to come
     found["autosize"] = {"type": "fit-x" if width == "container" else "pad", "contains": "padding"}
     return found | {"config": _config(palette)}
+
+
+FORMATS = (".svg", ".png", ".pdf")
+
+
+def save(chart: Chart, path: Path, palette: Palette, *, width: int) -> None:
+    """Write the chart as the kind of picture that the path's suffix names, without browser or network."""
+    found = spec(chart, palette, width=width)
+    try:
+        import vl_convert
+    except ImportError:
+        raise ConfigError(MISSING) from None
+    match path.suffix:
+        case ".svg":
+            made = vl_convert.vegalite_to_svg(found).encode()
+        case ".png":
+            made = vl_convert.vegalite_to_png(found, scale=2)
+        case ".pdf":
+            made = vl_convert.vegalite_to_pdf(found)
+        case other:
+            raise ConfigError(f"no picture is called {other}: choose one of {', '.join(FORMATS)}")
+    write_atomically(path, lambda temporary: temporary.write_bytes(made))
 
 
 def _config(palette: Palette) -> dict[str, Any]:
@@ -206,7 +236,8 @@ def _config(palette: Palette) -> dict[str, Any]:
         "style": {
             "none": {"stroke": palette.muted, "strokeDash": [3, 3]},
             "interval": {"strokeWidth": 3, "opacity": 0.55},
-            "middle": {"thickness": 3, "size": 50, "filled": True, "bandSize": 16},
+            "middle": {"thickness": 3, "size": 18},
+            "knot": {"size": 50, "filled": True},
             "seed": {"size": 42, "filled": False, "strokeWidth": 1.6, "opacity": 0.9},
             "pair": {"stroke": palette.muted, "strokeWidth": 1, "opacity": 0.45},
             "band": {"opacity": 0.18},
@@ -247,7 +278,7 @@ def _series(alt: Any, frame: "pd.DataFrame", by: str, x: Any, y: Any, *picks: st
     band = base.mark_area(style="band").encode(y=bounds, y2="high:Q")
     line = base.mark_line().encode(y=y, strokeDash=level.dash)
     few = frame[x.shorthand.split(":")[0]].nunique() <= 20
-    dots = base.mark_point(style="middle", opacity=1 if few else 0).encode(y=y, shape=level.shape)
+    dots = base.mark_point(style="knot", opacity=1 if few else 0).encode(y=y, shape=level.shape)
     return (band + line + dots).add_params(*_params(alt, frame, *picks)).properties(height=270)
 
 

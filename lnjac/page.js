@@ -22,40 +22,52 @@
     const own = Object.fromEntries(uses.map((name) => [name, rows[name]]));
     views[id] = (await vegaEmbed(document.getElementById(id), { ...spec, datasets: own }, options)).view;
   }
+  const number = (value) => (value === null ? "–" : String(Number(value.toPrecision(4))));
 
-  // A cell of a map, or the two lists beside it, choose what the curves show.
+  // Lists beside the charts set the parameters of their names; so does a click on a cell of a map.
   for (const part of document.querySelectorAll("[data-linked]")) {
-    const lists = Object.fromEntries([...part.querySelectorAll("select")].map((list) => [list.name, list]));
-    const curves = part.querySelector("[data-curves]");
-    const body = part.querySelector("[data-rows] tbody");
-    const said = part.querySelector("[data-said]");
-    const linked = [...part.querySelectorAll(".chart")].map((chart) => views[chart.id]);
-    const number = (value) => (value === null ? "–" : Number(value.toPrecision(4)).toString());
+    const lists = [...part.querySelectorAll("select")];
+    const filled = part.querySelector("[data-rows]");
+    const linked = [...part.querySelectorAll(".chart")].map(({ id }) => ({
+      view: views[id],
+      names: (charts[id].spec.params ?? []).map((parameter) => parameter.name),
+    }));
 
     const show = async () => {
-      const { site, metric } = Object.fromEntries(Object.entries(lists).map(([name, list]) => [name, list.value]));
-      await Promise.all(linked.map((view) => view.signal("site", site).signal("metric", metric).runAsync()));
-      const chosen = rows[curves.dataset.curves].filter((row) => row.site === site && row.metric === metric);
-      said.textContent = `${metric} at ${site}`;
-      body.replaceChildren(
+      const known = linked.map(({ view, names }) => {
+        for (const { name, value } of lists) if (names.includes(name)) view.signal(name, value);
+        return view.runAsync();
+      });
+      if (filled) fill();
+      await Promise.all(known);
+    };
+    const fill = () => {
+      const keys = [...filled.querySelectorAll("th")].map((head) => head.textContent);
+      const chosen = rows[filled.dataset.rows].filter((row) =>
+        lists.every(({ name, value }) => !(name in row) || row[name] === value),
+      );
+      part.querySelector("[data-said]").textContent = lists.map(({ value }) => value).join(", ");
+      filled.querySelector("tbody").replaceChildren(
         ...chosen.map((row) => {
           const line = document.createElement("tr");
-          for (const key of ["step", "level", "mean", "low", "high"]) {
+          for (const key of keys) {
             line.insertCell().textContent = typeof row[key] === "string" ? row[key] : number(row[key]);
           }
           return line;
         }),
       );
     };
-    for (const view of linked) {
+    for (const { view } of linked) {
       view.addEventListener("click", (_, item) => {
-        if (!item?.datum?.shown) return;
-        lists.site.value = item.datum.site;
-        lists.metric.value = item.datum.metric;
+        const cell = item?.datum;
+        if (!cell?.shown) return;
+        for (const list of lists) {
+          if ([...list.options].some((option) => option.value === cell[list.name])) list.value = cell[list.name];
+        }
         show();
       });
     }
-    for (const list of Object.values(lists)) list.addEventListener("change", show);
+    for (const list of lists) list.addEventListener("change", show);
     await show();
   }
   document.documentElement.dataset.ready = "yes";

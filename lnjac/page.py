@@ -10,7 +10,7 @@ import hashlib
 import html
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +18,6 @@ from lnjac import figures
 from lnjac.config import ConfigError
 
 if TYPE_CHECKING:
-    import altair as alt
     import pandas as pd
 
 DIGITS = 6
@@ -42,17 +41,18 @@ class Charts:
         self.specs: dict[str, Any] = {}
         self.datasets: dict[str, Any] = {}
 
-    def figure(self, chart: "alt.Chart", caption: str, table: str) -> str:
-        """A chart under its caption, the table of what it shows below."""
+    def figure(self, chart: figures.Chart, caption: str, table: str, *, choosing: bool = False) -> str:
+        """A chart under its caption, a table of what it shows below it; the page fills that if readers choose its rows."""
         name = f"chart-{len(self.specs)}"
         spec = figures.spec(chart, figures.IN_PAGE, width="container")
         found = spec.pop("datasets")
         self.specs[name] = {"spec": spec, "uses": list(found)}
         self.datasets |= {key: columns(rows) for key, rows in found.items()}
-        said = html.escape(caption)
+        label = html.escape(caption)
+        filled = f' data-rows="{next(iter(found))}"' if choosing else ""
         return (
-            f'<figure aria-labelledby="{name}-said"><figcaption id="{name}-said">{said}</figcaption>\n'
-            f'<div class="chart" id="{name}" role="img" aria-label="{said}"></div>\n{table}</figure>\n'
+            f'<figure aria-labelledby="{name}-said"{filled}><figcaption id="{name}-said">{label}</figcaption>\n'
+            f'<div class="chart" id="{name}" role="img" aria-label="{label}"></div>\n{table}</figure>\n'
         )
 
     def packed(self) -> str:
@@ -81,6 +81,11 @@ def heading(text: str) -> str:
     return f"<h3>{html.escape(text)}</h3>\n"
 
 
+def said() -> str:
+    """Where the page says, aloud too, what was chosen."""
+    return '<p class="said" data-said aria-live="polite"></p>\n'
+
+
 def items(lines: Iterable[str], kind: str = "") -> str:
     inside = "".join(f"<li>{html.escape(line)}</li>\n" for line in lines)
     return f'<ul class="{kind}">\n{inside}</ul>\n' if kind else f"<ul>\n{inside}</ul>\n"
@@ -97,9 +102,22 @@ def choice(name: str, label: str, options: Sequence[str]) -> str:
     return f'<label>{html.escape(label)} <select name="{name}">{inside}</select></label>\n'
 
 
-def table(frame: "pd.DataFrame", label: str, more: str = "") -> str:
-    """A frame as a table that can be scrolled by keyboard; `more` are attributes of the element around it."""
+def linked(choices: Mapping[str, tuple[str, Sequence[str]]], inside: str) -> str:
+    """Charts with lists to choose from: each list has a label, and sets the charts' parameter of its name.
+
+    What has but one choice is not asked.
+    """
+    lists = "".join(choice(name, label, options) for name, (label, options) in choices.items() if len(options) > 1)
+    shown = f'<div class="choose">{lists}</div>\n' if lists else ""
+    return f"<div data-linked>\n{shown}{inside}</div>\n"
+
+
+def table(frame: "pd.DataFrame", label: str, most: int = 300) -> str:
+    """A frame as a table that can be scrolled by keyboard; what goes beyond `most` rows is only counted."""
     from lnjac.summary import number
+
+    more = paragraph(f"{len(frame) - most} more rows are left out here.", "muted") if len(frame) > most else ""
+    frame = frame.head(most)
 
     def cell(value: Any) -> str:
         if isinstance(value, float):
@@ -114,8 +132,8 @@ def table(frame: "pd.DataFrame", label: str, more: str = "") -> str:
     plain = frame.astype(object).itertuples(index=False, name=None)
     body = "\n".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in plain)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(label)}" {more}>'
-        f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(label)}">'
+        f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n{more}"
     )
 
 
@@ -176,9 +194,7 @@ def _style() -> str:
         "".join(f"--{name}:{value};" for name, value in figures.variables(palette).items()) + f"--link:{link};"
         for palette, link in ((figures.LIGHT, "#005ea2"), (figures.DARK, "#7cc4f5"))
     )
-    palettes = (
-        f":root{{{light}}}\n@media screen and (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
-    )
+    palettes = f":root{{{light}}}\n@media screen and (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
     return palettes + (HERE / "page.css").read_text(encoding="utf-8")
 
 
@@ -187,7 +203,7 @@ def _bundle() -> str:
     try:
         from vl_convert import javascript_bundle
     except ImportError:
-        raise ConfigError("charts need altair and vl-convert-python: pip install -e '.[report]'") from None
+        raise ConfigError(figures.MISSING) from None
     return str(javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 

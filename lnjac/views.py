@@ -7,6 +7,7 @@ cells, a chart holds them all and shows the one that its parameter `cell` names.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,6 @@ from lnjac.design import ALL_SITES, RUN, Study
 from lnjac.where import Where
 
 if TYPE_CHECKING:
-    import altair as alt
     import pandas as pd
 
 HEADLINE = ("radial_share", "cos_center_vs_true")
@@ -37,12 +37,18 @@ ONE = "all runs"
 
 
 class Drawing(NamedTuple):
-    """A chart, what it says, and the numbers in it as a table."""
+    """A chart, what it says, the numbers in it as a table, and what its parameters can choose among."""
 
-    chart: "alt.Chart"
+    chart: figures.Chart
     caption: str
     table: "pd.DataFrame"
     notes: Sequence[str] = ()
+    choices: Mapping[str, Sequence[str]] = MappingProxyType({})
+
+
+def choices(frame: "pd.DataFrame", *names: str) -> dict[str, list[str]]:
+    """The values, in their order, of those columns that the frame has."""
+    return {name: list(dict.fromkeys(frame[name])) for name in names if name in frame}
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class View:
         vary = [name for name in design.varying(every) if name != "ln_backward.sites"]
         every = every.assign(**{name: design.labelled(every, name) for name in {"ln_backward", *by} & set(every)})
         cells, _ = design.strata(every, by, vary) if by else (vary, [])
-        return every.assign(level=every[self.by].map(str) if self.by else ONE, cell=cell_names(every, cells))
+        return every.assign(level=every[self.by].map(_word) if self.by else ONE, cell=cell_names(every, cells))
 
     @cached_property
     def cells(self) -> list[str]:
@@ -89,15 +95,18 @@ def view(study: Study, by: str | None = None, where: str | None = None, metrics:
     return View(study, by, where, metrics)
 
 
-def cell_names(frame: "pd.DataFrame", cells: Sequence[str]) -> "pd.Series[str] | str":
+def cell_names(frame: "pd.DataFrame", cells: Sequence[str]) -> list[str]:
     """Each row's cell in words, `ln_backward=exact steps=100`."""
     if not cells:
-        return ONE
-    words = [name + "=" + frame[name].astype(object).where(frame[name].notna(), "null").map(_word) for name in cells]
-    return words[0].str.cat(words[1:], sep=" ")
+        return [ONE] * len(frame)
+    plain = frame[list(cells)].itertuples(index=False, name=None)
+    return [" ".join(f"{name}={_word(value)}" for name, value in zip(cells, row, strict=True)) for row in plain]
 
 
 def _word(value: Any) -> str:
+    """A level as its column's name is followed by it; only NaN differs from itself."""
+    if value is None or value != value:
+        return "null"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -146,45 +155,58 @@ def intervals(frame: "pd.DataFrame", keys: Sequence[str], value: str = "value") 
 
 def _lines(view: View, frame: "pd.DataFrame", keys: Sequence[str]) -> "pd.DataFrame":
     """`intervals`, cells and levels in their order; the cell is left out where there is only one."""
-    out = intervals(frame, keys)
-    out["at"] = out["cell"].map({name: i for i, name in enumerate(view.cells)})
-    out = out.sort_values(["at", "level"], kind="stable").drop(columns="at").reset_index(drop=True)
+    out = _ordered(view, intervals(frame, keys), "level")
     return out if len(view.cells) > 1 else out.drop(columns="cell")
+
+
+def _ordered(view: View, frame: "pd.DataFrame", then: str) -> "pd.DataFrame":
+    """By cell in their order, then by a column, then by site where there are: the mean over norms, and as they follow."""
+    order = frame.assign(at=frame["cell"].map({name: i for i, name in enumerate(view.cells)}))
+    if "site" in frame:
+        order["row"] = frame["site"] != ALL_SITES
+    by = [name for name in ("at", then, "row") if name in order]
+    return frame.loc[order.sort_values(by, kind="stable").index].reset_index(drop=True)
 
 
 # The drawings
 
 
 def headline(view: View, metric: str | None = None) -> Drawing:
-    """Differences between the levels, every seed of them, at each norm and over all."""
+    """Differences between the levels, every seed of them: at each norm and over all, or over all alone in each cell."""
+    import pandas as pd
+
     metric = metric or HEADLINE[0]
     by = _required(view)
     found = compare.compare(view.study, by, metrics=[metric], table=_table(view, metric), where=view.where)
     rows, seeds = found.rows, found.seeds()
+    by_site = "site" in rows
     pairs = rows[["a", "b"]].drop_duplicates()
-    several = len(pairs) > 1
-    many = len(pairs) * len(rows[found.cells].drop_duplicates() if found.cells else pairs) > MOST_LINES
+    n_cells = len(rows[found.cells].drop_duplicates()) if found.cells else 1
+    in_rows = by_site and len(pairs) * n_cells <= MOST_LINES
     for frame in (rows, seeds):
-        pair = frame["a"].map(_word) + " − " + frame["b"].map(_word)
-        cell = cell_names(frame, found.cells)
-        frame["pair"], frame["place"] = pair, cell if many or "site" not in frame else frame["site"]
-        own = [pair] if several or many or not found.cells else []
-        own += [] if many or not found.cells else [cell]
-        frame["contrast"] = own[0] if len(own) == 1 else own[0] + ", " + own[1]
-    table = rows[[*found.cells, *(["site"] if "site" in rows else []), "a", "b", "mean_a", "mean_b", *_RESULTS]]
-    if many and "site" in rows:
-        rows, seeds = (frame[frame["site"] == ALL_SITES] for frame in (rows, seeds))
-    if not many and "site" in rows:
-        rows = rows.iloc[np.argsort(rows["site"] != ALL_SITES, kind="stable")]
-    shown = rows.rename(columns={"difference": "mean"})
+        pair, cell = _pairs(frame), cell_names(frame, found.cells)
+        frame["place"] = frame["site"] if in_rows else cell
+        frame["contrast"] = pair
+        if in_rows and found.cells:
+            frame["contrast"] = cell if len(pairs) == 1 else pair + ", " + cell
+    table = rows[[*found.cells, *(["site"] if by_site else []), "a", "b", "mean_a", "mean_b", *_RESULTS]]
+    if by_site:
+        first = rows["site"] == ALL_SITES
+        rows = pd.concat([rows[first], rows[~first]]) if in_rows else rows[first]
+        seeds = seeds if in_rows else seeds[seeds["site"] == ALL_SITES]
     chart = figures.headline(
         seeds.dropna(subset="difference")[["place", "contrast", "seed", "difference"]],
-        shown[["place", "contrast", "mean", "low", "high"]],
-        title=f"difference of {metric}" + (f" ({pairs.iloc[0]['a']} − {pairs.iloc[0]['b']})" if not several else ""),
+        rows.rename(columns={"difference": "mean"})[["place", "contrast", "mean", "low", "high"]],
+        title=f"{metric}: {_pairs(pairs).iloc[0]}" if len(pairs) == 1 else f"difference of {metric}",
     )
-    over = f" ({ALL_SITES})" if many and "site" in found.rows else ""
+    over = f" ({ALL_SITES})" if by_site and not in_rows else ""
     caption = f"Difference of {metric}{over} between levels of {by}: every seed, the mean, its 95% interval."
     return Drawing(chart, caption, table, found.notes)
+
+
+def _pairs(frame: "pd.DataFrame") -> "pd.Series[str]":
+    """Each row's comparison in words, `softmax − sigmoid`."""
+    return frame["a"].map(_word) + " − " + frame["b"].map(_word)
 
 
 _RESULTS = ["difference", "low", "high", "p_adjusted", "n"]
@@ -197,25 +219,24 @@ def heatmap(view: View, metric: str | None = None) -> Drawing:
     found = compare.compare(view.study, by, metrics=metrics, where=view.where)
     rows = found.rows
     rows = rows.assign(
-        pair=rows["a"].map(_word) + " − " + rows["b"].map(_word),
+        pair=_pairs(rows),
         cell=cell_names(rows, found.cells),
-        shade=rows["difference"] / rows.groupby(["metric", "a", "b"])["difference"].transform(lambda d: d.abs().max()),
-        shown=rows["difference"].map("{:.2g}".format),
+        shown=rows["difference"].map("{:.2g}".format) + np.where(rows["p_adjusted"] < 0.05, "*", ""),
         column=rows["metric"],
     ).dropna(subset="difference")
-    rows["at"] = rows["cell"].map({name: i for i, name in enumerate(view.cells)})
-    rows["row"] = rows["site"].map({name: i for i, name in enumerate([ALL_SITES, *rows["site"].unique()])})
-    rows = rows.sort_values(["at", "pair", "row"], kind="stable")
+    largest = rows["difference"].abs().groupby([rows["metric"], rows["pair"], rows["cell"]]).transform("max")
+    rows["shade"] = (rows["difference"] / largest).fillna(0.0)
+    rows = _ordered(view, rows, "pair")
     own = [name for name in ("cell", "pair") if rows[name].nunique() > 1]
     cells = rows[[*own, "site", "column", "metric", "shade", "shown", "difference", "low", "high", "p_adjusted"]]
     pair = "" if "pair" in own else f" ({rows['pair'].iloc[0]})"
-    chart = figures.heatmap(cells, legend="difference / the metric's largest")
+    chart = figures.heatmap(cells, legend="difference / the largest of its metric")
     caption = (
         f"Difference of each metric at each norm between levels of {by}{pair}: blue below 0, orange above, full colour "
-        "for the largest of its metric."
+        "for the largest of its metric. A star: adjusted p < 0.05."
     )
     wide = cells.pivot_table("difference", [*own, "site"], "metric", sort=False).reset_index()
-    return Drawing(chart, caption, wide, found.notes)
+    return Drawing(chart, caption, wide, found.notes, choices(cells, "cell", "pair"))
 
 
 def enrichment(view: View) -> Drawing:
@@ -239,7 +260,7 @@ def enrichment(view: View) -> Drawing:
         "chance (1), blue below, orange above, full colour from 16 times."
     )
     wide = cells.pivot_table("mean", [*own, "site"], "column", sort=False).reset_index()
-    return Drawing(chart, caption, wide)
+    return Drawing(chart, caption, wide, (), choices(cells, "cell"))
 
 
 def curves(view: View) -> Drawing:
@@ -256,7 +277,8 @@ def curves(view: View) -> Drawing:
         lines = lines[lines["cell"].isin(kept)]
         notes.append(f"curves of the first {len(kept)} of {len(view.cells)} cells: choose others by --where")
     caption = "The chosen metric at the chosen norm after so many updates: mean over seeds and its 95% interval."
-    return Drawing(figures.curves(lines, by=view.title), caption, lines, notes)
+    chosen = choices(lines, "cell", "site", "metric")
+    return Drawing(figures.curves(lines, by=view.title), caption, lines, notes, chosen)
 
 
 def trajectory(view: View, metric: str | None = None) -> Drawing:
@@ -276,7 +298,8 @@ def trajectory(view: View, metric: str | None = None) -> Drawing:
     steps = _thinned(values["step"].unique().tolist(), MOST_STEPS)
     lines = _lines(view, values[values["step"].isin(steps)], ["cell", "step", "level"])
     chart = figures.trajectory(lines.drop(columns="n"), by=view.title, title=what)
-    return Drawing(chart, f"{what} after so many updates: mean over seeds and its 95% interval.", lines)
+    caption = f"{what} after so many updates: mean over seeds and its 95% interval."
+    return Drawing(chart, caption, lines, (), choices(lines, "cell"))
 
 
 _MORE_OFTEN = {
@@ -287,6 +310,11 @@ _MORE_OFTEN = {
 
 def cost(view: View, metric: str | None = None) -> Drawing:
     """The loss of each backward minus the exact one's, seed by seed."""
+    if view.runs["ln_backward"].nunique() < 2:
+        raise ConfigError(
+            f"all runs have ln_backward={view.runs['ln_backward'].iloc[0]}: python run.py -m "
+            "ln_backward=exact,center_scale seed=1,2,3 makes some whose cost can be told"
+        )
     by = None if view.by == "ln_backward" else view.by
     found = compare.cost(view.study, by=by, metric=metric or LOSS, where=view.where)
     rows, seeds = found.costs.rows, found.costs.seeds()
@@ -309,8 +337,10 @@ def cost(view: View, metric: str | None = None) -> Drawing:
     table = rows[[*found.costs.cells, "a", "mean_a", "mean_b", *_RESULTS]].rename(
         columns={"a": "backward", "mean_a": "loss", "mean_b": "exact's loss", "difference": "cost"}
     )
-    caption = "What training with each backward costs: every seed, those of one seed joined, the mean, its 95% interval."
-    return Drawing(chart, caption, table, found.costs.notes)
+    caption = (
+        "What training with each backward costs: every seed, those of one seed joined, the mean, its 95% interval."
+    )
+    return Drawing(chart, caption, table, found.costs.notes, choices(rows, *own))
 
 
 def cost_differences(view: View) -> "tuple[pd.DataFrame, Sequence[str]] | None":
@@ -328,10 +358,10 @@ def depth(view: View, metric: str | None = None) -> Drawing:
     metric = metric or "sigma_mean"
     values = layer_values(view, [metric], last=True).dropna(subset="value")
     lines = _lines(view, values[values["site"] != ALL_SITES], ["cell", "level", "site"])
-    log = metric.startswith("sigma") and bool((lines[["mean", "low"]].min(axis=None)) > 0)
+    log = metric.startswith("sigma") and bool((lines[["mean", "low"]].min() > 0).all())
     chart = figures.depth(lines.drop(columns="n"), by=view.title, title=metric, log=log)
     caption = f"{metric} from the first norm to the last: mean over seeds and its 95% interval, after the last update."
-    return Drawing(chart, caption, lines)
+    return Drawing(chart, caption, lines, (), choices(lines, "cell"))
 
 
 def scaling(view: View, metric: str | None = None, x: str | None = None) -> Drawing:
@@ -357,7 +387,8 @@ def scaling(view: View, metric: str | None = None, x: str | None = None) -> Draw
         x=x,
         title=metric,
     )
-    return Drawing(chart, f"{metric} against {x}: mean over seeds and its 95% interval.", found.slopes, found.notes)
+    caption = f"{metric} against {x}: mean over seeds and its 95% interval."
+    return Drawing(chart, caption, found.slopes, found.notes, choices(points, *own))
 
 
 def sizes(view: View) -> list[str]:
@@ -380,7 +411,9 @@ FIGURES: Mapping[str, Callable[..., Drawing]] = {
 
 def _required(view: View) -> str:
     if view.by is None:
-        raise ConfigError("nothing varies but the seed: python run.py -m attn_mode=softmax,sigmoid seed=1,2,3 compares two")
+        raise ConfigError(
+            "nothing varies but the seed: python run.py -m attn_mode=softmax,sigmoid seed=1,2,3 compares two"
+        )
     return view.by
 
 
