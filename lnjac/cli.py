@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lnjac import cli_report
+from lnjac.cli_compare import AsJson, commands
 
 if TYPE_CHECKING:
     import pandas as pd
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,  # rich's help pages cost 0.2 s
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.add_typer(commands)
 app.add_typer(cli_report.commands)
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
 
 @app.callback()
 def about() -> None:
-    """Merge finished runs and look at them. Runs are made by run.py."""
+    """Merge finished runs, look at them and compare them. Runs are made by run.py."""
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lnjac.cli_compare import AsJson, Sources
 from lnjac.config import ConfigError
 
 commands = typer.Typer(rich_markup_mode=None)
@@ -24,12 +25,10 @@ class Figure(str, Enum):
     scaling = "scaling"
 
 
-Sources = Annotated[list[Path], typer.Argument(help="A merged table, or any mix of tables, sweeps and runs.")]
 By = Annotated[
     str | None, typer.Option(help="The config column whose levels are compared; attn_mode, or the first that varies.")
 ]
 Where = Annotated[str | None, typer.Option(help="Only runs for which this holds, such as \"method == 'fa'\".")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 @commands.command()
@@ -39,8 +38,7 @@ def report(
     by: By = None,
     where: Where = None,
     title: Annotated[str | None, typer.Option(help="The page's title; the sources' names unless given.")] = None,
-    as_json: AsJson = False,
-) -> None:
+    as_json: ) -> None:
     """Write one HTML page that needs no network: what was run, what differs, where, since when, and what it costs.
 
     \b

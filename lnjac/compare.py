@@ -53,10 +53,12 @@ class Comparison:
     `rows`: the cell's columns, metric, site, the levels `a` and `b`, `mean_a` and `mean_b` over the seeds compared,
     `difference` = a − b with its interval `low` to `high`, `p`, `p_adjusted` and `adjusted_by`, `effect`, `n`, `paired`,
     `missing` (seeds that only one of the levels has), `diverged_a` of `runs_a`, `diverged_b` of `runs_b`.
-    `cells` names the cell's columns. `seed`, `a`, `b`: (rows, seeds), NaN where a level has no number, seed −1 for none.
+    `by` is the column compared, `cells` names the cell's. `seed`, `a`, `b`: (rows, seeds), NaN where a level has no
+    number, seed −1 for none.
     """
 
     rows: "pd.DataFrame"
+    by: str
     cells: list[str]
     seed: npt.NDArray[np.int64]
     a: Array
@@ -297,7 +299,7 @@ def _compared(values: Values, pairs: Sequence[Pair], how: Inference) -> Comparis
         mine = rows["adjusted_by"] == family
         rows.loc[mine, "p_adjusted"] = stats.adjusted(rows.loc[mine, "p"].to_numpy(), family)
     notes = [*_how(values, rows, how), *_lacking(values, pairs, both, rows), *_about(values)]
-    return Comparison(rows, list(map(str, values.cells)), values.seeds[cell], a[at], b[at], notes)
+    return Comparison(rows, values.by[-1], list(map(str, values.cells)), values.seeds[cell], a[at], b[at], notes)
 
 
 def _key(values: Values, metric: Integers, site: Integers, cell: Integers) -> "pd.DataFrame":

@@ -262,7 +262,7 @@ def _merge_of(source: Path) -> Path:
         age = merged.stat().st_mtime
         if all(status.stat().st_mtime <= age for status in source.glob(f"*/{runs.STATUS}")):
             return merged
-    return sweep._layers_file(source)
+    return sweep.layers_file(source)
 
 
 def _checked(path: Path) -> list[str]:

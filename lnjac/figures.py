@@ -68,21 +68,24 @@ def _altair() -> Any:
 def headline(seeds: "pd.DataFrame", intervals: "pd.DataFrame", *, title: str) -> Chart:
     """Differences between levels in rows: every seed a dot, the mean a bar with its interval, and a line at none.
 
-    seeds: place, contrast, seed, difference; intervals: place, contrast, mean, low, high. Places are drawn in their order.
+    seeds: place, contrast, seed, difference; intervals: place, contrast, mean, low, high. Places are drawn in their order,
+    one line for each part between commas.
     """
     alt = _altair()
-    place = alt.Y("place:N", sort=_order(intervals["place"]), title=None)
+    places = _order(intervals["place"])
+    axis = alt.Axis(labelExpr="split(datum.label, ', ')")
+    place = alt.Y("place:N", sort=places, title=None, axis=axis)
     level = _level(alt, intervals["contrast"], "contrast", "difference")
     shift = alt.YOffset("contrast:N", sort=level.names)
     zero = alt.Chart(_zero()).mark_rule(style="none").encode(x="zero:Q")
     bars = alt.Chart(intervals).encode(y=place, yOffset=shift, color=level.color, tooltip=_numbers(alt, intervals))
-    rule = bars.mark_rule(style="interval").encode(x=alt.X("low:Q", title=title), x2="high:Q")
+    rule = bars.mark_rule(style="interval").encode(x=alt.X("low:Q", title=title, axis=alt.Axis(tickCount=7)), x2="high:Q")
     mean = bars.mark_tick(style="middle", orient="vertical").encode(x="mean:Q")
     dots = (
         alt.Chart(seeds)
         .mark_point(style="seed")
         .encode(
-            x=alt.X("difference:Q", title=title),
+            x=alt.X("difference:Q", title=title, axis=alt.Axis(tickCount=7)),
             y=place,
             yOffset=shift,
             color=level.color,
@@ -90,8 +93,8 @@ def headline(seeds: "pd.DataFrame", intervals: "pd.DataFrame", *, title: str) ->
             tooltip=_numbers(alt, seeds),
         )
     )
-    n_rows = len(level.names) * intervals["place"].nunique()
-    return (zero + rule + mean + dots).properties(height=30 + 24 * n_rows)
+    row = max(24 * len(level.names), 15 * max(name.count(", ") + 1 for name in places) + 6)
+    return (zero + rule + mean + dots).properties(height=20 + row * len(places))
 
 
 def heatmap(cells: "pd.DataFrame", *, legend: str) -> Chart:
@@ -109,7 +112,7 @@ def heatmap(cells: "pd.DataFrame", *, legend: str) -> Chart:
         "shade:Q",
         title=legend,
         scale=alt.Scale(type="quantize", domain=[-1, 1], range="diverging"),
-        legend=alt.Legend(format=".1f", orient="bottom", gradientLength=260, titleLimit=400),
+        legend=alt.Legend(format=".1f", orient="bottom", gradientLength=260, titleLimit=300, labelOverlap=False),
     )
     rect = base.mark_rect(style="box", cursor="pointer").encode(
         color=shade, strokeWidth=alt.condition(_picked("site", "metric"), alt.value(2.5), alt.value(0.3))
@@ -157,7 +160,7 @@ def depth(frame: "pd.DataFrame", *, by: str, title: str, log: bool = False) -> C
     """A metric at each site from the first to the last: mean and interval. frame: site, level, mean, low, high."""
     alt = _altair()
     site = alt.X("site:N", sort=_order(frame["site"]), title=None, axis=alt.Axis(labelAngle=-30))
-    scale = alt.Scale(type="log", nice=False, zero=False, padding=10) if log else alt.Scale(zero=False)
+    scale = alt.Scale(type="log", nice=False, padding=10) if log else alt.Scale(zero=False)
     return _series(alt, frame, by, site, alt.Y("mean:Q", scale=scale, title=title), "cell")
 
 
@@ -168,7 +171,7 @@ def scaling(frame: "pd.DataFrame", *, by: str, x: str, title: str) -> Chart:
     """
     alt = _altair()
     positive = bool((frame[["mean", "low"]].min() > 0).all())
-    scale = alt.Scale(type="log", nice=False, zero=False, padding=10) if positive else alt.Scale(zero=False)
+    scale = alt.Scale(type="log", nice=False, padding=10) if positive else alt.Scale(zero=False)
     sizes = sorted(frame["x"].unique().tolist())
     size = alt.X(
         "x:Q", title=x, scale=alt.Scale(type="log", nice=False, padding=20), axis=alt.Axis(values=sizes, format="~s")
@@ -223,10 +226,10 @@ def _config(palette: Palette) -> dict[str, Any]:
             "gridColor": palette.line,
             "domainColor": palette.muted,
             "tickColor": palette.muted,
-            "labelLimit": 160,
+            "labelLimit": 200,
             "titleLimit": 320,
         },
-        "legend": text | {"titleFontWeight": "normal", "orient": "top", "columns": 3, "labelLimit": 220},
+        "legend": text | {"titleFontWeight": "normal", "orient": "top", "labelLimit": 260},
         "range": {
             "category": list(palette.levels),
             "symbol": list(SHAPES),
@@ -234,15 +237,15 @@ def _config(palette: Palette) -> dict[str, Any]:
         },
         "line": {"strokeWidth": 2},
         "style": {
-            "none": {"stroke": palette.muted, "strokeDash": [3, 3]},
+            "none": {"color": palette.muted, "strokeDash": [3, 3]},
             "interval": {"strokeWidth": 3, "opacity": 0.55},
             "middle": {"thickness": 3, "size": 18},
             "knot": {"size": 50, "filled": True},
             "seed": {"size": 42, "filled": False, "strokeWidth": 1.6, "opacity": 0.9},
-            "pair": {"stroke": palette.muted, "strokeWidth": 1, "opacity": 0.45},
+            "pair": {"color": palette.muted, "strokeWidth": 1, "opacity": 0.45},
             "band": {"opacity": 0.18},
             "box": {"stroke": palette.ink},
-            "shown": {"fill": palette.ink, "fontSize": 11},
+            "shown": {"color": palette.ink, "fontSize": 11},
         },
     }
 
@@ -257,7 +260,8 @@ class _Level(NamedTuple):
 def _level(alt: Any, levels: "pd.Series[Any]", field: str, title: str) -> _Level:
     """The encodings of a factor. Their legends are one as long as titles and orders agree."""
     names = _order(levels)
-    legend = alt.Legend() if len(names) > 1 else None
+    longest = max(map(len, names)) + 4  # characters, of some 44 that fit the narrowest page
+    legend = alt.Legend(columns=max(1, min(4, 44 // longest))) if len(names) > 1 else None
     dashes = [DASHES[i % len(DASHES)] for i in range(len(names))]
     return _Level(
         names,
@@ -292,7 +296,7 @@ def _updates(alt: Any, steps: "pd.Series[Any]") -> Any:
     known = sorted(steps.unique().tolist())
     gaps = [b - a for a, b in pairwise(known)] or [1]
     if max(gaps) < 8 * min(gaps):
-        return alt.X("step:Q", title="updates")
+        return alt.X("step:Q", title="updates", axis=alt.Axis(tickMinStep=1, format="d"))
     return alt.X("step:Q", title="updates", scale=alt.Scale(type="symlog"), axis=alt.Axis(values=known))
 
 

@@ -20,7 +20,9 @@
   const views = {};
   for (const [id, { spec, uses }] of Object.entries(charts)) {
     const own = Object.fromEntries(uses.map((name) => [name, rows[name]]));
-    views[id] = (await vegaEmbed(document.getElementById(id), { ...spec, datasets: own }, options)).view;
+    const place = document.getElementById(id);
+    views[id] = (await vegaEmbed(place, { ...spec, datasets: own }, options)).view;
+    place.querySelector("svg").setAttribute("aria-hidden", "true"); // the caption and the table are read, not each mark
   }
   const number = (value) => (value === null ? "–" : String(Number(value.toPrecision(4))));
 

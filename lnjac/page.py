@@ -41,8 +41,11 @@ class Charts:
         self.specs: dict[str, Any] = {}
         self.datasets: dict[str, Any] = {}
 
-    def figure(self, chart: figures.Chart, caption: str, table: str, *, choosing: bool = False) -> str:
-        """A chart under its caption, a table of what it shows below it; the page fills that if readers choose its rows."""
+    def figure(self, chart: figures.Chart, caption: str, table: str, *, wide: bool = False, choosing: bool = False) -> str:
+        """A chart under its caption, a table of what it shows below it.
+
+        A `wide` one is scrolled where the page is narrow; if readers are `choosing` the table's rows, the page fills it.
+        """
         name = f"chart-{len(self.specs)}"
         spec = figures.spec(chart, figures.IN_PAGE, width="container")
         found = spec.pop("datasets")
@@ -50,9 +53,12 @@ class Charts:
         self.datasets |= {key: columns(rows) for key, rows in found.items()}
         label = html.escape(caption)
         filled = f' data-rows="{next(iter(found))}"' if choosing else ""
+        place = f'<div class="chart" id="{name}" role="img" aria-label="{label}"></div>\n'
+        if wide:
+            place = _scrolled(place, caption, "wide")
         return (
             f'<figure aria-labelledby="{name}-said"{filled}><figcaption id="{name}-said">{label}</figcaption>\n'
-            f'<div class="chart" id="{name}" role="img" aria-label="{label}"></div>\n{table}</figure>\n'
+            f"{place}{table}</figure>\n"
         )
 
     def packed(self) -> str:
@@ -131,9 +137,15 @@ def table(frame: "pd.DataFrame", label: str, most: int = 300) -> str:
     )
     plain = frame.astype(object).itertuples(index=False, name=None)
     body = "\n".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in plain)
+    inside = f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+    return _scrolled(inside, label) + more
+
+
+def _scrolled(inside: str, label: str, kind: str = "") -> str:
+    """What is wider than its page, to be scrolled by keyboard too."""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(label)}">'
-        f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n{more}"
+        f'<div class="{f"scroll {kind}".strip()}" tabindex="0" role="region" aria-label="{html.escape(label)}">'
+        f"{inside}</div>\n"
     )
 
 

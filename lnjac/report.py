@@ -55,9 +55,10 @@ def _what(view: View, charts: Charts) -> str:
     if merge:
         found = f"{merge['found']} found, {merge['merged']} merged, {len(merge['skipped'])} skipped"
         pairs += [("merge", found), ("sources", ", ".join(merge["sources"]))]
-    for name in varying(every):
-        if name not in IDENTITY:
-            pairs.append((name, _values(every[name])))
+    vary = varying(every.drop(columns=["cell", "level"]))
+    groups = [name for name in vary if "." not in name and name not in IDENTITY]
+    own = [name for name in vary if "." in name and name.partition(".")[0] not in groups]  # else told by the member
+    pairs += [(name, _values(every[name])) for name in [*groups, *own]]
     pairs.append(("seed", _values(every["seed"])))
     fixed = [
         name for name in ("model", "attn_mode", "method", "ln_backward", "optimizer", "data", "steps") if name in every
@@ -96,7 +97,7 @@ def _merge(study: Study) -> dict[str, Any]:
 def _layers(view: View, charts: Charts) -> str:
     """Maps of norms and metrics; a cell of one chooses what the curves below them show."""
     maps = _drawings([lambda: views.heatmap(view), lambda: views.enrichment(view)])
-    body, curves = "".join(_figure(charts, drawn) for drawn in maps), _drawings([lambda: views.curves(view)])[0]
+    body, curves = "".join(_figure(charts, drawn, wide=True) for drawn in maps), _drawings([lambda: views.curves(view)])[0]
     if isinstance(curves, str):
         return body + page.paragraph(curves, "muted")
     label = "The chosen curves as a table"
@@ -129,11 +130,9 @@ def _depth(view: View, charts: Charts) -> str:
 
 def _scaling(view: View, charts: Charts) -> str:
     metrics = (views.HEADLINE[0], views.LOSS)
-    sizes = views.sizes(view)
-    return _shown(
-        charts,
-        [partial(views.scaling, view, metric, x) for x in sizes for metric in metrics]
-        or [partial(views.scaling, view)],
+    return "".join(
+        _shown(charts, [partial(views.scaling, view, metric, x) for metric in metrics])
+        for x in views.sizes(view) or [None]
     )
 
 
@@ -191,12 +190,12 @@ def _choices(drawn: Sequence[Drawing | str]) -> dict[str, tuple[str, list[str]]]
     }
 
 
-def _figure(charts: Charts, drawing: Drawing | str) -> str:
+def _figure(charts: Charts, drawing: Drawing | str, *, wide: bool = False) -> str:
     if isinstance(drawing, str):
         return page.paragraph(drawing, "muted")
     notes = page.items(drawing.notes, "muted") if drawing.notes else ""
     table = page.folded("Table and notes" if notes else "Table", page.table(drawing.table, drawing.caption) + notes)
-    return charts.figure(drawing.chart, drawing.caption, table)
+    return charts.figure(drawing.chart, drawing.caption, table, wide=wide)
 
 
 def _values(column: "pd.Series[Any]", most: int = 12) -> str:

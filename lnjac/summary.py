@@ -31,7 +31,7 @@ def layer_table(rows: "Sequence[Mapping[str, Any]] | pd.DataFrame") -> str:
         lines.append([name, *(number(row[column]) for column in HEADINGS)])
     if records:
         lines.append(["AVG", *(number(_mean([row[column] for row in records])) for column in HEADINGS)])
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def number(value: float | None) -> str:
@@ -53,10 +53,11 @@ def _mean(values: Sequence[float | None]) -> float:
     return math.fsum(math.nan if value is None else value for value in values) / len(values)
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Names to the left, numbers to the right, two spaces between columns."""
+def aligned(lines: Sequence[Sequence[str]], labels: int = 1) -> str:
+    """Columns two spaces apart, the first `labels` of them to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    sides = [str.ljust] * labels + [str.rjust] * (len(widths) - labels)
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        "  ".join(pad(cell, width) for pad, cell, width in zip(sides, line, widths, strict=True)).rstrip()
         for line in lines
     )

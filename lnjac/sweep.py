@@ -211,7 +211,7 @@ def discover(sources: Iterable[Path]) -> list[Source]:
             raise ConfigError(f"{path} does not exist")
         if path.name in (*runs.FILES.values(), runs.STATUS):
             raise ConfigError(f"{path} is one file of a run: name its folder, {path.parent}")
-        layers = _layers_file(path)
+        layers = layers_file(path)
         if (real := layers.resolve()) not in seen:
             seen.add(real)
             found.append(Source(layers, merged=True))
@@ -231,7 +231,7 @@ def _run_folders(folder: Path, seen: set[Path]) -> Iterator[Path]:
             yield from _run_folders(path, seen)
 
 
-def _layers_file(path: Path) -> Path:
+def layers_file(path: Path) -> Path:
     """X.parquet, for X.runs.parquet and X.curves.parquet too: a shell's *.parquet names all three."""
     for name in ("runs", "curves"):
         if path.name.endswith(f".{name}.parquet"):
@@ -468,7 +468,7 @@ def _require_same_science(
         if column in (*KEYS[name], *NO_SCIENCE):
             continue
         one, other = table[column].take(pa.array(kept)), table[column].take(pa.array(dropped))
-        for i in np.flatnonzero(_differs(one, other, rtol)):
+        for i in np.flatnonzero(differs(one, other, rtol)):
             key = ", ".join(f"{key}={table[key][int(kept[i])]}" for key in KEYS[name])
             raise ConfigError(
                 f"{paths.iloc[kept[i]]} and {paths.iloc[dropped[i]]} both hold the row of {name} with {key}, but "
@@ -477,7 +477,7 @@ def _require_same_science(
             )
 
 
-def _differs(one: pa.ChunkedArray, other: pa.ChunkedArray, rtol: float) -> Booleans:
+def differs(one: pa.ChunkedArray, other: pa.ChunkedArray, rtol: float) -> Booleans:
     """Where the values differ; null equals null and NaN equals NaN, but not each other."""
     if pa.types.is_floating(one.type):
         equal = np.isclose(one.to_numpy(), other.to_numpy(), rtol=rtol, atol=0, equal_nan=True)
@@ -537,7 +537,7 @@ def _missing_seeds(frame: "pd.DataFrame") -> list[str]:
 def _check_output(output: Path) -> None:
     if output.suffix != ".parquet":
         raise ConfigError(f"the output {output} must end in .parquet: try {output.name}.parquet")
-    if output.name in runs.FILES.values() or _layers_file(output) != output:
+    if output.name in runs.FILES.values() or layers_file(output) != output:
         raise ConfigError(f"the output must not be called {output.name}, which means something else: try all.parquet")
     if output.is_dir():
         raise ConfigError(f"the output {output} is a folder: try {output / 'all.parquet'}")

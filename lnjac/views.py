@@ -78,7 +78,12 @@ class View:
     def cells(self) -> list[str]:
         """The cells' names, those of exact runs first: what everything else is measured against."""
         names = sorted(self.runs["cell"].unique())
-        return sorted(names, key=lambda name: "ln_backward=exact" not in name.split())
+        return sorted(names, key=lambda name: "ln_backward=exact" not in name.split(", "))
+
+    @cached_property
+    def levels(self) -> list[str]:
+        """The levels' names in the order of their values."""
+        return [_word(value) for value in sorted(self.runs[self.by].dropna().unique())] if self.by else [ONE]
 
     @property
     def title(self) -> str:
@@ -96,11 +101,13 @@ def view(study: Study, by: str | None = None, where: str | None = None, metrics:
 
 
 def cell_names(frame: "pd.DataFrame", cells: Sequence[str]) -> list[str]:
-    """Each row's cell in words, `ln_backward=exact steps=100`."""
+    """Each row's cell in words, `ln_backward=exact, n_embd=64`: options go by their last name if that is enough."""
     if not cells:
         return [ONE] * len(frame)
+    short = [name.rpartition(".")[2] for name in cells]
+    names = short if len(set(short)) == len(short) else cells
     plain = frame[list(cells)].itertuples(index=False, name=None)
-    return [" ".join(f"{name}={_word(value)}" for name, value in zip(cells, row, strict=True)) for row in plain]
+    return [", ".join(f"{name}={_word(value)}" for name, value in zip(names, row, strict=True)) for row in plain]
 
 
 def _word(value: Any) -> str:
@@ -155,17 +162,24 @@ def intervals(frame: "pd.DataFrame", keys: Sequence[str], value: str = "value") 
 
 def _lines(view: View, frame: "pd.DataFrame", keys: Sequence[str]) -> "pd.DataFrame":
     """`intervals`, cells and levels in their order; the cell is left out where there is only one."""
-    out = _ordered(view, intervals(frame, keys), "level")
+    out = _ordered(view, intervals(frame, keys))
     return out if len(view.cells) > 1 else out.drop(columns="cell")
 
 
-def _ordered(view: View, frame: "pd.DataFrame", then: str) -> "pd.DataFrame":
-    """By cell in their order, then by a column, then by site where there are: the mean over norms, and as they follow."""
-    order = frame.assign(at=frame["cell"].map({name: i for i, name in enumerate(view.cells)}))
+def _ordered(view: View, frame: "pd.DataFrame", cells: Sequence[str] | None = None) -> "pd.DataFrame":
+    """By cell, by pair or level, by site where there are: each in its order, the mean over norms before any of them."""
+    order = frame[[]].assign(cell=_places(frame["cell"], view.cells if cells is None else cells))
+    if "pair" in frame:
+        order["pair"] = frame["pair"]
+    if "level" in frame:
+        order["level"] = _places(frame["level"], view.levels)
     if "site" in frame:
-        order["row"] = frame["site"] != ALL_SITES
-    by = [name for name in ("at", then, "row") if name in order]
-    return frame.loc[order.sort_values(by, kind="stable").index].reset_index(drop=True)
+        order["site"] = frame["site"] != ALL_SITES
+    return frame.loc[order.sort_values(list(order), kind="stable").index].reset_index(drop=True)
+
+
+def _places(column: "pd.Series[Any]", order: Sequence[str]) -> "pd.Series[Any]":
+    return column.map({name: i for i, name in enumerate(order)})
 
 
 # The drawings
@@ -188,7 +202,7 @@ def headline(view: View, metric: str | None = None) -> Drawing:
         frame["place"] = frame["site"] if in_rows else cell
         frame["contrast"] = pair
         if in_rows and found.cells:
-            frame["contrast"] = cell if len(pairs) == 1 else pair + ", " + cell
+            frame["contrast"] = cell if len(pairs) == 1 else pair + "; " + cell
     table = rows[[*found.cells, *(["site"] if by_site else []), "a", "b", "mean_a", "mean_b", *_RESULTS]]
     if by_site:
         first = rows["site"] == ALL_SITES
@@ -226,7 +240,7 @@ def heatmap(view: View, metric: str | None = None) -> Drawing:
     ).dropna(subset="difference")
     largest = rows["difference"].abs().groupby([rows["metric"], rows["pair"], rows["cell"]]).transform("max")
     rows["shade"] = (rows["difference"] / largest).fillna(0.0)
-    rows = _ordered(view, rows, "pair")
+    rows = _ordered(view, rows)
     own = [name for name in ("cell", "pair") if rows[name].nunique() > 1]
     cells = rows[[*own, "site", "column", "metric", "shade", "shown", "difference", "low", "high", "p_adjusted"]]
     pair = "" if "pair" in own else f" ({rows['pair'].iloc[0]})"
@@ -293,7 +307,7 @@ def trajectory(view: View, metric: str | None = None) -> Drawing:
     else:
         values = layer_values(view, [metric], last=False)
         values, what = values[values["site"] == ALL_SITES].dropna(subset="value"), f"{metric} ({ALL_SITES})"
-    if values["step"].nunique() < 2:
+    if values.groupby(["cell", "level", "seed"])["step"].nunique().max() < 2:
         raise ConfigError(f"{metric} was measured once in a run: {_MORE_OFTEN.get(metric, _MORE_OFTEN[''])}")
     steps = _thinned(values["step"].unique().tolist(), MOST_STEPS)
     lines = _lines(view, values[values["step"].isin(steps)], ["cell", "step", "level"])
@@ -323,6 +337,7 @@ def cost(view: View, metric: str | None = None) -> Drawing:
         frame["cell"] = cell_names(frame, others)
         frame["level"] = frame[found.by].map(_word) if found.by else ONE
         frame["backward"] = frame["a"]
+    rows, seeds = (_ordered(view, frame, list(dict.fromkeys(rows["cell"]))) for frame in (rows, seeds))
     own = ["cell"] if rows["cell"].nunique() > 1 else []
     if seeds["difference"].isna().all():
         raise ConfigError("no backward has a seed in common with exact: there is no cost to pair")
@@ -380,6 +395,7 @@ def scaling(view: View, metric: str | None = None, x: str | None = None) -> Draw
         level=points[view.by].map(_word) if view.by in found.cells else ONE,
         x=points[x],
     )
+    points = _ordered(view, points, list(dict.fromkeys(points["cell"])))
     own = ["cell"] if points["cell"].nunique() > 1 else []
     chart = figures.scaling(
         points[[*own, "x", "level", "mean", "low", "high"]],
