@@ -38,7 +38,8 @@ def report(
     by: By = None,
     where: Where = None,
     title: Annotated[str | None, typer.Option(help="The page's title; the sources' names unless given.")] = None,
-    as_json: ) -> None:
+    as_json: AsJson = False,
+) -> None:
     """Write one HTML page that needs no network: what was run, what differs, where, since when, and what it costs.
 
     \b

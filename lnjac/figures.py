@@ -79,7 +79,9 @@ def headline(seeds: "pd.DataFrame", intervals: "pd.DataFrame", *, title: str) ->
     shift = alt.YOffset("contrast:N", sort=level.names)
     zero = alt.Chart(_zero()).mark_rule(style="none").encode(x="zero:Q")
     bars = alt.Chart(intervals).encode(y=place, yOffset=shift, color=level.color, tooltip=_numbers(alt, intervals))
-    rule = bars.mark_rule(style="interval").encode(x=alt.X("low:Q", title=title, axis=alt.Axis(tickCount=7)), x2="high:Q")
+    rule = bars.mark_rule(style="interval").encode(
+        x=alt.X("low:Q", title=title, axis=alt.Axis(tickCount=7)), x2="high:Q"
+    )
     mean = bars.mark_tick(style="middle", orient="vertical").encode(x="mean:Q")
     dots = (
         alt.Chart(seeds)
@@ -112,7 +114,7 @@ def heatmap(cells: "pd.DataFrame", *, legend: str) -> Chart:
         "shade:Q",
         title=legend,
         scale=alt.Scale(type="quantize", domain=[-1, 1], range="diverging"),
-        legend=alt.Legend(format=".1f", orient="bottom", gradientLength=260, titleLimit=300, labelOverlap=False),
+        legend=alt.Legend(format=".1f", orient="bottom", titleLimit=300, labelOverlap=False),
     )
     rect = base.mark_rect(style="box", cursor="pointer").encode(
         color=shade, strokeWidth=alt.condition(_picked("site", "metric"), alt.value(2.5), alt.value(0.3))
@@ -229,7 +231,7 @@ def _config(palette: Palette) -> dict[str, Any]:
             "labelLimit": 200,
             "titleLimit": 320,
         },
-        "legend": text | {"titleFontWeight": "normal", "orient": "top", "labelLimit": 260},
+        "legend": text | {"titleFontWeight": "normal", "orient": "top", "gradientLength": 300, "labelLimit": 260},
         "range": {
             "category": list(palette.levels),
             "symbol": list(SHAPES),

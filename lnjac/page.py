@@ -41,7 +41,9 @@ class Charts:
         self.specs: dict[str, Any] = {}
         self.datasets: dict[str, Any] = {}
 
-    def figure(self, chart: figures.Chart, caption: str, table: str, *, wide: bool = False, choosing: bool = False) -> str:
+    def figure(
+        self, chart: figures.Chart, caption: str, table: str, *, wide: bool = False, choosing: bool = False
+    ) -> str:
         """A chart under its caption, a table of what it shows below it.
 
         A `wide` one is scrolled where the page is narrow; if readers are `choosing` the table's rows, the page fills it.
@@ -55,7 +57,7 @@ class Charts:
         filled = f' data-rows="{next(iter(found))}"' if choosing else ""
         place = f'<div class="chart" id="{name}" role="img" aria-label="{label}"></div>\n'
         if wide:
-            place = _scrolled(place, caption, "wide")
+            place = _scrolled(place, f"Chart {len(self.specs)}: {caption}", "wide")
         return (
             f'<figure aria-labelledby="{name}-said"{filled}><figcaption id="{name}-said">{label}</figcaption>\n'
             f"{place}{table}</figure>\n"

@@ -97,7 +97,10 @@ def _merge(study: Study) -> dict[str, Any]:
 def _layers(view: View, charts: Charts) -> str:
     """Maps of norms and metrics; a cell of one chooses what the curves below them show."""
     maps = _drawings([lambda: views.heatmap(view), lambda: views.enrichment(view)])
-    body, curves = "".join(_figure(charts, drawn, wide=True) for drawn in maps), _drawings([lambda: views.curves(view)])[0]
+    body, curves = (
+        "".join(_figure(charts, drawn, wide=True) for drawn in maps),
+        _drawings([lambda: views.curves(view)])[0],
+    )
     if isinstance(curves, str):
         return body + page.paragraph(curves, "muted")
     label = "The chosen curves as a table"
@@ -132,7 +135,7 @@ def _scaling(view: View, charts: Charts) -> str:
     metrics = (views.HEADLINE[0], views.LOSS)
     return "".join(
         _shown(charts, [partial(views.scaling, view, metric, x) for metric in metrics])
-        for x in views.sizes(view) or [None]
+        for x in views.sizes(view) or [""]
     )
 
 

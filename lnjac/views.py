@@ -175,7 +175,7 @@ def _ordered(view: View, frame: "pd.DataFrame", cells: Sequence[str] | None = No
         order["level"] = _places(frame["level"], view.levels)
     if "site" in frame:
         order["site"] = frame["site"] != ALL_SITES
-    return frame.loc[order.sort_values(list(order), kind="stable").index].reset_index(drop=True)
+    return frame.loc[order.sort_values(list(map(str, order)), kind="stable").index].reset_index(drop=True)
 
 
 def _places(column: "pd.Series[Any]", order: Sequence[str]) -> "pd.Series[Any]":
@@ -379,11 +379,11 @@ def depth(view: View, metric: str | None = None) -> Drawing:
     return Drawing(chart, caption, lines, (), choices(lines, "cell"))
 
 
-def scaling(view: View, metric: str | None = None, x: str | None = None) -> Drawing:
+def scaling(view: View, metric: str | None = None, x: str = "") -> Drawing:
     """A metric against width or steps, with the slope of their logarithms."""
     metric = metric or HEADLINE[0]
-    x = x or next(iter(sizes(view)), None)
-    if x is None:
+    x = x or next(iter(sizes(view)), "")
+    if not x:
         raise ConfigError(_SCALING)
     found = compare.scaling(view.study, x, metrics=[metric], table=_table(view, metric), where=view.where)
     others = [name for name in found.cells if name != view.by]
