@@ -15,7 +15,7 @@ import numpy as np
 from lnjac import compare, design, figures, pooling, runs, stats
 from lnjac.config import ConfigError
 from lnjac.design import ALL_SITES, RUN, Study
-from lnjac.where import Where
+from lnjac.where import Where, known_column
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,6 +69,8 @@ class View:
         if every.empty:
             raise ConfigError(f"--where {self.where!r} holds for no run")
         by = [self.by] if self.by else []
+        for name in by:
+            known_column(name, list(map(str, every)), "--by names")
         vary = [name for name in design.varying(every) if name != "ln_backward.sites"]
         every = every.assign(**{name: design.labelled(every, name) for name in {"ln_backward", *by} & set(every)})
         cells, _ = design.strata(every, by, vary) if by else (vary, [])
@@ -127,6 +129,8 @@ def layer_values(view: View, metrics: Sequence[str], *, last: bool) -> "pd.DataF
     """
     import pandas as pd
 
+    for name in metrics:
+        known_column(name, view.study.columns("layers"), "--metric names")
     done = view.runs[view.runs["status"] == runs.DONE]
     known = [*dict.fromkeys([*RUN, "step", "site", "call", *metrics])]
     rows = view.study.frame("layers", known)
@@ -280,7 +284,8 @@ def enrichment(view: View) -> Drawing:
 def curves(view: View) -> Drawing:
     """Every metric at every norm over the updates, of which the chart shows one. The table holds them all."""
     values = layer_values(view, _known(view), last=False).dropna(subset="value")
-    steps = _thinned(values["step"].unique().tolist(), MOST_STEPS)
+    per_step = len(values[["site", "metric", "level"]].drop_duplicates())
+    steps = _thinned(values["step"].unique().tolist(), max(2, min(MOST_STEPS, MOST_ROWS // per_step)))
     values = values[values["step"].isin(steps)]
     lines = _lines(view, values, ["cell", "site", "metric", "step", "level"]).drop(columns="n")
     lines = lines.sort_values("step", kind="stable")

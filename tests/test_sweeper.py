@@ -228,7 +228,16 @@ def wait_for(condition: object, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-LONG = ("model=tiny", "steps=300", "eval.tokens=500", "threads=1", "sweep=A", "hydra/launcher=local", PROCESSES)
+LONG = (
+    "model=tiny",
+    "steps=300",
+    "eval.tokens=500",
+    "threads=1",
+    "sweep=A",
+    "report=off",
+    "hydra/launcher=local",
+    PROCESSES,
+)
 
 
 @pytest.mark.slow
