@@ -24,11 +24,20 @@ SEED = 0
 """Of a bootstrap's or a permutation's draws: the same table gives the same numbers."""
 
 
+EXPORTS = (".csv", ".md", ".tex", ".parquet")
+
+
 class IntervalKind(str, Enum):
     t = "t"
     bootstrap = "bootstrap"
     percentile = "percentile"
     signflip = "signflip"
+
+
+def _exportable(path: Path | None) -> Path | None:
+    if path is not None and path.suffix not in EXPORTS:
+        raise ConfigError(f"the output {path} must end in one of {', '.join(EXPORTS)}")
+    return path
 
 
 Sources = Annotated[list[Path], typer.Argument(help="A merged table, or any mix of tables, sweeps and runs.")]
@@ -46,14 +55,15 @@ Kind = Annotated[
 Confidence = Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of the intervals.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Also write the rows: X.csv, X.md, X.tex or X.parquet.")
+    Path | None,
+    typer.Option("--output", "-o", callback=_exportable, help="Also write the rows: X.csv, X.md, X.tex or X.parquet."),
 ]
 
 
 @commands.command()
 def compare(
     sources: Sources,
-    by: Annotated[str, typer.Option(help="The config column whose levels are compared.")],
+    by: Annotated[str, typer.Option(help="The config column whose levels are compared, or step.")],
     metric: Metric = "",
     at: At = "last",
     where: Where = None,
@@ -133,7 +143,7 @@ def cost(
 @commands.command()
 def scaling(
     sources: Sources,
-    x: Annotated[str, typer.Option("--x", help="A config column of numbers: model.n_embd, steps, …")],
+    x: Annotated[str, typer.Option("--x", help="A config column of numbers (model.n_embd, steps, …), or step.")],
     metric: Metric = "",
     at: At = "last",
     where: Where = None,
@@ -260,7 +270,7 @@ def _grids(found: "Comparison", confidence: float, seeds: bool, what: str = "dif
                 names.append(_text(row["a"]) if pair == found.by else f"{row['a']} − {row['b']}")
             if "site" in row and row["adjusted_by"] == "holm":
                 strong.add(len(lines))
-            numbers = [_number(row[name]) for name in ("mean_a", "mean_b", "difference")]
+            numbers = [_number(row["mean_a"], 5), _number(row["mean_b"], 5), _number(row["difference"])]
             lines.append([*names, *numbers, _interval(row), _p(row["p_adjusted"]), str(row["n"])])
             if diverged:
                 lines[-1].append(" ".join(f"{row[f'diverged_{side}']}/{row[f'runs_{side}']}" for side in "ab"))
@@ -273,7 +283,7 @@ def _grids(found: "Comparison", confidence: float, seeds: bool, what: str = "dif
 def _slopes(found: "Scaling", confidence: float, seeds: bool) -> Iterator[Grid]:
     """One for each metric, of norms also for each cell: the means at each x and the slope, and under it each seed's."""
     apart, labels = _layout(found.slopes, found.cells, "slope")
-    key = [*apart, *labels]
+    key, labels = [*apart, *labels], labels or ["metric"]
     levels = list(dict.fromkeys(found.points[found.x]))
     means = found.points.set_index([*key, found.x])["mean"].to_dict()
     heads = [*labels, *map(_number, levels), "slope", f"{confidence:.0%} interval", "n"]
@@ -341,7 +351,7 @@ def _print(parts: Iterable[str | Grid]) -> None:
             table.add_column(head, justify="left" if i < part.labels else "right", overflow="fold")
         for number, line in enumerate(part.lines):
             table.add_row(*line, style="bold" if number in part.strong else None)
-        console.print(part.title, table, sep="\n", end="\n")
+        console.print(part.title, table, "", sep="\n")
 
 
 def _print_json(found: Any) -> None:
@@ -369,8 +379,6 @@ def _write(frame: "pd.DataFrame", path: Path | None) -> None:
         ".tex": lambda to: frame.to_latex(to, index=False, escape=True, float_format="%.4g"),
         ".parquet": lambda to: frame.to_parquet(to, index=False),
     }
-    if path.suffix not in writers:
-        raise ConfigError(f"the output {path} must end in one of {', '.join(writers)}")
     write_atomically(path, writers[path.suffix])
 
 
@@ -386,8 +394,8 @@ def _text(value: Any) -> str:
     return _number(value) if isinstance(value, float) else str(value)
 
 
-def _number(value: float) -> str:
-    return "-" if value != value else f"{value:.4g}"
+def _number(value: float, digits: int = 4) -> str:
+    return "-" if value != value else f"{value:.{digits}g}"
 
 
 def _p(value: float) -> str:

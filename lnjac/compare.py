@@ -191,7 +191,10 @@ def scaling(
     where: str | None = None,
     how: Inference = STUDENT,
 ) -> Scaling:
-    """The slope of log metric against log x (a config column of numbers) of each seed, and its mean over seeds."""
+    """The slope of log metric against log x of each seed, and its mean over seeds.
+
+    `x` is a config column of numbers, such as model.n_embd or steps, or the measured `step` of layers.
+    """
     import pandas as pd
 
     chosen = metrics or (LAYER_METRICS if table == "layers" else RUN_METRICS)
@@ -220,6 +223,8 @@ def scaling(
     seeds = seeds.assign(seed=values.seeds[cell[line], slot], slope=slopes.reshape(len(key), -1)[line, slot])
     notes = [f"slope of log metric against log {x} of each seed; its mean over seeds with a {_interval_name(how)}"]
     not_positive = int(((lines <= 0).any(-1)).sum())
+    if values.confounded:
+        notes.append(_confounded(values))
     if not_positive:
         notes.append(f"{not_positive} lines of a seed have a value that is not positive, so no slope")
     few = rows[(rows["n"] > 0) & (rows["n"] < FEW)]
@@ -312,19 +317,15 @@ def _key(values: Values, metric: Integers, site: Integers, cell: Integers) -> "p
 
 def _how(values: Values, rows: "pd.DataFrame", how: Inference) -> list[str]:
     """What was computed."""
-    by = values.by[-1]
     found = []
     if values.confounded:
-        found.append(
-            f"unpaired (Welch): {_few(values.confounded)} change{'s' * (len(values.confounded) == 1)} together with {by}, "
-            "so their effects cannot be told apart"
-        )
+        found.append(f"unpaired (Welch): {_confounded(values)}")
     elif not rows["paired"].all():
         found.append(f"unpaired (Welch) in {_of(~rows['paired'])}: no seed is at both levels")
     if rows["paired"].any():
         found.append(f"paired by seed, {_interval_name(how)}")
     n_holm, n_bh = (int((rows["adjusted_by"] == family).sum()) for family in ("holm", "bh"))
-    adjusted = [f"Holm over these {n_holm}" + (f" rows of {ALL_SITES}" if n_bh else "")] if n_holm > 1 else []
+    adjusted = [f"Holm over these {n_holm} rows" + (f" of {ALL_SITES}" if n_bh else "")] if n_holm > 1 else []
     adjusted += [f"Benjamini-Hochberg over the map of {n_bh} rows of single sites"] if n_bh else []
     if adjusted and not rows["p"].isna().all():
         found.append("p adjusted: " + ", ".join(adjusted))
@@ -373,6 +374,11 @@ def _about(values: Values) -> list[str]:
             lines.append(f"{values.named(at[0])} {levels} {counts[0]} of {counts[1]}".strip())
         found += _capped(f"{n} runs diverged, left out of every mean", lines)
     return found + values.doubts
+
+
+def _confounded(values: Values) -> str:
+    change = "changes" if len(values.confounded) == 1 else "change"
+    return f"{_few(values.confounded)} {change} together with {values.by[-1]}, so their effects cannot be told apart"
 
 
 def _few_seeds(few: int, rows: int) -> str:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from lnjac import pooling, runs, sweep
 from lnjac.config import ConfigError
-from lnjac.tables import SCHEMA_VERSION, TABLES
+from lnjac.tables import SCHEMA_VERSION, TABLES, VOLATILE
 from lnjac.where import Where, known_column
 
 if TYPE_CHECKING:
@@ -113,15 +113,25 @@ def gather(
     at: int | None = None,
     where: str | None = None,
 ) -> Values:
-    """The metrics of a study's runs by seed, at a measured step (the last of each run unless given), arranged by `by`."""
+    """The metrics of a study's runs by seed, at a measured step (the last of each run unless given), arranged by `by`.
+
+    `by` are config columns, or others that tell runs apart (commit, device, …); or, of layers, the measured `step`.
+    """
     every = study.frame("runs")
     if "seed" not in every:
         raise ConfigError(f"{study.path} has no column seed, the unit of every comparison")
+    declared = {column.name for column in TABLES["runs"]}
+    levels = [str(name) for name in every if name not in declared and name != "seed"]
+    levels += ["step"] * (table == "layers") + [name for name in (*IDENTITY, *VOLATILE) if name in every]
     for name in by:
-        known_column(name, list(map(str, every)), "no comparison by")
+        known_column(name, levels, "runs are not told apart by")
     chosen = Where(where) if where else None
-    rows = _rows(study, every, list(metrics), table, at, chosen)
-    every = every.loc[rows["run"].unique()]
+    rows = _rows(study, every, list(metrics), table, "every" if "step" in by else at, chosen)
+    if "step" in by:  # a run is then one run for each step
+        each = rows[["run", "step"]].drop_duplicates()
+        every = every.loc[each["run"]].assign(step=each["step"].to_numpy()).reset_index(drop=True)
+        rows = rows.assign(run=rows.groupby(["run", "step"], sort=False).ngroup())
+    every = every.loc[[*rows["run"].unique(), *_without_rows(every, rows, chosen, by)]]
     if table == "runs":
         every = every[~every["run_id"].duplicated()]  # other diagnostics of one run are no other run
         every = every[[name for name in every if not str(name).startswith("diagnostics.")]]
@@ -136,9 +146,9 @@ def gather(
 
 
 def _rows(
-    study: Study, every: "pd.DataFrame", metrics: list[str], table: str, at: int | None, chosen: Where | None
+    study: Study, every: "pd.DataFrame", metrics: list[str], table: str, at: int | str | None, chosen: Where | None
 ) -> "pd.DataFrame":
-    """Chosen rows: `run` (its label in `every`), `site` and the metrics."""
+    """Chosen rows: `run` (its label in `every`), `step`, `site` and the metrics."""
     if table == "runs":
         if at is not None:
             raise ConfigError(f"--at {at}: a run's row is of its last update; leave --at out, or compare --layers")
@@ -147,8 +157,10 @@ def _rows(
         return _some(kept[metrics].assign(run=kept.index, site=""), chosen)
     known = study.columns(table)
     for name in metrics:
-        known_column(name, known, "--metric names")
+        known_column(name, known, "no column for --metric is called")
     named = chosen.columns if chosen else []
+    for name in named:
+        known_column(name, [*map(str, every), *known], "no column for --where is called")
     own = [name for name in named if name in known and name not in every]
     wanted = dict.fromkeys([*RUN, "step", "site", "call", *metrics, *own])
     layers = study.frame(table, list(wanted))
@@ -159,15 +171,23 @@ def _rows(
         shown = [name for name in named if name in every]
         context = layers.assign(**{name: every[name].to_numpy()[layers["run"]] for name in shown})
         layers = layers[chosen.holds(context)]
-    last = layers.groupby("run")["step"].transform("max") if at is None else at
-    steps = sorted(layers["step"].unique().tolist())
-    layers = layers[layers["step"] == last]
-    if at is not None and steps and layers.empty:
-        raise ConfigError(f"no norm was measured at step {at}: choose one of {', '.join(map(str, steps[:20]))}")
+    if at != "every":
+        steps = sorted(layers["step"].unique().tolist())
+        layers = layers[layers["step"] == (layers.groupby("run")["step"].transform("max") if at is None else at)]
+        if steps and layers.empty:
+            raise ConfigError(f"no norm was measured at step {at}: choose one of {', '.join(map(str, steps[:20]))}")
     if layers["call"].any():
         more = study.frame(table, list(dict.fromkeys([*wanted, *pooling.NEEDED]))).loc[layers.index]
         layers = pooling.pooled(more, metrics).merge(known_runs, on=RUN)
-    return _some(layers[["run", "site", *metrics]], chosen)
+    return _some(layers[["run", "step", "site", *metrics]], chosen)
+
+
+def _without_rows(every: "pd.DataFrame", rows: "pd.DataFrame", chosen: Where | None, by: Sequence[str]) -> list[Any]:
+    """Chosen runs that diverged before any norm was measured: they have no numbers, but they count."""
+    if "step" in by or (chosen and not set(chosen.columns) <= set(every)):
+        return []
+    absent = every[(every["status"] == runs.DIVERGED) & ~every.index.isin(rows["run"])]
+    return list(absent[chosen.holds(absent)].index if chosen else absent.index)
 
 
 def _some(rows: "pd.DataFrame", chosen: Where | None) -> "pd.DataFrame":
@@ -178,7 +198,7 @@ def _some(rows: "pd.DataFrame", chosen: Where | None) -> "pd.DataFrame":
 
 def _require_numbers(frame: "pd.DataFrame", metrics: Sequence[str]) -> None:
     for name in metrics:
-        known_column(name, list(map(str, frame)), "--metric names")
+        known_column(name, list(map(str, frame)), "no column for --metric is called")
         if frame[name].dtype.kind not in "if":
             raise ConfigError(f"--metric {name} holds no numbers: choose a column of numbers")
 
@@ -239,12 +259,12 @@ def _arranged(
     at = pd.Series(range(len(every)), index=every.index)[rows["run"]].to_numpy()
     site = rows["site"].map({name: i for i, name in enumerate(sites)}).to_numpy()
     data = np.full((len(metrics), len(sites) + 1, *shape), np.nan)
-    counts = np.bincount(at, minlength=len(every))
+    n_sites = np.maximum(np.bincount(at, minlength=len(every)), 1)
     of_row: Any = (site, *(part[at] for part in place))
     for plane, metric in zip(data, metrics, strict=True):
         values = rows[metric].to_numpy(float)
         plane[of_row] = values
-        plane[-1][place] = np.bincount(at, weights=values, minlength=len(every)) / counts
+        plane[-1][place] = np.bincount(at, weights=values, minlength=len(every)) / n_sites
     data[..., diverged] = np.nan
     if sites == [""]:
         data = data[:, 1:]
@@ -269,6 +289,8 @@ def _checked(path: Path) -> list[str]:
     """The doubts of an earlier merge, whose files must be whole, ours and of one merge."""
     merges = set()
     for table, file in sweep.companions(path).items():
+        if table not in ("layers", "runs") and not file.exists():
+            continue
         try:
             note = runs.read_metadata(file)
         except FileNotFoundError:

@@ -51,9 +51,11 @@ class Difference:
 
 
 def diff(one: Path, other: Path, rtol: float = RTOL) -> list[Difference]:
-    """Each table of two merges against its counterpart, in the order of `lnjac.tables.KEYS`."""
+    """Each table of two merges against its counterpart; a table that one lacks has no rows there."""
     first, second = _tables(one), _tables(other)
-    return [_difference(name, first[name], second[name], rtol) for name in KEYS if name in first or name in second]
+    for tables, others in ((first, second), (second, first)):
+        tables.update({name: table[:0] for name, table in others.items() if name not in tables})
+    return [_difference(name, first[name], second[name], rtol) for name in KEYS if name in first]
 
 
 def _tables(path: Path) -> dict[str, pa.Table]:

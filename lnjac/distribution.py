@@ -1,4 +1,4 @@
-"""How the per-token quantities of a norm's backward spread: quantiles over tokens, profiles over positions. Pure functions."""
+"""How a norm's per-token quantities spread: quantiles over tokens, profiles over positions. Pure functions."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from lnjac.jacobian import Tokens, cosines
+from lnjac.jacobian import Tokens, per_token
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
@@ -22,13 +22,13 @@ class Quantity(NamedTuple):
 
 
 def quantities(tokens: Tokens, *, rms: bool = False) -> Iterator[Quantity]:
-    """σ, ρ, the radial share B/(B+C) and each cosine. A vanishing vector has no direction: its token is not counted."""
+    """σ, ρ, the radial share B/(B+C), each cosine and metric. Tokens whose g or t vanishes do not count."""
     everywhere = tokens.sigma > 0
     yield Quantity("sigma", tokens.sigma, None, everywhere)
     yield Quantity("rho", tokens.rho, None, everywhere)
     energy = tokens.B + tokens.C
     yield Quantity("radial_share", tokens.B / energy, energy, tokens.measurable)
-    for name, values in cosines(tokens, rms=rms).items():
+    for name, values in per_token(tokens, rms=rms).items():
         yield Quantity(name, values, None, tokens.measurable & ~values.isnan())
 
 

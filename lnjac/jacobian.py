@@ -7,7 +7,7 @@ out some of its three factors. With A = d·ḡ², B = d·m²/ρ, C = ‖g‖² �
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -24,6 +24,14 @@ CHUNK_ELEMENTS = 1 << 16
 
 ROUNDING_SQ = (64 * torch.finfo(torch.float64).eps) ** 2
 """A pullback this much shorter than what it was made from, squared, is rounding noise without a direction."""
+
+
+HALF_EPS = torch.finfo(torch.float32).eps
+"""Stands for the ε of the half dtypes, whose gradients are accumulated in float32."""
+
+NOISE = 8
+"""Times the dtype's ε: a token whose gradient is so much shorter than the longest of its call holds rounding errors, as
+the first query's does, which softmax over one key leaves without any."""
 
 
 class Switches(NamedTuple):
@@ -90,7 +98,7 @@ class Tokens:
     residual_sq: Tensor
     """‖t − replay‖²; NaN where the norm was not replayed."""
     measurable: Tensor
-    """Whether ‖g‖ and ‖t‖ exceed the tiny of the dtype they came in, and t is more than rounding noise (bool)."""
+    """Whether ‖g‖ and ‖t‖ exceed the tiny of the dtype they came in, and g and t are more than rounding noise (bool)."""
 
 
 def decompose(
@@ -146,7 +154,10 @@ def decompose(
                 measurable=measurable,
             )
         )
-    return concatenate(parts)
+    found = concatenate(parts)
+    g_sq = found.A + found.B + found.C
+    found.measurable &= g_sq > (NOISE * min(torch.finfo(grad.dtype).eps, HALF_EPS)) ** 2 * g_sq.max()
+    return found
 
 
 def concatenate(parts: Sequence[Tokens]) -> Tokens:
@@ -183,6 +194,21 @@ def cosines(tokens: Tokens, *, rms: bool = False) -> dict[str, Tensor]:
     return found
 
 
+METRICS: dict[str, Callable[[Tokens], Tensor]] = {}
+"""Further quantities per token by the name of their column, which holds their mean: filled by `metric`."""
+
+
+def metric(function: Callable[[Tokens], Tensor]) -> Callable[[Tokens], Tensor]:
+    """Decorator: make function(tokens) -> (n,) a column of its name, declared in `tables.LAYERS` (docs/how-to.md)."""
+    METRICS[function.__name__] = function
+    return function
+
+
+def per_token(tokens: Tokens, *, rms: bool = False) -> dict[str, Tensor]:
+    """What a row holds as a mean over its measurable tokens: (n,) each."""
+    return {**cosines(tokens, rms=rms), **{name: function(tokens) for name, function in METRICS.items()}}
+
+
 Sums = dict[str, float]
 """Additive statistics of any number of tokens: those of micro-batches, ranks and runs merge by `add`."""
 
@@ -200,7 +226,7 @@ def sums(tokens: Tokens, *, rms: bool = False) -> Sums:
     assert list(energies) == list(ENERGIES)
     weights = {suffix: tokens.sigma.pow(-power) for suffix, power in RSTD_POWERS.items()}
     found = {f"sum_{e}{s}": (energy * weight).sum() for e, energy in energies.items() for s, weight in weights.items()}
-    found |= {f"sum_{name}": cos[tokens.measurable].sum() for name, cos in cosines(tokens, rms=rms).items()}
+    found |= {f"sum_{name}": values[tokens.measurable].sum() for name, values in per_token(tokens, rms=rms).items()}
     found["sum_sigma"] = tokens.sigma.sum()
     found["sum_rho"] = tokens.rho.sum()
     found["sum_residual_sq"] = tokens.residual_sq.sum()
@@ -274,7 +300,7 @@ def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = Fa
     found: dict[str, float] = {
         name.removeprefix("sum_"): _ratio(value, n - n_zero)
         for name, value in total.items()
-        if name.startswith("sum_cos_")
+        if name.startswith("sum_cos_") or name.removeprefix("sum_") in METRICS
     }
     found |= shares(total, d, rms=rms)
     for name, switches in SURROGATES.items():

@@ -59,18 +59,22 @@ class Where:
 
         try:
             self.tree = ast.parse(re.sub("`([^`]*)`", stand_in, text.strip()), mode="eval").body
+            self.columns = sorted(set(self._names(self.tree)))
+        except ConfigError:
+            raise
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             why = error.msg if isinstance(error, SyntaxError) else "it cannot be read"
             raise self._wrong(f"{why}: write it like \"method == 'fa' and steps >= 250\"") from None
-        self.columns = sorted(set(self._names(self.tree)))
 
     def holds(self, frame: "pd.DataFrame") -> "pd.Series[bool]":
         """Which rows of the frame to keep. Raises ConfigError for an unknown column or types that do not compare."""
         for name in self.columns:
-            known_column(name, list(map(str, frame)), "--where names")
+            known_column(name, list(map(str, frame)), "no column for --where is called")
         try:
             found = self._value(self.tree, frame)
-        except (TypeError, ValueError, ArithmeticError) as error:
+        except ConfigError:
+            raise
+        except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise self._wrong(
                 f"{str(error) or type(error).__name__}: compare text with text, numbers with numbers"
             ) from None
@@ -176,4 +180,4 @@ def known_column(name: str, columns: list[str], said: str) -> None:
     if name not in columns:
         close = get_close_matches(name, columns, 1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(columns[:10])}, …"
-        raise ConfigError(f"{said} {name}, which is no column here: {hint}")
+        raise ConfigError(f"{said} {name}: {hint}")

@@ -43,7 +43,9 @@ def write_study(
         level = 1 + 0.1 * effect + 0.02 * of_seed[config["seed"]]
         status = runs.DIVERGED if number in diverged else runs.DONE
         loss = np.nan if number in diverged else level + 0.01 * rng.normal()
-        owners.append(ids | config | {"status": status, "diverged_step": 5 if number in diverged else None, "val_loss_nats": loss})
+        owners.append(
+            ids | config | {"status": status, "diverged_step": 5 if number in diverged else None, "val_loss_nats": loss}
+        )
         for step, (i, site) in product(steps, enumerate(sites)):
             values = level * (1 + 0.1 * i + 0.001 * step) * np.exp(0.02 * rng.normal(size=len(_NUMBERS)))
             where = {"step": step, "site": site, "call": 0, "block": None if site == "ln_f" else i // 2}

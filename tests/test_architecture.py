@@ -11,9 +11,12 @@ LAYERS = [
     {"tables"},
     {"config", "streams"},
     {"runs"},
-    {"jacobian", "attention", "credit", "play", "summary", "interruption"},
-    {"norm", "data", "optim", "sweep", "distribution"},
-    {"plan"},
+    {"jacobian", "attention", "credit", "play", "summary", "interruption", "stats", "where", "pooling"},
+    {"norm", "data", "optim", "sweep", "distribution", "figures"},
+    {"plan", "design", "diff", "page"},
+    {"compare"},
+    {"views"},
+    {"report"},
     {"capture", "gpt"},
     {"analyse", "progress", "checkpoint"},
     {"train", "replay"},
@@ -26,8 +29,10 @@ LAYERS = [
 ]
 """From the ground up: a module imports only what stands on a lower floor."""
 
-READING = ["lnjac", "lnjac.cli", "lnjac.sweep", "lnjac.summary", "lnjac.runs", "lnjac.tables", "lnjac.config"]
-READING += ["lnjac.compare", "lnjac.report"]
+READING = [
+    "lnjac",
+    *(f"lnjac.{name}" for name in ("cli", "compare", "diff", "report", "sweep", "summary", "runs", "tables", "config")),
+]
 
 
 def imported(path: Path, *, lazily: bool = True) -> set[str]:

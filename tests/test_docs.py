@@ -1,15 +1,19 @@
-"""The documents say what the code does: columns, and the code blocks of docs/own-model.md as they stand."""
+"""The documents say what the code does: columns, and the code blocks of README and docs as they stand."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from lnjac import tables
+from lnjac import attention, config, credit, jacobian, norm, runs, tables, train
 
 
 def test_columns_md_is_generated(root: Path) -> None:
@@ -48,3 +52,113 @@ def test_own_model_code_runs_on_a_transformer_encoder(
     assert table["site"].tolist() == ["layers.0.norm1", "layers.0.norm2", "layers.1.norm1", "layers.1.norm2", "norm"]
     assert table["jacobian_residual"].max() < 1e-5
     assert "layers.0.norm1 0 (3, 5, 16)" in capsys.readouterr().out
+
+
+# How-to: each example is put where the page says, and a run is made with it.
+
+SHORT = ("model=tiny", "steps=2", "eval.tokens=100", "batch_size=2")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def example(page: Path, word: str, language: str = "python") -> str:
+    (found,) = [block for block in blocks(page, language) if word in block]
+    return found
+
+
+def run_with(folder: Path, group: str, member: str, *overrides: str) -> dict[str, object]:
+    """A short run whose `group` is the yaml text `member`; its row of `runs`."""
+    plain = config.to_dict(config.compose(*SHORT, f"data.dir={folder}/play", *overrides))
+    given = yaml.safe_load(member)
+    base = plain[group] if "defaults" in given else {}
+    plain[group] = {**base, **{key: value for key, value in given.items() if key != "defaults"}}
+    settings = config.build(plain)
+    assert config.check(settings) == []
+    assert train.run(settings, folder / "run") == "done"
+    (row,) = runs.read_table(folder / "run" / "run.parquet").to_pylist()
+    return row
+
+
+def defined(monkeypatch: pytest.MonkeyPatch, module: object, code: str, name: str) -> None:
+    """The code as if it stood in the module."""
+    space = vars(module).copy()
+    exec(compile(code, str(name), "exec", dont_inherit=True), space)
+    monkeypatch.setattr(module, name, space[name], raising=False)
+
+
+def test_how_to_add_a_metric(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = root / "docs" / "how-to.md"
+    monkeypatch.setattr(jacobian, "METRICS", {})
+    column = eval(example(page, 'Column("log2_sigma"'), vars(tables))
+    monkeypatch.setitem(tables.TABLES, "layers", [*tables.LAYERS, column])
+    exec(example(page, "@metric"), {**vars(jacobian)})
+    settings = config.compose(*SHORT, f"data.dir={tmp_path}/play", "diagnostics.distributions=true")
+    assert train.run(settings, tmp_path / "run") == "done"
+    layers = runs.read_table(tmp_path / "run" / "layers.parquet").to_pandas()
+    spread = runs.read_table(tmp_path / "run" / "distributions.parquet").to_pandas()
+    ends = spread[(spread["quantity"] == "log2_sigma") & (spread["statistic"] == "quantile")]
+    low, high = (ends[ends["at"] == at].set_index("site")["value"] for at in (0.0, 1.0))
+    for row in layers.itertuples():
+        assert low[row.site] < row.log2_sigma < high[row.site]
+
+
+def test_how_to_add_a_surrogate(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = root / "docs" / "how-to.md"
+    defined(monkeypatch, norm, example(page, "class Mixture"), "Mixture")
+    row = run_with(tmp_path, "ln_backward", example(page, "lnjac.norm.Mixture", "yaml"))
+    assert (row["ln_backward"], row["ln_backward.share"]) == ("mixture", 0.1)
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(5, 8, dtype=torch.float64)
+    mixed = norm.Mixture("mixture", ["all"], 0.3).surrogate(x, 1e-5, rms=False)
+    (found,) = torch.autograd.grad(mixed, x, g)
+    z, rstd = jacobian.normalise(x.detach(), 1e-5)
+    torch.testing.assert_close(found, 0.3 * g + 0.7 * jacobian.pull_back(g, z, rstd))
+
+
+def test_how_to_add_a_method(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = root / "docs" / "how-to.md"
+    defined(monkeypatch, credit, example(page, "class NoisyTranspose"), "NoisyTranspose")
+    row = run_with(tmp_path, "method", example(page, "lnjac.credit.NoisyTranspose", "yaml"))
+    assert (row["method"], row["method.q"]) == ("noisy", 1.28)
+
+
+def test_how_to_add_an_attention_mode(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    defined(monkeypatch, attention, example(root / "README.md", "class Squared"), "Squared")
+    row = run_with(tmp_path, "attn_mode", example(root / "README.md", "lnjac.attention.Squared", "yaml"))
+    assert (row["attn_mode"], row["attn_mode.gain"]) == ("squared", 1.0)
+
+
+def test_how_to_ask_a_question(root: Path) -> None:
+    text = example(root / "docs" / "how-to.md", "+experiment=affine", "yaml")
+    assert text.startswith("# @package _global_\n# Claim: ")
+    swept = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
+    assert swept == {"model.affine": "true,false", "seed": "1,2,3,4,5,6"}
+    for value in swept["model.affine"].split(","):
+        assert config.check(config.compose("data=shakespeare_or_play", f"model.affine={value}")) == []
+
+
+@pytest.mark.slow
+def test_the_notebook_reads_a_sweep(root: Path, tmp_path: Path) -> None:
+    """docs/notebook.py as a script on a tiny sweep, and as the notebook that jupytext makes of it."""
+    jupytext = pytest.importorskip("jupytext", reason="jupytext is not installed: pip install -e '.[dev]'")
+    options = ["model=tiny", "steps=2", "eval.tokens=100", "batch_size=2", "diagnostics=trajectory", "sweep=NAME"]
+    swept = ["attn_mode=softmax,sigmoid", "ln_backward=exact,center_scale", "seed=1,2"]
+    subprocess.run(
+        [sys.executable, root / "run.py", "-m", *options, *swept], cwd=tmp_path, check=True, capture_output=True
+    )
+    script = root / "docs" / "notebook.py"
+    done = subprocess.run(
+        [sys.executable, script, "multirun/NAME"], cwd=tmp_path, capture_output=True, text=True, env=_here(root)
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 runs, 120 layer rows; status: {'done': 8}" in done.stdout
+    assert "softmax - sigmoid" in done.stdout
+    cells = jupytext.read(script)["cells"]
+    assert [cell["cell_type"] for cell in cells].count("markdown") == 6
+    assert "load_run" in cells[-2]["source"]
+
+
+def _here(root: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(root)}

@@ -468,3 +468,13 @@ def test_backprop_on_shakespeare_learns_what_a_plain_reference_learns(tmp_path: 
     loss = reference.validation_loss(plain, corpus.val, 64)
     assert 2.2 < loss < 2.4
     assert ours.validation_loss() == pytest.approx(loss, abs=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_the_first_query_under_softmax_is_known_to_hold_rounding_errors(precision: str) -> None:
+    """It attends to one key, whatever its value: its true gradient is zero, and its cosines would be those of noise."""
+    settings = compose(*TINY, "model.qk_norm=true", f"precision={precision}", "method=bp", "steps=0")
+    training = train.Training(settings, settings.data.load())
+    for row in training.diagnose()["layers"]:
+        sequences = settings.diagnostics.batch_size * settings.model.n_head
+        assert row["n_zero"] == (sequences if row["role"] == "q_norm" else 0), row["site"]

@@ -1,0 +1,83 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+
+# %% [markdown]
+# # Reading a sweep
+# A notebook with `jupytext --to notebook docs/notebook.py`, or a script: `python docs/notebook.py multirun/NAME`. The
+# sweep it was written for:
+#
+#     python run.py -m attn_mode=softmax,sigmoid ln_backward=exact,center_scale seed=1,2,3 diagnostics=trajectory sweep=NAME
+
+# %%
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+import lnjac
+from lnjac.sweep import companions, load
+from lnjac.tables import LAYERS, RUNS
+
+folder = Path(sys.argv[1]) if len(sys.argv) == 2 and Path(sys.argv[1]).is_dir() else Path("multirun/NAME")
+files = companions(folder / "all.parquet")
+layers, runs, curves = (load(files[table]) for table in ("layers", "runs", "curves"))
+print(f"{len(runs)} runs, {len(layers)} layer rows; status: {runs['status'].value_counts().to_dict()}")
+
+# %% [markdown]
+# ## What varies
+# A column of the config that holds more than one value was swept. Seeds are the unit: average over layers first, then
+# compare seed by seed.
+
+# %%
+declared = {column.name for column in [*RUNS, *LAYERS]}
+swept = [name for name in runs if name not in declared and runs[name].nunique(dropna=False) > 1]
+print("swept:", ", ".join(swept))
+
+# %% [markdown]
+# ## How radial is the gradient at each norm, against chance?
+# Chance is 1 for `enrichment_radial_share` at any width.
+
+# %%
+last = layers[layers["step"] == layers.groupby("run_id")["step"].transform("max")]
+exact = last[last["ln_backward"] == "exact"]
+print(exact.pivot_table("enrichment_radial_share", "site", "attn_mode", sort=False).round(2))
+
+# %% [markdown]
+# ## What does center_scale cost, and does softmax pay more?
+# Paired by seed: the difference between two runs that share initial weights, feedback and batches. `lnjac cost` gives the
+# intervals.
+
+# %%
+losses = runs[runs["status"] == "done"].pivot(
+    index=["attn_mode", "seed"], columns="ln_backward", values="val_loss_nats"
+)
+cost = (losses["center_scale"] - losses["exact"]).unstack("attn_mode")
+cost["softmax - sigmoid"] = cost["softmax"] - cost["sigmoid"]
+print(cost.round(4))
+
+# %% [markdown]
+# ## How does σ at ln_f grow?
+
+# %%
+top = layers[layers["site"] == "ln_f"]
+print(top.pivot_table("sigma_mean", "step", ["attn_mode", "ln_backward"]).round(3))
+
+# %% [markdown]
+# ## Back to one model
+# Its weights, its feedback and the batch it was analysed on.
+
+# %%
+run = lnjac.load_run(next(path.parent for path in sorted(folder.glob("*/status.json"))))
+model, (idx, targets) = run.model(), run.diagnostic_batch()
+_, loss = model(idx[0], targets[0])
+print(run.run[["attn_mode", "ln_backward", "seed"]].iloc[0].to_dict(), "loss on its batch:", round(loss.item(), 4))
+
+# %%
+energies = [f"sum_{name}" for name in "ABC"]  # energies add over layers and batches, ratios do not
+sums = pd.concat([exact[["attn_mode", "role"]], exact[energies]], axis=1).groupby(["attn_mode", "role"]).sum()
+print((sums["sum_B"] / (sums["sum_B"] + sums["sum_C"])).unstack(0).round(4))

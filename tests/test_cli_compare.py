@@ -1,0 +1,246 @@
+"""The commands compare, cost, scaling and diff: their tables, their JSON, their files and their exit codes."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from test_compare import COSTS, TWO_MODES, _no_sweeping, run, study  # noqa: F401
+from typer.testing import CliRunner
+
+from lnjac import cli, cli_compare, runs, stats
+
+RUNNER = CliRunner()
+
+
+def call(*words: object) -> str:
+    """What the command prints; it must succeed."""
+    done = RUNNER.invoke(cli.app, list(map(str, words)), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+@pytest.fixture
+def modes(tmp_path: Path) -> Path:
+    return study(tmp_path, TWO_MODES).path
+
+
+def test_compare_prints_one_line_a_norm_and_the_headline_last(modes: Path):
+    lines = call("compare", modes, "--by", "attn_mode", "--metric", "radial_share").splitlines()
+    assert lines == [
+        "radial_share",
+        "site           softmax  sigmoid  difference      95% interval  p adj.  n",
+        "blocks.0.ln_1  0.38333  0.28333         0.1  -0.0242 to 0.224   0.074  3",
+        "ln_f           0.76667  0.56667         0.2  -0.0484 to 0.448   0.074  3",
+        "all sites        0.575    0.425        0.15  -0.0363 to 0.336   0.074  3",
+        "",
+        "- paired by seed, 95% t interval",
+        "- p adjusted: Benjamini-Hochberg over the map of 2 rows of single sites",
+        "- all sites: the plain mean over the norms of a run",
+    ]
+
+
+def test_every_seed_on_request(modes: Path):
+    text = call("compare", modes, "--by", "attn_mode", "--runs", "--metric", "val_loss_nats", "--seeds")
+    assert text.splitlines()[:5] == [
+        "val_loss_nats",
+        "a − b              softmax  sigmoid  difference    95% interval  p adj.  n",
+        "softmax − sigmoid   3.8333   2.8333           1  -0.242 to 2.24   0.074  3",
+        "  seed 1                 3        2           1",
+        "  seed 2               3.5        3         0.5",
+    ]
+
+
+def test_json_has_no_nan_and_the_numbers_of_the_library(modes: Path):
+    text = call("compare", modes, "--by", "attn_mode", "--runs", "--metric", "val_loss_nats", "--json", "--seeds")
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert found["rows"][0]["difference"] == pytest.approx(1.0)
+    assert [seed["difference"] for seed in found["seeds"]] == pytest.approx([1.0, 0.5, 1.5])
+    assert found["notes"] == ["paired by seed, 95% t interval"]
+    one = call(
+        "compare", modes, "--by", "attn_mode", "--runs", "--metric", "val_loss_nats", "--json", "--where", "seed==1"
+    )
+    assert json.loads(one, parse_constant=pytest.fail)["rows"][0]["low"] is None
+
+
+@pytest.mark.parametrize("suffix", ["csv", "md", "tex", "parquet"])
+def test_exports(modes: Path, tmp_path: Path, suffix: str):
+    out = tmp_path / f"x.{suffix}"
+    call("compare", modes, "--by", "attn_mode", "--metric", "radial_share", "-o", out)
+    if suffix == "parquet":
+        assert pd.read_parquet(out)["difference"].tolist() == pytest.approx([0.1, 0.2, 0.15])
+    elif suffix == "csv":
+        assert pd.read_csv(out)["difference"].tolist() == pytest.approx([0.1, 0.2, 0.15])
+    else:
+        lines = out.read_text().splitlines()
+        assert [line for line in lines if "ln_f" in line or r"ln\_f" in line]
+        assert len({line.count("|" if suffix == "md" else "&") for line in lines if "&" in line or "|" in line}) == 1
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_an_unknown_export_is_refused_before_anything_is_printed(modes: Path, tmp_path: Path):
+    done = RUNNER.invoke(cli.app, ["compare", str(modes), "--by", "attn_mode", "-o", str(tmp_path / "x.xlsx")])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "must end in one of .csv, .md, .tex, .parquet" in str(done.exception)
+
+
+def test_cost_shows_losses_costs_and_their_difference(tmp_path: Path):
+    rows = [row | {"val_loss_nats": row["val_loss_nats"] + 0.1 * row["seed"] * (i % 2)} for i, row in enumerate(COSTS)]
+    rows[4] |= {"status": "diverged", "val_loss_nats": math.nan}
+    text = call("cost", study(tmp_path, rows).path)
+    first, second = text.split("val_loss_nats")[1:]
+    head = "attn_mode ln_backward mean exact cost 95% interval p adj. n diverged"
+    assert " ".join(first.splitlines()[1].split()) == head
+    assert [line.split()[:2] for line in first.splitlines()[2:6]] == [
+        ["softmax", "center_scale"],
+        ["softmax", "center_scale@ln_f"],
+        ["sigmoid", "center_scale"],
+        ["sigmoid", "center_scale@ln_f"],
+    ]
+    assert [line.split()[-2:] for line in first.splitlines()[2:4]] == [["1/3", "0/3"], ["0/3", "0/3"]]
+    assert " ".join(second.splitlines()[1].split()[:6]) == "ln_backward softmax sigmoid difference of costs"
+    found = json.loads(call("cost", tmp_path / "all.parquet", "--json"))
+    assert list(found) == ["cost", "difference_of_costs"]
+
+
+def test_scaling_shows_the_means_and_the_slope(tmp_path: Path):
+    rows = [run(seed, 9 * (d / 64) ** k, model__n_embd=d) for d in (64, 128) for seed, k in enumerate((-1, -2, -3), 1)]
+    words = ("scaling", study(tmp_path, rows).path, "--x", "model.n_embd", "--runs", "--metric", "val_loss_nats")
+    text = call(*words)
+    assert text.splitlines()[:3] == [
+        "val_loss_nats, by model.n_embd",
+        "metric         64    128  slope    95% interval  n",
+        "val_loss_nats   9  2.625     -2  -4.48 to 0.484  3",
+    ]
+    seeds = call("scaling", tmp_path / "all.parquet", "--x", "model.n_embd", "--metric", "radial_share", "--seeds")
+    assert [line.split()[-1] for line in seeds.splitlines() if "seed" in line][:3] == ["-1", "-2", "-3"]
+    found = json.loads(
+        call(
+            "scaling", tmp_path / "all.parquet", "--x", "model.n_embd", "--runs", "--metric", "val_loss_nats", "--json"
+        )
+    )
+    assert found["slopes"][0]["slope"] == pytest.approx(-2)
+
+
+def test_a_table_too_wide_for_the_terminal_loses_no_character(
+    modes: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    found = cli_compare.Grid("t", ["site", "difference"], 1, [["x" * 70, "0.123456789012"]], set())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    cli_compare._print([found])
+    text = capsys.readouterr().out
+    assert text.count("x") == 70
+    assert "…" not in text
+
+
+@pytest.mark.parametrize("command", ["compare", "cost", "scaling", "diff"])
+def test_every_command_has_help_with_an_example(command: str):
+    text = call(command, "--help")
+    assert "Example:" in text
+    assert f"\n      lnjac {command}" in text
+
+
+def test_intervals_offered_are_those_there_are():
+    assert tuple(kind.value for kind in cli_compare.IntervalKind) == stats.METHODS
+
+
+@pytest.mark.parametrize("kind", stats.METHODS)
+def test_each_interval(modes: Path, kind: str):
+    words = ("compare", modes, "--by", "attn_mode", "--runs", "--metric", "val_loss_nats", "--interval", kind)
+    assert call(*words) == call(*words)
+
+
+def test_a_slip_is_one_line_on_stderr(modes: Path):
+    words = [sys.executable, "-m", "lnjac", "compare", str(modes), "--by", "attn_mod"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "lnjac: runs are not told apart by attn_mod: did you mean attn_mode?\n"
+
+
+def test_completion_can_be_shown():
+    words = [sys.executable, "-c", "from lnjac.cli import app; app(prog_name='lnjac')", "--show-completion", "bash"]
+    done = subprocess.run(
+        words, capture_output=True, text=True, env={"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "_LNJAC_COMPLETE" in done.stdout
+
+
+# diff
+
+
+def exit_code(*words: object) -> tuple[int, str]:
+    done = RUNNER.invoke(cli.app, ["diff", *map(str, words)])
+    return done.exit_code, done.stdout
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> Any:
+    """Make two runs as the trainer writes them, and merge them."""
+    from test_sweep import make_run
+
+    def make(name: str, **options: Any) -> Path:
+        for seed in (1, 2):
+            make_run(tmp_path / name / str(seed), seed=seed, **(options if seed == 1 else {}))
+        call("merge", tmp_path / name, "-o", tmp_path / f"{name}.parquet")
+        return tmp_path / f"{name}.parquet"
+
+    return make
+
+
+def test_diff_of_equal_science_is_0(merged: Any):
+    one = merged("a")
+    other = merged("b", run={"wall_s": 99.0, "commit": "x", "val_loss_nats": _loss() * (1 + 1e-8)})
+    assert exit_code(one, other) == (0, "the same science\n")
+    assert exit_code(one, other, "--rtol", "1e-9")[0] == 1
+
+
+def _loss() -> float:
+    from test_sweep import noise
+
+    return noise("softmax-1", "val_loss_nats")
+
+
+def test_diff_names_changed_values(merged: Any):
+    one, other = merged("a"), merged("b", run={"val_loss_nats": 5.0}, layers={"role": "new"})
+    code, text = exit_code(one, other)
+    assert code == 1
+    assert text.splitlines() == [
+        "layers: role differs in 6 rows, such as role and new at run_id=softmax-1 diag_id=d step=0 site=blocks.0.ln_1 call=0",
+        f"runs: val_loss_nats differs in 1 rows, such as {_loss()} and 5.0 at run_id=softmax-1 diag_id=d",
+    ]
+    found = json.loads(exit_code(one, other, "--json")[1])
+    assert list(found["runs"]["changed"][0]) == ["run_id", "diag_id", "column", "one", "other", "relative"]
+    assert found["curves"] == {"only_one": [], "only_other": [], "changed": [], "columns": []}
+
+
+def test_diff_names_rows_that_one_lacks(merged: Any):
+    one, other = merged("a"), merged("b", run_id="other", steps=(0,))
+    code, text = exit_code(one, other)
+    assert code == 1
+    lines = text.splitlines()
+    assert lines[0].startswith(f"layers: 6 rows only in {one}, such as run_id=softmax-1 ")
+    assert lines[1].startswith(f"layers: 3 rows only in {other}, such as run_id=other ")
+    assert [line.split(":")[0] for line in lines] == ["layers"] * 2 + ["runs"] * 2 + ["curves"] * 2
+
+
+def test_diff_tells_null_from_nan_and_sees_columns(merged: Any):
+    from lnjac.tables import Column
+
+    one = merged("a", run={"val_loss_nats": math.nan})
+    other = merged("b", run={"val_loss_nats": None}, config=[(Column("extra", "int64", "", ""), 1)])
+    code, text = exit_code(one, other)
+    assert code == 1
+    assert "runs: columns that only one has: extra" in text
+    assert "runs: val_loss_nats differs in 1 rows, such as nan and None" in text
+
+
+def test_diff_of_what_is_no_merge_is_refused(merged: Any, tmp_path: Path):
+    done = RUNNER.invoke(cli.app, ["diff", str(merged("a")), str(tmp_path / "a" / "1" / runs.FILES["runs"])])
+    assert done.exit_code == 1
+    assert done.stdout == ""

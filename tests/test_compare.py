@@ -1,0 +1,442 @@
+"""Comparisons of small tables whose numbers can be computed by hand: pairing, cells, what is missing, and what is said."""
+
+import gc
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from lnjac import compare as comparing
+from lnjac import runs, stats, sweep
+from lnjac.compare import ALL_SITES, Study, compare, cost, read, scaling
+from lnjac.config import ConfigError
+from lnjac.stats import Inference
+
+PLAIN = {
+    "attn_mode": "softmax",
+    "attn_mode.bias": None,
+    "method": "fa",
+    "model.n_embd": 64,
+    "steps": 100,
+    "ln_backward": "exact",
+    "ln_backward.sites": "all",
+    "optimizer": "adamw",
+    "optimizer.lr": 0.001,
+    "diagnostics": "final",
+    "data": "play",
+    "data_sha256": "aa",
+    "numerics_version": 2,
+    "status": "done",
+}
+SITES = ("blocks.0.ln_1", "ln_f")
+
+
+def run(seed: int, loss: float = 2.0, share: Sequence[float] | None = None, **config: Any) -> dict[str, Any]:
+    """One run: its loss, the radial_share of its norms, and where its config is not PLAIN's."""
+    known = {name.replace("__", "."): value for name, value in config.items()}
+    return PLAIN | {"seed": seed, "val_loss_nats": loss, "share": share or [loss / 10, loss / 5]} | known
+
+
+def study(folder: Path, rows: Sequence[dict[str, Any]], **layers: Any) -> Study:
+    """The rows as a merged table, with layer rows at steps 0 (all zero) and 100."""
+    of_runs, of_layers = [], []
+    for i, row in enumerate(rows):
+        ids = {"run_id": row.get("run_id", f"r{i}"), "diag_id": row.get("diag_id", "d")}
+        of_runs.append(ids | {name: value for name, value in row.items() if name != "share"})
+        for step, site, share in [(s, *at) for s in (0, 100) for at in zip(SITES, row["share"], strict=False)]:
+            values = {"radial_share": share * (step > 0), "role": site.split(".")[-1]} | layers
+            of_layers.append(ids | {"step": step, "site": site, "call": 0} | values)
+    tables = {"runs": of_runs, "layers": of_layers, "curves": [{"run_id": "r0", "step": 0}]}
+    path = folder / "all.parquet"
+    for name, file in sweep.companions(path).items():
+        data = pa.Table.from_pandas(pd.DataFrame(tables[name]), preserve_index=False).replace_schema_metadata()
+        runs.write_table(file, data, {"table": name, "merged": True, "merge_id": "m"})
+    path.with_suffix(".merge.json").write_text(json.dumps({"warnings": [], "skipped": []}))
+    return read([path])
+
+
+def losses(folder: Path, by: str, rows: Sequence[dict[str, Any]], **options: Any) -> comparing.Comparison:
+    return compare(study(folder, rows), by, metrics=["val_loss_nats"], table="runs", **options)
+
+
+def noted(found: Any, start: str) -> str:
+    """The one note that starts so."""
+    (line,) = [note for note in found.notes if note.startswith(start)]
+    return str(line)
+
+
+TWO_MODES = [
+    run(seed, loss, attn_mode=mode, attn_mode__bias=bias)
+    for mode, bias, values in (("softmax", None, (3.0, 3.5, 5.0)), ("sigmoid", -4.0, (2.0, 3.0, 3.5)))
+    for seed, loss in enumerate(values, 1)
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_sweeping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """statsmodels collects garbage at every adjustment, which would take most of these tests' time."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+
+
+# compare
+
+
+def test_pairs_by_seed(tmp_path: Path):
+    found = losses(tmp_path, "attn_mode", TWO_MODES)
+    (row,) = found.rows.to_dict("records")
+    assert (row["a"], row["b"], row["n"], row["paired"]) == ("softmax", "sigmoid", 3, True)
+    assert row["difference"] == pytest.approx(1.0)  # of 1, 0.5, 1.5
+    width = 4.302653 * 0.5 / math.sqrt(3)
+    assert (row["low"], row["high"]) == pytest.approx((1 - width, 1 + width), rel=1e-6)
+    assert row["effect"] == pytest.approx(2.0)
+    assert row["mean_a"] - row["mean_b"] == pytest.approx(row["difference"])
+    assert row["p"] == row["p_adjusted"]
+    assert found.seeds()[["seed", "value_a", "value_b", "difference"]].to_numpy().tolist() == [
+        [1, 3.0, 2.0, 1.0],
+        [2, 3.5, 3.0, 0.5],
+        [3, 5.0, 3.5, 1.5],
+    ]
+    assert found.notes == ["paired by seed, 95% t interval"]  # attn_mode.bias is sigmoid's own, no second factor
+
+
+def test_order_of_rows_does_not_matter(tmp_path: Path):
+    one = losses(tmp_path, "attn_mode", TWO_MODES)
+    other = losses(tmp_path, "attn_mode", TWO_MODES[::-1])
+    pd.testing.assert_frame_equal(one.rows, other.rows)
+
+
+def test_norm_by_norm_at_the_last_step_and_their_plain_mean(tmp_path: Path):
+    found = compare(study(tmp_path, TWO_MODES), "attn_mode", metrics=["radial_share"])
+    rows = found.rows.set_index("site")
+    assert list(rows.index) == [*SITES, ALL_SITES]
+    assert rows["difference"].tolist() == pytest.approx([0.1, 0.2, 0.15])
+    assert rows["adjusted_by"].tolist() == ["bh", "bh", "holm"]
+    np.testing.assert_allclose(rows["p_adjusted"].iloc[:2], stats.adjusted(rows["p"].iloc[:2], "bh"))
+    assert rows.loc[ALL_SITES, "p_adjusted"] == rows.loc[ALL_SITES, "p"]
+    assert len(found.seeds()) == 9
+    assert compare(study(tmp_path, TWO_MODES), "attn_mode", metrics=["radial_share"], at=0).rows["mean_a"].eq(0).all()
+    with pytest.raises(ConfigError, match="no norm was measured at step 7: choose one of 0, 100"):
+        compare(study(tmp_path, TWO_MODES), "attn_mode", metrics=["radial_share"], at=7)
+
+
+def test_measured_steps_are_levels_too(tmp_path: Path):
+    found = compare(study(tmp_path, TWO_MODES), "step", metrics=["radial_share"], where="site == 'ln_f'")
+    rows = found.rows[found.rows["site"] == "ln_f"].set_index("attn_mode")
+    assert rows["difference"].to_dict() == pytest.approx({"softmax": 3.8333333 / 5, "sigmoid": 2.8333333 / 5})
+    assert rows["n"].tolist() == [3, 3]
+
+
+def test_other_columns_that_vary_make_cells(tmp_path: Path):
+    more = [run(row["seed"], row["val_loss_nats"] ** 2, **{**_config(row), "method": "bp"}) for row in TWO_MODES]
+    found = losses(tmp_path, "attn_mode", [*TWO_MODES, *more])
+    assert found.cells == ["method"]
+    assert found.rows.set_index("method")["difference"].to_dict() == pytest.approx({"fa": 1.0, "bp": 7.0})
+    assert noted(found, "within") == "within each of 2 cells of method, which also vary"
+    both = found.rows["p"].to_numpy()
+    np.testing.assert_allclose(found.rows["p_adjusted"], stats.adjusted(both, "holm"))
+    assert noted(found, "p adjusted") == "p adjusted: Holm over these 2 rows"
+
+
+def _config(row: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace(".", "__"): row[name] for name in ("attn_mode", "attn_mode.bias")}
+
+
+def test_a_column_that_changes_along_is_confounded_and_never_paired(tmp_path: Path):
+    rows = [dict(row) | {"optimizer.lr": 0.01 if row["attn_mode"] == "sigmoid" else 0.001} for row in TWO_MODES]
+    found = losses(tmp_path, "attn_mode", rows)
+    (row,) = found.rows.to_dict("records")
+    assert (row["paired"], row["n"], row["difference"]) == (False, 3, pytest.approx(1.0))
+    welch = stats.unpaired([3.0, 3.5, 5.0], [2.0, 3.0, 3.5])
+    assert (row["low"], row["effect"]) == (pytest.approx(float(welch.low)), pytest.approx(float(welch.effect)))
+    assert noted(found, "unpaired") == (
+        "unpaired (Welch): optimizer.lr changes together with attn_mode, so their effects cannot be told apart"
+    )
+    assert found.seeds()["difference"].isna().all()
+
+
+def test_settings_of_a_member_are_part_of_its_level(tmp_path: Path):
+    rows = [run(seed, loss, optimizer__lr=lr) for lr, loss in ((0.001, 2.0), (0.01, 3.0)) for seed in (1, 2, 3)]
+    rows += [run(seed, 4.0, optimizer="sgd", optimizer__lr=0.1) for seed in (1, 2, 3)]
+    found = losses(tmp_path, "optimizer", rows)
+    assert found.rows[["a", "b", "difference"]].to_numpy().tolist() == [
+        ["adamw[lr=0.01]", "adamw[lr=0.001]", 1.0],
+        ["sgd[lr=0.1]", "adamw[lr=0.001]", 2.0],
+        ["sgd[lr=0.1]", "adamw[lr=0.01]", 1.0],
+    ]
+    assert losses(tmp_path, "optimizer", rows, reference="sgd[lr=0.1]").rows["difference"].tolist() == [-2.0, -1.0]
+    with pytest.raises(ConfigError, match=r"optimizer=adam, only adamw\[lr=0\.001\], adamw\[lr=0\.01\], sgd"):
+        losses(tmp_path, "optimizer", rows, reference="adam")
+
+
+def test_no_common_seed_is_unpaired_and_said_so(tmp_path: Path):
+    rows = [dict(row) | {"seed": row["seed"] + 10 * (row["attn_mode"] == "sigmoid")} for row in TWO_MODES]
+    found = losses(tmp_path, "attn_mode", rows)
+    assert not found.rows["paired"].any()
+    assert noted(found, "unpaired") == "unpaired (Welch) in 1 of 1 rows: no seed is at both levels"
+
+
+def test_missing_seeds_are_counted_and_named(tmp_path: Path):
+    found = losses(tmp_path, "attn_mode", TWO_MODES[:-1])
+    (row,) = found.rows.to_dict("records")
+    assert (row["n"], row["missing"], row["difference"]) == (2, 1, pytest.approx(0.75))
+    assert row["mean_a"] == pytest.approx(3.25)  # of the seeds compared
+    assert noted(found, "missing pairs") == "missing pairs: attn_mode=sigmoid lacks seed 3"
+    assert noted(found, "1 of 1 rows have fewer than 3 seeds")
+
+
+def test_diverged_runs_are_counted_and_never_averaged(tmp_path: Path):
+    rows = [dict(row) for row in TWO_MODES]
+    rows[0] |= {"status": "diverged", "val_loss_nats": 1e9}
+    found = losses(tmp_path, "attn_mode", rows)
+    (row,) = found.rows.to_dict("records")
+    assert (row["n"], row["difference"], row["missing"]) == (2, pytest.approx(1.0), 0)
+    assert [row[name] for name in ("diverged_a", "runs_a", "diverged_b", "runs_b")] == [1, 3, 0, 3]
+    assert noted(found, "1 runs diverged") == "1 runs diverged, left out of every mean: attn_mode=softmax 1 of 3"
+    for row in rows[:3]:
+        row["status"] = "diverged"
+    (row,) = losses(tmp_path, "attn_mode", rows).rows.to_dict("records")
+    assert (row["n"], row["diverged_a"]) == (0, 3)  # the line stays, without a number
+    assert math.isnan(row["difference"])
+
+
+def test_a_run_that_diverged_before_any_norm_was_measured_counts(tmp_path: Path):
+    lost = {"share": [], "status": "diverged", "attn_mode": "sigmoid", "attn_mode.bias": -4.0}
+    one = study(tmp_path, [*TWO_MODES, run(4), run(4) | lost, run(5, method="bp") | lost])
+    rows = compare(one, "attn_mode", metrics=["radial_share"], where="method == 'fa'").rows
+    assert rows[["n", "diverged_b", "runs_b", "missing"]].drop_duplicates().to_numpy().tolist() == [[3, 1, 4, 0]]
+    assert rows["difference"].tolist() == pytest.approx([0.1, 0.2, 0.15])
+
+
+def test_a_level_that_a_cell_lacks_is_said(tmp_path: Path):
+    found = losses(tmp_path, "attn_mode", [*TWO_MODES, run(1, method="bp")])
+    assert len(found.rows) == 1
+    assert noted(found, "not compared") == "not compared: method=bp has no attn_mode=sigmoid"
+
+
+def test_corpora_of_one_name_are_never_paired_with_each_other(tmp_path: Path):
+    other = [dict(row) | {"data_sha256": "bb"} for row in TWO_MODES]
+    assert losses(tmp_path, "attn_mode", [*TWO_MODES, *other]).cells == ["data_sha256"]
+
+
+def test_one_run_with_two_diagnostics_is_one_run_and_two_of_its_layers(tmp_path: Path):
+    again = [dict(row) | {"diag_id": "e", "diagnostics": "often", "run_id": f"r{i}"} for i, row in enumerate(TWO_MODES)]
+    assert losses(tmp_path, "attn_mode", [*TWO_MODES, *again]).rows["n"].tolist() == [3]
+    found = compare(study(tmp_path, [*TWO_MODES, *again]), "attn_mode", metrics=["radial_share"])
+    assert found.cells == ["diagnostics"]
+    assert found.rows["n"].tolist() == [3] * 6
+
+
+def test_two_runs_of_one_config_and_seed_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"several runs have one config and seed \(r0, r6\)"):
+        losses(tmp_path, "attn_mode", [*TWO_MODES, TWO_MODES[0]])
+
+
+def test_where_chooses_runs_and_norms_before_anything_is_found_to_vary(tmp_path: Path):
+    rows = [*TWO_MODES, *(run(seed, 9.0, method="bp") for seed in (1, 2, 3))]
+    found = compare(
+        study(tmp_path, rows),
+        "attn_mode",
+        metrics=["radial_share"],
+        where="method == 'fa' and role == 'ln_f' and val_loss_nats < 5",
+    )
+    assert found.cells == []
+    assert found.rows["site"].tolist() == ["ln_f", ALL_SITES]
+    assert found.rows["n"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("by", "options", "said"),
+    [
+        ("atn_mode", {}, "did you mean attn_mode?"),
+        ("seed", {}, "runs are not told apart by seed"),
+        ("val_loss_nats", {}, "runs are not told apart by val_loss_nats"),
+        ("step", {}, "runs are not told apart by step"),
+        ("method", {}, "all 6 runs chosen have method=fa: nothing to compare"),
+        ("attn_mode", {"at": 5}, "a run's row is of its last update"),
+        ("attn_mode", {"where": "seed > 5"}, "holds for no row"),
+        ("attn_mode", {"where": "sed > 5"}, "did you mean seed?"),
+        ("attn_mode", {"reference": "relu"}, "no run chosen has attn_mode=relu, only sigmoid, softmax"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(tmp_path: Path, by: str, options: dict[str, Any], said: str):
+    with pytest.raises(ConfigError) as error:
+        losses(tmp_path, by, TWO_MODES, **options)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "metric"), [("runs", "method"), ("runs", "val_los_nats"), ("layers", "role"), ("layers", "r_me")]
+)
+def test_metrics_must_be_columns_of_numbers(tmp_path: Path, table: str, metric: str):
+    with pytest.raises(ConfigError, match="--metric"):
+        compare(study(tmp_path, TWO_MODES), "attn_mode", metrics=[metric], table=table)
+
+
+def test_intervals_by_resampling_are_reproducible(tmp_path: Path):
+    one, again = (
+        losses(tmp_path, "attn_mode", TWO_MODES, how=Inference("percentile", rng=np.random.default_rng(0)))
+        for _ in "ab"
+    )
+    pd.testing.assert_frame_equal(one.rows, again.rows)
+    assert one.rows["p_adjusted"].isna().all()
+    assert one.notes == ["paired by seed, 95% percentile bootstrap interval"]
+    assert one.rows["low"].iloc[0] == pytest.approx(0.5)  # all three draws the smallest: more than 2.5% of draws
+
+
+# cost
+
+COSTS = [
+    run(seed, loss + seed, attn_mode=mode, ln_backward=backward, ln_backward__sites=sites)
+    for mode, backward, sites, loss in (
+        ("softmax", "exact", "all", 2.0),
+        ("softmax", "center_scale", "all", 3.0),
+        ("softmax", "center_scale", "ln_f", 2.5),
+        ("sigmoid", "exact", "all", 4.0),
+        ("sigmoid", "center_scale", "all", 4.25),
+        ("sigmoid", "center_scale", "ln_f", 4.0),
+    )
+    for seed in (1, 2, 3)
+]
+
+
+def test_cost_is_paired_with_exact_and_sites_are_told_apart(tmp_path: Path):
+    found = cost(study(tmp_path, COSTS))
+    rows = found.costs.rows.set_index(["attn_mode", "a"])
+    assert rows["b"].unique().tolist() == ["exact"]
+    assert rows["difference"].to_dict() == pytest.approx(
+        {
+            ("softmax", "center_scale"): 1.0,
+            ("softmax", "center_scale@ln_f"): 0.5,
+            ("sigmoid", "center_scale"): 0.25,
+            ("sigmoid", "center_scale@ln_f"): 0.0,
+        }
+    )
+    assert found.by == "attn_mode"
+    assert found.differences is not None
+    differences = found.differences.rows.set_index("ln_backward")
+    assert differences[["a", "b"]].drop_duplicates().to_numpy().tolist() == [["softmax", "sigmoid"]]
+    assert differences["difference"].to_dict() == pytest.approx({"center_scale": 0.75, "center_scale@ln_f": 0.5})
+    assert differences["mean_a"].to_dict() == pytest.approx({"center_scale": 1.0, "center_scale@ln_f": 0.5})
+
+
+def test_cost_of_a_diverged_run_is_a_rate(tmp_path: Path):
+    rows = [dict(row) for row in COSTS]
+    rows[3] |= {"status": "diverged", "val_loss_nats": math.nan}  # softmax, center_scale, seed 1
+    rows[9] |= {"status": "diverged", "val_loss_nats": math.nan}  # sigmoid, exact, seed 1
+    found = cost(study(tmp_path, rows))
+    row = found.costs.rows.set_index(["attn_mode", "a"]).loc[("softmax", "center_scale")]
+    assert [row[name] for name in ("n", "diverged_a", "runs_a", "diverged_b")] == [2, 1, 3, 0]
+    assert found.differences is not None
+    row = found.differences.rows.set_index("ln_backward").loc["center_scale"]
+    assert [row[name] for name in ("n", "diverged_a", "diverged_b", "runs_b")] == [2, 1, 1, 3]
+
+
+def test_cost_by_another_factor_within_the_rest(tmp_path: Path):
+    more = [dict(row) | {"method": "bp", "val_loss_nats": row["val_loss_nats"] * 2} for row in COSTS]
+    found = cost(study(tmp_path, [*COSTS, *more]), by="method", reference="bp", where="ln_backward.sites == 'all'")
+    assert found.differences is not None
+    rows = found.differences.rows.set_index("attn_mode")
+    assert rows[["a", "b"]].drop_duplicates().to_numpy().tolist() == [["fa", "bp"]]
+    assert rows["difference"].to_dict() == pytest.approx({"softmax": -1.0, "sigmoid": -0.25})
+    assert len(found.costs.rows) == 4
+
+
+def test_one_mode_alone_has_costs_and_no_differences(tmp_path: Path):
+    found = cost(study(tmp_path, COSTS), where="attn_mode == 'softmax'")
+    assert (len(found.costs.rows), found.by, found.differences) == (2, None, None)
+
+
+def test_cost_needs_an_exact_run(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no run chosen has ln_backward=exact, only center_scale, center_scale@ln_f"):
+        cost(study(tmp_path, COSTS), where="ln_backward != 'exact'")
+    with pytest.raises(ConfigError, match="all 6 runs chosen have ln_backward=exact"):
+        cost(study(tmp_path, COSTS), where="ln_backward == 'exact'")
+
+
+# scaling
+
+
+def test_slope_of_each_seed_and_its_interval(tmp_path: Path):
+    slopes = {1: -1.0, 2: -1.5, 3: -0.5}
+    rows = [run(seed, 9 * (d / 64) ** k, model__n_embd=d) for d in (64, 128, 256) for seed, k in slopes.items()]
+    found = scaling(study(tmp_path, rows), "model.n_embd", metrics=["val_loss_nats"], table="runs")
+    (row,) = found.slopes.to_dict("records")
+    width = 4.302653 * 0.5 / math.sqrt(3)
+    assert (row["slope"], row["low"], row["high"], row["n"]) == pytest.approx((-1, -1 - width, -1 + width, 3), rel=1e-6)
+    assert found.seeds.set_index("seed")["slope"].to_dict() == pytest.approx(slopes)
+    assert found.points.set_index("model.n_embd")["mean"][64] == pytest.approx(9.0)
+
+
+def test_scaling_with_the_measured_step_of_one_run(tmp_path: Path):
+    one = study(tmp_path, [run(seed) for seed in (1, 2, 3)])
+    with pytest.raises(ConfigError, match="step has levels without a logarithm"):
+        scaling(one, "step", metrics=["radial_share"])
+    with pytest.raises(ConfigError, match="method has levels without a logarithm"):
+        scaling(study(tmp_path, [run(1), run(1, method="bp")]), "method", metrics=["radial_share"])
+
+
+def test_values_without_a_logarithm_have_no_slope_and_are_said(tmp_path: Path):
+    rows = [run(seed, loss, model__n_embd=d) for d, loss in ((64, 1.0), (128, 2.0)) for seed in (1, 2, 3)]
+    rows[0]["val_loss_nats"] = 0.0
+    for row in rows:
+        row["optimizer.lr"] = 0.1 / row["model.n_embd"]
+    found = scaling(study(tmp_path, rows), "model.n_embd", metrics=["val_loss_nats"], table="runs")
+    assert found.slopes["n"].tolist() == [2]
+    assert noted(found, "optimizer.lr changes together with model.n_embd")
+    assert noted(found, "1 lines of a seed")
+
+
+# read
+
+
+def test_a_merged_table_is_read_with_its_doubts(tmp_path: Path):
+    study(tmp_path, TWO_MODES)
+    path = tmp_path / "all.parquet"
+    said = {"warnings": ["mixed commits: a, b", "missing seeds: x"], "skipped": [{"path": "p", "reason": "running"}]}
+    path.with_suffix(".merge.json").write_text(json.dumps(said))
+    assert read([path]).doubts == ["mixed commits: a, b", "1 runs were found and not merged: p"]
+    assert "mixed commits: a, b" in compare(read([path]), "attn_mode", metrics=["radial_share"]).notes
+    assert read([path.with_suffix(".runs.parquet")]).path == path
+    path.with_suffix(".merge.json").unlink()
+    assert read([path]).doubts == ["all.merge.json is missing: mixed commits, data or schemas would go unsaid"]
+
+
+def test_a_table_that_is_not_whole_is_refused(tmp_path: Path):
+    study(tmp_path, TWO_MODES)
+    path = tmp_path / "all.parquet"
+    beside = path.with_suffix(".runs.parquet")
+    runs.write_table(beside, runs.read_table(beside), {"table": "runs", "merged": True, "merge_id": "other"})
+    with pytest.raises(ConfigError, match="not of one merge"):
+        read([path])
+    runs.write_table(beside, runs.read_table(beside), {"table": "runs", "merged": True, "schema_version": 0})
+    with pytest.raises(ConfigError, match="schema version 0"):
+        read([path])
+    beside.unlink()
+    with pytest.raises(ConfigError, match=r"all\.runs\.parquet is missing"):
+        read([path])
+    with pytest.raises(ConfigError, match="nope does not exist"):
+        read([tmp_path / "nope"])
+
+
+def test_a_sweep_is_read_by_its_merge_unless_a_run_is_younger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "sweep"
+    (folder / "run").mkdir(parents=True)
+    study(folder, TWO_MODES)
+    assert read([folder]).path == folder / "all.parquet"
+    status = folder / "run" / runs.STATUS
+    status.write_text("{}")
+    young = (folder / "all.parquet").stat().st_mtime + 10
+    os.utime(status, (young, young))
+    merged: list[Any] = []
+    monkeypatch.setattr(sweep, "merge", lambda sources, path: merged.append(sources) or pytest.skip("merged anew"))
+    with pytest.raises(pytest.skip.Exception):
+        read([folder])
+    assert merged == [[folder]]

@@ -1,0 +1,54 @@
+"""Calls of one norm pooled from their rows, against the same tokens measured as one call."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lnjac import jacobian
+from lnjac.jacobian import Tokens
+from lnjac.pooling import KEY, pooled
+from lnjac.tables import ENERGIES, RSTD_POWERS
+
+D = 12
+SPREAD = ("sigma_std", "sigma_q50", "jacobian_residual", "cos_center_vs_ste")
+"""What a sum does not hold, and, of rmsnorm, what is NaN throughout."""
+
+
+def tokens(seed: int, n: int, *, rms: bool) -> Tokens:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, D, generator=generator, dtype=torch.float64) * 0.02
+    grad = torch.randn(n, D, generator=generator, dtype=torch.float64) * seed
+    return jacobian.decompose(x, grad, 1e-5, rms=rms, replayed=grad)
+
+
+def row(part: Tokens, site: str, call: int, *, rms: bool) -> dict[str, Any]:
+    found = jacobian.summary(jacobian.sums(part, rms=rms), part.sigma, D, rms=rms)
+    ids = {"run_id": "r", "diag_id": "d", "step": 5, "site": site, "call": call}
+    return ids | {"d": D, "norm": "rmsnorm" if rms else "layernorm"} | found
+
+
+@pytest.mark.parametrize("rms", [False, True])
+def test_pooled_calls_are_as_one_call_of_all_tokens(rms: bool):
+    parts = [tokens(1, 40, rms=rms), tokens(5, 10, rms=rms)]
+    rows = [row(part, "ln", call, rms=rms) for call, part in enumerate(parts)]
+    rows.append(row(parts[0], "ln_f", 0, rms=rms))
+    whole = row(jacobian.concatenate(parts), "ln", 0, rms=rms)
+    sums = [f"sum_{energy}{suffix}" for energy in ENERGIES for suffix in RSTD_POWERS]
+    metrics = [name for name in whole if name not in (*KEY, "call", "d", "norm", *SPREAD) and "_q" not in name]
+    assert {"radial_share", "r_radial", "flat_cos_ste", "gain_center", "cos_center_vs_true", *sums} <= {*metrics}
+    found = pooled(pd.DataFrame(rows), metrics)
+    assert found[KEY].to_numpy().tolist() == [["r", "d", 5, "ln"], ["r", "d", 5, "ln_f"]]
+    np.testing.assert_allclose(found.loc[0, metrics].astype(float), [whole[name] for name in metrics], rtol=1e-9)
+    np.testing.assert_allclose(found.loc[1, metrics].astype(float), [rows[2][name] for name in metrics], rtol=1e-9)
+    naive = np.mean([one["radial_share"] for one in rows[:2]])
+    assert abs(naive / whole["radial_share"] - 1) > 1e-3  # averaging the calls' ratios gives another number
+
+
+def test_what_does_not_add_is_missing_where_there_are_several_calls():
+    rows = [row(tokens(1, 9, rms=False), site, call, rms=False) for site, call in (("a", 0), ("a", 1), ("b", 0))]
+    found = pooled(pd.DataFrame(rows), ["sigma_q50"])
+    assert np.isnan(found["sigma_q50"][0])
+    assert found["sigma_q50"][1] == rows[2]["sigma_q50"]

@@ -1,0 +1,228 @@
+"""Intervals against scipy and formulas by another route, laws they must obey, and the coverage of the default one."""
+
+import gc
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import special
+
+from lnjac import stats
+from lnjac.stats import Inference
+
+Array = np.ndarray[Any, Any]
+Draw = Callable[[np.random.Generator, tuple[int, int]], Array]
+
+quick = settings(max_examples=40, deadline=None)  # the first example imports scipy
+finite = st.floats(-1e3, 1e3, allow_nan=False).map(lambda x: round(x, 3))
+samples = st.lists(finite, min_size=3, max_size=8).filter(lambda x: np.std(x) > 1e-2)
+
+
+def by_hand(x: Array, confidence: float) -> tuple[float, float, float]:
+    """Low, high and p of the mean from Student's distribution: t = √n·mean/sd."""
+    n, mean = len(x), x.mean()
+    error = math.sqrt(((x - mean) ** 2).sum() / (n - 1) / n)
+    width = special.stdtrit(n - 1, 0.5 + confidence / 2) * error
+    return mean - width, mean + width, 2 * special.stdtr(n - 1, -abs(mean / error))
+
+
+@quick
+@given(samples, st.sampled_from([0.8, 0.95, 0.99]))
+def test_paired_interval_is_students(x: list[float], confidence: float):
+    found = stats.paired(x, Inference(confidence=confidence))
+    low, high, p = by_hand(np.array(x), confidence)
+    np.testing.assert_allclose([found.low, found.high, found.p], [low, high, p], rtol=1e-8, atol=1e-10)
+    assert found.n == len(x)
+    np.testing.assert_allclose(found.effect, np.mean(x) / np.std(x, ddof=1), rtol=1e-9, atol=1e-12)
+
+
+@quick
+@given(samples, samples)
+def test_unpaired_is_welchs_with_hedges_g(a: list[float], b: list[float]):
+    x, y = np.array(a), np.array(b)
+    found = stats.unpaired(x, y)
+    vx, vy = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
+    df = (vx + vy) ** 2 / (vx**2 / (len(x) - 1) + vy**2 / (len(y) - 1))
+    width = special.stdtrit(df, 0.975) * math.sqrt(vx + vy)
+    difference = x.mean() - y.mean()
+    np.testing.assert_allclose([found.low, found.high], [difference - width, difference + width], rtol=1e-7, atol=1e-9)
+    pooled = math.sqrt((vx * len(x) * (len(x) - 1) + vy * len(y) * (len(y) - 1)) / (len(x) + len(y) - 2))
+    g = difference / pooled * (1 - 3 / (4 * (len(x) + len(y)) - 9))
+    np.testing.assert_allclose(found.effect, g, rtol=1e-7, atol=1e-9)
+    assert found.n == min(len(x), len(y))
+
+
+@quick
+@given(samples, finite, st.sampled_from([0.5, 2.0, -3.0]))
+def test_laws_of_shift_scale_and_sign(x: list[float], shift: float, factor: float):
+    one, other = stats.paired(x), stats.paired(np.array(x) * factor + shift)
+    ends = sorted([float(one.low) * factor + shift, float(one.high) * factor + shift])
+    np.testing.assert_allclose([other.low, other.high], ends, rtol=1e-7, atol=1e-6)
+
+
+@quick
+@given(samples)
+def test_seeds_are_exchangeable_and_missing_ones_do_not_count(x: list[float]):
+    one = stats.paired(x)
+    other = stats.paired([math.nan, *reversed(x), math.nan])
+    for name in ("estimate", "low", "high", "p", "effect", "n"):
+        np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-7, atol=1e-7)
+
+
+@quick
+@given(st.lists(samples, min_size=1, max_size=5))
+def test_many_rows_at_once_are_as_each_alone(rows: list[list[float]]):
+    table = np.full((len(rows), 1, 8), math.nan)
+    for row, x in zip(table, rows, strict=True):
+        row[0, : len(x)] = x
+    found = stats.paired(table)
+    assert found.low.shape == (len(rows), 1)
+    alone = [stats.paired(x) for x in rows]
+    for name in ("estimate", "low", "high", "p", "effect", "n"):
+        np.testing.assert_allclose(getattr(found, name)[:, 0], [getattr(one, name) for one in alone], rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", stats.METHODS)
+def test_one_seed_has_an_estimate_only_and_none_has_nothing(method: str):
+    how = Inference(method, rng=np.random.default_rng(0))
+    found = stats.paired([[2.0, math.nan], [math.nan, math.nan]], how)
+    np.testing.assert_array_equal(found.estimate, [2.0, math.nan])
+    np.testing.assert_array_equal(found.n, [1, 0])
+    for part in (found.low, found.high, found.p, found.effect):
+        assert np.isnan(part).all()
+    assert np.isnan(stats.unpaired([1.0], [2.0, 3.0], how).low)
+
+
+def test_seeds_that_all_agree_make_an_interval_of_no_width():
+    found = stats.paired([[0.0, 0.0, 0.0], [0.5, 0.5, 0.5]])
+    np.testing.assert_array_equal([found.low, found.high], [[0.0, 0.5]] * 2)
+    assert np.isnan(found.p[0])
+
+
+@pytest.mark.parametrize(("n", "p"), [(3, 0.25), (5, 0.0625), (6, 0.03125)])
+def test_sign_flips_are_exact_where_few(n: int, p: float):
+    found = stats.paired(np.arange(1.0, n + 1), Inference("signflip"))
+    assert found.p == pytest.approx(p)  # only the two all-equal signs are as extreme: 2/2^n
+    assert found.low == stats.paired(np.arange(1.0, n + 1)).low
+
+
+def test_sign_flip_of_many_seeds_is_drawn_and_near_the_t_test():
+    x = np.random.default_rng(1).normal(0.4, 1, 30)
+    one, again = (stats.paired(x, Inference("signflip", rng=np.random.default_rng(2))) for _ in range(2))
+    assert one.p == again.p
+    assert one.p == pytest.approx(float(stats.paired(x).p), abs=0.02)
+
+
+def test_permutation_of_unpaired_seeds_is_exact_where_few():
+    found = stats.unpaired([4.0, 5.0, 6.0], [1.0, 2.0, 3.0], Inference("signflip"))
+    assert found.p == pytest.approx(2 / math.comb(6, 3))
+
+
+@pytest.mark.parametrize("method", ["bootstrap", "percentile"])
+def test_bootstraps_draw_from_the_given_generator_and_near_t_for_many_seeds(method: str):
+    x = np.random.default_rng(3).normal(size=200)
+    np.random.seed(0)  # noqa: NPY002
+    state = np.random.get_state()[1].copy()  # type: ignore[union-attr, index]  # noqa: NPY002
+    one, again = (stats.paired(x, Inference(method, rng=np.random.default_rng(4))) for _ in range(2))
+    assert (state == np.random.get_state()[1]).all()  # type: ignore[index]  # noqa: NPY002
+    assert (one.low, one.high) == (again.low, again.high)
+    t = stats.paired(x)
+    np.testing.assert_allclose([one.low, one.high], [t.low, t.high], atol=0.02)
+    two = stats.unpaired(x, x + 1, Inference(method, rng=np.random.default_rng(4)))
+    welch = stats.unpaired(x, x + 1)
+    np.testing.assert_allclose([two.low, two.high], [welch.low, welch.high], atol=0.02)
+
+
+def test_an_unknown_method_is_named():
+    with pytest.raises(ValueError, match="magic is no interval: choose one of t, bootstrap"):
+        stats.paired([1.0, 2.0], Inference("magic"))
+
+
+@quick
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_and_bh_by_their_definitions(p: list[float]):
+    order, m = np.argsort(p, kind="stable"), len(p)
+    ranked = np.array(p)[order]
+    holm, bh = np.empty(m), np.empty(m)
+    holm[order] = np.minimum(1, np.maximum.accumulate(ranked * (m - np.arange(m))))
+    bh[order] = np.minimum(1, np.minimum.accumulate((ranked * m / np.arange(1, m + 1))[::-1])[::-1])
+    with patch.object(
+        gc, "collect"
+    ):  # statsmodels sweeps the memory at every call, which takes all of this test's time
+        np.testing.assert_allclose(stats.adjusted(p, "holm"), holm, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(stats.adjusted(p, "bh"), bh, rtol=1e-12, atol=1e-15)
+        with_gap = stats.adjusted([math.nan, *p], "holm")
+    assert np.isnan(with_gap[0])
+    np.testing.assert_allclose(with_gap[1:], holm, rtol=1e-12, atol=1e-15)
+
+
+@quick
+@given(st.floats(-3, 3), st.floats(0.1, 10), st.integers(2, 5))
+def test_a_power_law_has_its_exponent_as_slope(exponent: float, factor: float, n: int):
+    x = 2.0 ** np.arange(n)
+    lines = np.stack([factor * x**exponent, np.where(x > 1, factor * x**exponent, math.nan)])
+    found = stats.log_slope(x, lines)
+    assert found[0] == pytest.approx(exponent, abs=1e-8)
+    assert math.isnan(found[1]) if n == 2 else found[1] == pytest.approx(exponent, abs=1e-8)
+
+
+def test_a_line_without_a_logarithm_has_no_slope():
+    assert np.isnan(stats.log_slope([1, 2, 4], [[1, 0, 4], [1, -1, 4]])).all()
+
+
+# Coverage
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
+    return rng.normal(0.0, 2.0, shape)
+
+
+def gumbel(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
+    """Differences of two skewed values of unequal spread, as losses at two levels are: skewness 0.75."""
+    return (rng.gumbel(scale=2, size=shape) - rng.gumbel(scale=1, size=shape)) - np.euler_gamma
+
+
+def lognormal(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
+    """Most seeds near each other and now and then a very unlucky one: skewness 6.2."""
+    return rng.lognormal(size=shape) - math.exp(0.5)
+
+
+def coverage(draw: Draw, n: int, how: Inference = stats.STUDENT, samples: int = 40_000) -> float:
+    """How often an interval of n seeds holds the true mean, 0."""
+    found = stats.paired(draw(np.random.default_rng(n), (samples, n)), how)
+    return float(((found.low <= 0) & (found.high >= 0)).mean())
+
+
+SIMULATED = {
+    "t, normal": lambda n: coverage(normal, n),
+    "t, difference of skewed losses": lambda n: coverage(gumbel, n),
+    "t, log-normal": lambda n: coverage(lognormal, n),
+    "percentile bootstrap, normal": lambda n: coverage(
+        normal, n, Inference("percentile", rng=np.random.default_rng(0)), 500
+    ),
+    "BCa bootstrap, normal": lambda n: coverage(normal, n, Inference("bootstrap", rng=np.random.default_rng(0)), 500),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_default_interval_covers_at_its_nominal_rate(n: int):
+    assert coverage(normal, n) == pytest.approx(0.95, abs=0.015)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIMULATED)
+def test_documented_coverage_is_what_is_simulated(root: Path, name: str):
+    found = [SIMULATED[name](n) for n in (3, 5, 10)]
+    print(f"\n| {name} | " + " | ".join(f"{rate:.2f}" for rate in found) + " |")
+    text = (root / "docs" / "comparing.md").read_text()
+    said = re.search(rf"^\| {name} \| (.*) \|$", text, re.MULTILINE)
+    assert said, f"docs/comparing.md has no line for {name}"
+    np.testing.assert_allclose([float(cell) for cell in said[1].split("|")], found, atol=0.011)
