@@ -1,8 +1,8 @@
 """Configuration: typed schemas, one check that lists every problem, and the identity of a run.
 
 The yaml files under `conf/` hold every value, so no field here has a default: what is missing is reported, not guessed.
-A group whose members bring their own code (attention mode, method, LayerNorm backward, optimizer, corpus) names a
-dataclass by `_target_`; that dataclass is its schema, its config columns and its behaviour. Such a class may define
+A group whose members bring their own code (attention mode, method, LayerNorm backward, optimizer, corpus, tracker)
+names a dataclass by `_target_`; that dataclass is its schema, its config columns and its behaviour. Such a class may define
 `resolve(config)`, to replace values that depend on the rest, and `problems(config)`, to reject what it cannot do.
 """
 
@@ -28,7 +28,7 @@ from lnjac.tables import Column
 NUMERICS_VERSION = 2
 """Part of every run's identity: raised whenever the same config would give other numbers than before."""
 
-EXECUTION = ("device", "threads", "deterministic", "save_model", "checkpoint")
+EXECUTION = ("device", "threads", "deterministic", "save_model", "checkpoint", "tracker")
 """How a run is executed: left out of its identity and of its config columns."""
 
 SWEEP = ("sweep", "retry_failed", "dry_run", "report")
@@ -219,13 +219,14 @@ class RunConfig:
     threads: int | None
     save_model: bool
     checkpoint: Checkpoints
+    tracker: Any
 
     def parts(self) -> dict[str, Any]:
         """The config groups by name."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if _is_group(f)}
 
 
-PLUGIN_GROUPS = ("attn_mode", "method", "ln_backward", "optimizer", "data")
+PLUGIN_GROUPS = ("attn_mode", "method", "ln_backward", "optimizer", "data", "tracker")
 
 
 def compose(*overrides: str) -> RunConfig:

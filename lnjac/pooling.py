@@ -22,7 +22,7 @@ def pooled(rows: "pd.DataFrame", metrics: list[str]) -> "pd.DataFrame":
     """One row for each norm and step: KEY and the metrics.
 
     The shares, flattened cosines and gains (docs/maths.md) come from added sums; a mean over tokens is weighed by them. What
-    cannot be had from sums (quantiles, spread, the residual) is NaN where there is more than one call.
+    cannot be had from sums (quantiles, spread, the residual) is NaN where calls differ in it.
     """
     groups = rows.groupby(KEY, sort=False)
     total = groups[[name for name in NEEDED if name not in ("d", "norm")]].sum(min_count=1)
@@ -40,7 +40,7 @@ def pooled(rows: "pd.DataFrame", metrics: list[str]) -> "pd.DataFrame":
             above = (rows[metric] * weight).groupby(keys, sort=False).sum(min_count=1)
             out[metric] = above / weight.groupby(keys, sort=False).sum()
         else:
-            out[metric] = groups[metric].first().where(groups.size() == 1)
+            out[metric] = groups[metric].first().where(groups[metric].nunique() == 1)
     return total[[]].assign(**out).reset_index()
 
 
@@ -62,12 +62,13 @@ def _ratios(total: "pd.DataFrame") -> "dict[str, pd.Series[float]]":
         "enrichment_radial_share": (total["d"] - 1 + rms) * radial_share,
     }
     powers = list(RSTD_POWERS)
-    true_sq = total["sum_B2_rstd2"] + total["sum_C_rstd2"]
+    u_sq = [total[f"sum_C{suffix}"] + total[f"sum_B2{suffix}"] for suffix in RSTD_POWERS]
+    found["rstd_cv"] = (u_sq[0] * u_sq[2] / u_sq[1] ** 2 - 1).clip(lower=0) ** 0.5
     for name, (center, is_radial, scale) in SURROGATES.items():
         once, twice = powers[1 + scale], powers[2 * scale]
         dot = total[f"sum_{'B2' if is_radial else 'B1'}{once}"] + total[f"sum_C{once}"]
         norm_sq = total[f"sum_{'B2' if is_radial else 'B'}{twice}"] + total[f"sum_C{twice}"]
         norm_sq += total[f"sum_A{twice}"].where(rms | (not center), 0.0)
-        found[f"flat_cos_{name}"] = dot / (norm_sq * true_sq) ** 0.5
-        found[f"gain_{name}"] = (norm_sq / true_sq) ** 0.5
+        found[f"flat_cos_{name}"] = dot / (norm_sq * u_sq[2]) ** 0.5
+        found[f"gain_{name}"] = (norm_sq / u_sq[2]) ** 0.5
     return found

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lnjac import runs
+from lnjac import runs, tracking
 from lnjac.config import PLUGIN_GROUPS, ConfigError, RunConfig, build
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Run:
     @cached_property
     def config(self) -> RunConfig:
         """The run's config. Its classes are imported by name, so those of other packages only when `trust` is given."""
-        plain = self.metadata["config"]
+        plain = self.metadata["config"] | {"tracker": tracking.NONE}  # opened again, it tells nobody
         targets = [plain[group]["_target_"] for group in PLUGIN_GROUPS]
         foreign = [target for target in targets if not target.startswith("lnjac.")]
         if foreign and not self.trust:

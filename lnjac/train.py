@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lnjac import checkpoint, data, gpt, optim, plan, runs
+from lnjac import checkpoint, data, gpt, optim, plan, runs, tracking
 from lnjac import config as configs
 from lnjac.analyse import examine
 from lnjac.config import ConfigError, Device, Precision, RunConfig, Split
@@ -261,6 +261,7 @@ class Job:
         self.stacked, self.resumed = 1, 0
         self.found: str | None = None
         self.checkpoint = Path(folder) / runs.CHECKPOINT
+        self.tracker = tracking.Guarded(config.tracker)
         try:
             self.out = runs.RunFolder(folder, self.identity)
         except runs.InUse as error:
@@ -287,10 +288,14 @@ class Job:
             for warning in part.warnings(self.config) if hasattr(part, "warnings") else ():
                 log.warning(warning)
         self.training = Training(self.config, self.corpus)
-        self.record = Record(self.training, self.identity, self.clock)
+        self.record = Record(self.training, self.identity, self.clock, self.tracker)
         if before.reason:
             log.info("run again: %s", before.reason.splitlines()[0])
         self._resume()
+        shown = {column.name: value for column, value in configs.columns(self.config)}
+        self.tracker.start(
+            tracking.TrackedRun("-".join(self.identity.values()), self.out.path, shown, after=self.resumed)
+        )
         log.info("run %s on %s: %s", self.identity["run_id"], self.training.device.type, _brief(self.config))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -303,7 +308,11 @@ class Job:
             elif error is not None:  # Ctrl-C, or a cluster's notice
                 self.out.status(runs.INTERRUPTED)
         finally:
-            self.out.release()
+            try:
+                failed = isinstance(error, Exception)
+                self.tracker.end(self.found or (runs.FAILED if failed else runs.INTERRUPTED))
+            finally:
+                self.out.release()
 
     def save(self) -> None:
         """Write a checkpoint, if any are wanted. A full disk costs the checkpoint, not the run: it is said."""
@@ -384,8 +393,8 @@ class Job:
 class Record:
     """What a run measures on its way: the rows of each table but `runs`."""
 
-    def __init__(self, training: Training, identity: dict[str, str], clock: Clock) -> None:
-        self.training, self.identity, self.clock = training, identity, clock
+    def __init__(self, training: Training, identity: dict[str, str], clock: Clock, tracker: tracking.Guarded) -> None:
+        self.training, self.identity, self.clock, self.tracker = training, identity, clock, tracker
         self.analysed_at = set(training.config.diagnostics.at(training.config.steps))
         self.rows: dict[str, list[dict[str, Any]]] = {"layers": [], "curves": []}
 
@@ -403,10 +412,12 @@ class Record:
             found["layers"] = [row for row in found["layers"] if math.isfinite(row["sum_C_rstd2"])]
             for table, rows in found.items():
                 self.rows.setdefault(table, []).extend({**self.identity, **row} for row in rows)
+            self.tracker.layers(done, found["layers"])
         if train_loss is not None or val_loss is not None:
             val_loss = val_loss if healthy else None
-            point = {"step": done, "train_loss_nats": train_loss, "val_loss_nats": val_loss, "lr": lr}
-            self.rows["curves"].append({"run_id": self.identity["run_id"], **point})
+            point = {"train_loss_nats": train_loss, "val_loss_nats": val_loss, "lr": lr}
+            self.rows["curves"].append({"run_id": self.identity["run_id"], "step": done, **point})
+            self.tracker.scalars(done, point)
         return healthy
 
 

@@ -9,7 +9,7 @@ import pytest
 
 LAYERS = [
     {"tables"},
-    {"config", "streams"},
+    {"config", "streams", "tracking"},
     {"runs"},
     {"jacobian", "attention", "credit", "play", "summary", "interruption", "stats", "where", "pooling"},
     {"norm", "data", "optim", "sweep", "distribution", "figures"},

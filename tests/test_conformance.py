@@ -35,7 +35,7 @@ def small(group: str, name: str, *more: str) -> list[str]:
     return [f"{group}={name}", *SMALL, *more]
 
 
-@pytest.mark.parametrize("group", [*GROUPS, "data"])
+@pytest.mark.parametrize("group", [*GROUPS, "data", "tracker"])
 def test_name_is_the_files(group: str) -> None:
     for name in members(group):
         assert yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())["name"] == name

@@ -48,7 +48,7 @@ def test_pooled_calls_are_as_one_call_of_all_tokens(rms: bool):
 
 
 def test_what_does_not_add_is_missing_where_there_are_several_calls():
-    rows = [row(tokens(1, 9, rms=False), site, call, rms=False) for site, call in (("a", 0), ("a", 1), ("b", 0))]
+    rows = [row(tokens(1 + call, 9, rms=False), site, call, rms=False) for site, call in (("a", 0), ("a", 1), ("b", 0))]
     found = pooled(pd.DataFrame(rows), ["sigma_q50"])
     assert np.isnan(found["sigma_q50"][0])
     assert found["sigma_q50"][1] == rows[2]["sigma_q50"]

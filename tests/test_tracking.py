@@ -1,0 +1,323 @@
+"""Trackers: what TensorBoard is shown is what the tables hold; a tracker costs a run nothing, whatever it does."""
+
+import importlib.util
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT
+from test_conformance import SMALL, corpus, members
+from test_run import TINY, command
+from test_stack import stacked
+
+import lnjac
+from lnjac import runs, sweep, tracking, train
+from lnjac.config import RunConfig, build, check, columns, compose, diag_id, run_id, to_dict
+
+needs_tensorboard = pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is None, reason="needs TensorBoard: pip install -e '.[track]'"
+)
+WATCHED = ("diagnostics=trajectory", "eval.every=2")
+TENSORBOARD = (*WATCHED, "tracker=tensorboard")
+
+
+def finished(folder: Path, config: RunConfig) -> lnjac.Run:
+    assert train.run(config, folder, corpus()) == runs.DONE
+    return lnjac.load_run(folder)
+
+
+def with_tracker(target: str, *overrides: str, **settings: Any) -> RunConfig:
+    plain = to_dict(compose(*SMALL, *WATCHED, *overrides))
+    return build(plain | {"tracker": {"_target_": target, **settings}})
+
+
+def event_folder(run: Path) -> Path:
+    (folder,) = (run / "tensorboard").iterdir()
+    return folder
+
+
+def accumulated(run: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(event_folder(run)), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+
+def shown(run: Path) -> dict[tuple[str, int], list[float]]:
+    """All that TensorBoard would draw, by tag and step."""
+    events, found = accumulated(run), {}
+    for tag in events.Tags()["scalars"]:
+        for event in events.Scalars(tag):
+            found.setdefault((tag, event.step), []).append(event.value)
+    return found
+
+
+def expected(run: Path, drawn: Sequence[str]) -> dict[tuple[str, int], list[float]]:
+    """The same from the run's tables, in float32."""
+    opened, found = lnjac.load_run(run), {}
+    for row in opened.curve.to_dict("records"):
+        for name in ("train_loss_nats", "val_loss_nats", "lr"):
+            found["curve/" + name, row["step"]] = row[name]
+    for row in opened.layers.to_dict("records"):
+        for name in drawn:
+            found[f"{name}/{row['site']}", row["step"]] = row[name]
+    return {key: [float(np.float32(value))] for key, value in found.items() if not pd.isna(value)}
+
+
+DRAWN = ["radial_share", "r_mean", "cos_center_vs_true", "sigma_mean"]
+
+
+@needs_tensorboard
+def test_tensorboard_shows_what_the_tables_hold(tmp_path: Path) -> None:
+    config = compose(*SMALL, *TENSORBOARD, f"tracker.columns=[{','.join(DRAWN)}]")
+    finished(tmp_path, config)
+    assert shown(tmp_path) == expected(tmp_path, DRAWN)
+    assert ("val_loss_nats", 0) in {(tag.partition("/")[2], step) for tag, step in shown(tmp_path)}
+    assert event_folder(tmp_path).name == "softmax-fa-exact-seed1337"
+
+
+@needs_tensorboard
+def test_what_has_no_value_is_not_drawn(tmp_path: Path) -> None:
+    finished(tmp_path, compose(*SMALL, *TENSORBOARD, "model.norm=rmsnorm", "tracker.columns=[r_mean,r_radial]"))
+    assert {tag.partition("/")[0] for tag, _ in shown(tmp_path)} == {"curve", "r_radial"}  # r_mean is NaN
+
+
+@needs_tensorboard
+def test_tensorboard_shows_the_config_as_text_and_as_hparams(tmp_path: Path) -> None:
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    config = compose(*SMALL, *TENSORBOARD, "attn_mode=sigmoid")
+    finished(tmp_path, config)
+    events = accumulated(tmp_path)
+    (text,) = events.Tensors("config")
+    known = {column.name: value for column, value in columns(config)}
+    for name, value in known.items():
+        assert f"| {name} | {value} |" in text.tensor_proto.string_val[0].decode()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    start = HParamsPluginData.FromString(content).session_start_info
+    assert start.group_name == f"{run_id(config, corpus().sha256)}-{diag_id(config)}"
+    assert start.hparams["attn_mode"].string_value == "sigmoid"
+    assert start.hparams["attn_mode.bias"].number_value == known["attn_mode.bias"]
+    assert set(start.hparams) == {name for name, value in known.items() if value is not None}
+
+
+@needs_tensorboard
+@pytest.mark.parametrize("saved", [3, None])
+def test_curves_go_on_without_duplicates(saved: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut after five updates, two after its last checkpoint; without any it starts anew."""
+    config = compose(*SMALL, *TENSORBOARD, "steps=7", "checkpoint.every=0", f"tracker.columns=[{','.join(DRAWN)}]")
+    with monkeypatch.context() as patch:
+        update, save = train.Training.update, train.Job.save
+
+        def until(self: train.Training) -> float:
+            if self.updates == 5:
+                raise KeyboardInterrupt
+            return update(self)
+
+        patch.setattr(train.Training, "update", until)
+        patch.setattr(train.Job, "save", lambda job: save(job) if job.training.updates == saved else None)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, tmp_path, corpus())
+    assert ("curve/train_loss_nats", 5) in shown(tmp_path)
+    run = finished(tmp_path, config)
+    assert run.run["resumed_at"][0] == (saved or 0)
+    assert len(list(event_folder(tmp_path).iterdir())) == (2 if saved else 1)
+    assert shown(tmp_path) == expected(tmp_path, DRAWN)
+    assert len(accumulated(tmp_path).Tensors("config")) == 1
+
+
+@needs_tensorboard
+def test_runs_of_a_stack_are_each_shown(tmp_path: Path) -> None:
+    base = to_dict(compose(*SMALL, *TENSORBOARD, f"tracker.columns=[{','.join(DRAWN)}]"))
+    stacked([build(base | {"seed": seed}) for seed in (1, 2)], tmp_path)
+    for i in (0, 1):
+        assert shown(tmp_path / f"stacked{i}") == expected(tmp_path / f"stacked{i}", DRAWN)
+    assert shown(tmp_path / "stacked0") != shown(tmp_path / "stacked1")
+
+
+@needs_tensorboard
+def test_events_are_no_part_of_the_run(tmp_path: Path) -> None:
+    tracked = finished(tmp_path / "A" / "tracked", compose(*SMALL, *TENSORBOARD))
+    plain = finished(tmp_path / "plain", compose(*SMALL, *WATCHED))
+    assert tracked.run["run_id"][0] == plain.run["run_id"][0]
+    assert tracked.status["sha256"].keys() == plain.status["sha256"].keys()
+    pd.testing.assert_frame_equal(tracked.layers, plain.layers)
+    report = sweep.merge([tmp_path / "A", tmp_path / "plain"], tmp_path / "all.parquet", strict=True)
+    assert (report.found, report.merged, report.skipped) == (2, 1, [])
+
+
+@needs_tensorboard
+@pytest.mark.slow
+def test_a_sweeps_worker_processes_track(tmp_path: Path) -> None:
+    done = command("-m", *TINY, "tracker=tensorboard", "seed=1,2", "hydra.launcher.jobs=2", "sweep=A", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folders = [path.parent for path in (tmp_path / "multirun" / "A").glob(f"*/{runs.STATUS}")]
+    assert len(folders) == 2
+    drawn = [name for name in tracking.MEASURED if name in {tag.partition("/")[0] for tag, _ in shown(folders[0])}]
+    assert "radial_share" in drawn
+    for folder in folders:
+        assert shown(folder) == expected(folder, drawn)
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("name", members("tracker"))
+def test_a_tracker_is_no_part_of_the_identity(name: str) -> None:
+    bare, tracked = compose(), compose(f"tracker={name}")
+    assert (run_id(tracked, "data"), diag_id(tracked)) == (run_id(bare, "data"), diag_id(bare))
+    assert columns(tracked) == columns(bare)
+    assert build(to_dict(tracked)) == tracked
+
+
+def test_without_the_extra_tensorboard_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (said,) = check(compose("tracker=tensorboard"))
+    assert "pip install -e '.[track]'" in said
+    assert check(compose()) == []
+
+
+@needs_tensorboard
+def test_a_column_that_is_not_there_is_refused() -> None:
+    (said,) = check(compose("tracker=tensorboard", "tracker.columns=[radial_share,radial_shares]"))
+    assert "tracker.columns=radial_shares" in said
+    assert check(compose("tracker=tensorboard", "tracker.columns=['*']")) == []
+
+
+def test_tensorboard_is_imported_only_when_asked_for() -> None:
+    code = "import sys, lnjac.train, lnjac.config as c; c.check(c.compose()); sys.exit('tensorboard' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# ---------------------------------------------------------------- trackers of one's own
+
+
+@dataclass
+class Failing:
+    """Raises in one of its methods."""
+
+    name: str
+    where: str
+
+    def start(self, run: tracking.TrackedRun) -> None:
+        self.told("start")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.told("scalars")
+
+    def layers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.told("layers")
+
+    def end(self, status: str) -> None:
+        self.told("end")
+
+    def told(self, what: str) -> None:
+        if what == self.where:
+            raise RuntimeError(f"no network in {what}")
+
+
+@pytest.mark.parametrize("where", ["start", "scalars", "layers", "end"])
+def test_a_failing_tracker_is_said_once_and_costs_nothing(
+    where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = finished(tmp_path / "run", with_tracker(f"{__name__}.Failing", name="failing", where=where))
+    said = [record for record in caplog.records if record.name == tracking.__name__]
+    assert [record.levelno for record in said] == [logging.WARNING]
+    assert f"tracker=failing failed, the run goes on without it: RuntimeError: no network in {where}" in caplog.text
+    pd.testing.assert_frame_equal(run.layers, finished(tmp_path / "plain", compose(*SMALL, *WATCHED)).layers)
+
+
+TOLD: list[tuple[Any, ...]] = []
+
+
+@dataclass
+class Listening:
+    name: str
+
+    def start(self, run: tracking.TrackedRun) -> None:
+        TOLD.append(("start", run))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        TOLD.append(("scalars", step, dict(values)))
+
+    def layers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        TOLD.append(("layers", step, [row["site"] for row in rows]))
+
+    def end(self, status: str) -> None:
+        TOLD.append(("end", status))
+
+
+@pytest.fixture
+def listening() -> RunConfig:
+    TOLD.clear()
+    return with_tracker(f"{__name__}.Listening", "steps=2", name="listening")
+
+
+def test_a_tracker_is_told_all_in_order(listening: RunConfig, tmp_path: Path) -> None:
+    opened = finished(tmp_path, listening)
+    sites = list(dict.fromkeys(opened.layers["site"]))
+    (_, run), *told = TOLD
+    assert (run.id, run.folder, run.after) == ("-".join(opened.run.loc[0, ["run_id", "diag_id"]]), tmp_path, 0)
+    assert run.config["model.n_embd"] == 8
+    point = {(row["step"], name): value for row in opened.curve.to_dict("records") for name, value in row.items()}
+    assert told == [
+        ("layers", 0, sites),
+        ("scalars", 0, {"val_loss_nats": point[0, "val_loss_nats"]}),
+        ("layers", 1, sites),
+        ("scalars", 1, {name: point[1, name] for name in ("train_loss_nats", "lr")}),
+        ("layers", 2, sites),
+        ("scalars", 2, {name: point[2, name] for name in ("train_loss_nats", "val_loss_nats", "lr")}),
+        ("end", "done"),
+    ]
+    TOLD.clear()
+    assert train.run(listening, tmp_path, corpus()) == runs.DONE  # it is there already
+    assert TOLD == []
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError("broken"), runs.FAILED), (KeyboardInterrupt(), runs.INTERRUPTED)]
+)
+def test_a_tracker_is_told_how_the_run_ended(
+    error: BaseException, status: str, listening: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: object) -> float:
+        raise error
+
+    monkeypatch.setattr(train.Training, "update", broken)
+    with pytest.raises(type(error)):
+        train.run(listening, tmp_path, corpus())
+    assert TOLD[-1] == ("end", status)
+    assert runs.read_status(tmp_path)["status"] == status
+
+
+def test_a_run_is_opened_without_its_tracker(listening: RunConfig, tmp_path: Path) -> None:
+    run = finished(tmp_path, listening)
+    assert run.metadata["config"]["tracker"]["name"] == "listening"
+    assert run.config.tracker == compose().tracker
+    del run.metadata["config"]["tracker"]  # made before there were trackers
+    assert lnjac.replay.Run.config.func(run).tracker == compose().tracker
+
+
+def test_the_documented_tracker_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "tracking.md").read_text()
+    (code,), (settings,) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("python", "yaml"))
+    (tmp_path / "watch.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plain = to_dict(compose(*SMALL, *WATCHED)) | {"tracker": yaml.safe_load(settings)}
+    run = finished(tmp_path / "run", build(plain))
+    lines = pd.read_json(tmp_path / "run" / "live.jsonl", lines=True)
+    drawn = lines[lines["train_loss_nats"].notna()]
+    assert drawn["train_loss_nats"].tolist() == pytest.approx(run.curve["train_loss_nats"].dropna().tolist())
+    shares = {(row.step, site): x for row in lines.itertuples() if isinstance(row.radial_share, dict)
+              for site, x in row.radial_share.items()}  # fmt: skip
+    rows = run.layers.set_index(["step", "site"])["radial_share"]
+    assert shares == pytest.approx(rows.to_dict())
+    sys.modules.pop("watch")
