@@ -1,6 +1,8 @@
 """The diagnostic on one batch against a plain forward and backward on it: interleaved times and peak memory.
 
-    python benchmarks/diagnostic.py [ROUNDS]
+    python benchmarks/diagnostic.py [ROUNDS [SWAP_ROUNDS]]
+
+All swaps are timed against a training step, the mean of ten in each round.
 
 Peak memory is the largest sum of live tensor storage, counted at every allocation by torch's profiler, over what lived
 before.
@@ -14,7 +16,7 @@ from typing import Any
 from interleaved import interleaved, ratio
 from torch.profiler import ProfilerActivity, profile
 
-from lnjac import train
+from lnjac import swap, train
 from lnjac.analyse import analyse
 from lnjac.config import compose
 
@@ -31,7 +33,10 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return peak
 
 
-def main(rounds: int) -> None:
+UPDATES = 10
+
+
+def main(rounds: int, swap_rounds: int) -> None:
     config = compose("device=cpu")
     training = train.Training(config, train.admit(config))
     for _ in range(3):
@@ -49,14 +54,35 @@ def main(rounds: int) -> None:
     def diagnostic() -> None:
         analyse(training.model, batches, training.loss)
 
+    def updates() -> None:
+        for _ in range(UPDATES):
+            training.update()
+
+    def swaps() -> None:
+        swap.measure(
+            training.model,
+            batches,
+            training.loss,
+            trained=training.trained,
+            optimizer=training.optimizer,
+            settings=config.optimizer,
+        )
+
     times = interleaved({"plain": plain, "diagnostic": diagnostic}, rounds)
     for name, values in times.items():
         print(f"{name:12} {statistics.median(values):6.1f} ms")
     print(f"time ratio   {ratio(times, 'diagnostic', 'plain'):6.2f}")
-    plain_peak, diagnostic_peak = peak_bytes(plain), peak_bytes(diagnostic)
-    print(f"peak memory  {plain_peak / 2**20:.1f} MiB plain, {diagnostic_peak / 2**20:.1f} MiB diagnostic", end="")
-    print(f", ratio {diagnostic_peak / plain_peak:.2f}")
+    times = interleaved({"updates": updates, "swaps": swaps}, swap_rounds, warmup=1)
+    print(f"swaps        {statistics.median(times['swaps']):6.0f} ms")
+    print(f"time ratio   {ratio(times, 'swaps', 'updates') * UPDATES:6.1f} training steps")
+    plain_peak = peak_bytes(plain)
+    print(f"peak memory  {plain_peak / 2**20:.1f} MiB plain", end="")
+    for name, call in (("diagnostic", diagnostic), ("swaps", swaps)):
+        peak = peak_bytes(call)
+        print(f", {peak / 2**20:.1f} MiB {name} (ratio {peak / plain_peak:.2f})", end="")
+    print()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 30)
+    given = [int(word) for word in sys.argv[1:]]
+    main(*given, *(30, 3)[len(given) :])

@@ -76,7 +76,7 @@ class Norm(nn.Module):
         z = self._plain(x.detach(), None, None) + (surrogate - surrogate.detach())
         y = z if self.weight is None else z * self.weight
         y = y if self.bias is None else y + self.bias
-        return value + (y - y.detach())
+        return value + (y - y.detach()).to(value.dtype)  # bf16 where autocast makes the ordinary norm's so
 
     def _plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.rms:

@@ -1,13 +1,13 @@
 """Optimizers and their learning-rate schedules (conf/optimizer/*.yaml)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lnjac.credit import Method
 
@@ -38,6 +38,13 @@ class Optimizer:
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         raise NotImplementedError(f"{type(self).__name__} is an abstract optimizer: define build()")
+
+    def preconditioner(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor | None:
+        """P, of the parameter's shape: without momentum the optimizer, in its present state, would step by −lr·P⊙g.
+
+        None where there is no such thing, or no state yet.
+        """
+        return None
 
     def lr_at(self, update: int, updates: int) -> float:
         """Learning rate of update number `update` (from 0) of `updates`."""
@@ -79,6 +86,14 @@ class AdamW(Optimizer):
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
+    def preconditioner(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor | None:
+        """1/(√v̂ + ε); 0 for an entry that has had no gradient yet, whose scale is not known."""
+        if not (state := optimizer.state.get(parameter)):
+            return None
+        v = state["exp_avg_sq"]
+        corrected = v / (1 - self.beta2 ** float(state["step"]))
+        return torch.where(v > 0, 1 / (corrected.sqrt() + self.eps), 0.0)
+
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
         for field in ("beta1", "beta2"):
@@ -100,6 +115,9 @@ class SGD(Optimizer):
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
 
+    def preconditioner(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor | None:
+        return torch.ones_like(parameter, requires_grad=False)
+
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
         if not 0 <= self.momentum < 1:
@@ -119,3 +137,36 @@ def groups(model: nn.Module, method: Method, weight_decay: float) -> list[dict[s
     for name, parameter in trained(model, method).items():
         by_decay.setdefault(method.weight_decay(model, name, weight_decay), []).append(parameter)
     return [{"params": parameters, "weight_decay": decay} for decay, parameters in by_decay.items()]
+
+
+class Rehearsal:
+    """What a run's optimizer would do with one gradient or another, all from its present state; the run is left alone.
+
+    It steps from parameters put to zero, where weight decay has nothing to decay and a small update loses no digits: what
+    they become is the update by the gradient (and by the momentum of earlier ones). So an optimizer whose update depends
+    on the parameters otherwise than by decay is not served. The learning rate is the configured one, before any schedule.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, settings: Optimizer, parameters: Sequence[nn.Parameter]
+    ) -> None:
+        self.clip, self.lr = settings.grad_clip, settings.lr
+        self.parameters = [torch.zeros_like(p) for p in parameters]
+        self.optimizer = settings.build([{"params": self.parameters, "weight_decay": 0.0}])
+        self.states = [optimizer.state.get(p, {}) for p in parameters]
+
+    @torch.no_grad()
+    def update(self, gradient: Sequence[Tensor | None]) -> list[Tensor]:
+        """The update of each parameter by its gradient, 0 where that is None. The next call overwrites what this one gave."""
+        for mine, grad, state in zip(self.parameters, gradient, self.states, strict=True):
+            mine.zero_()
+            if grad is not None:
+                grad = grad.contiguous()  # fused kernels read another layout wrongly
+                mine.grad = grad if self.clip is None else grad.clone()  # clipped in place
+                self.optimizer.state[mine] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.optimizer.state.clear()
+        return self.parameters

@@ -268,37 +268,63 @@ SWAPS = [
     RUN_ID,
     DIAG_ID,
     _STEP,
-    Column("place", "string", "", "where the backward was replaced: a site, a role (ln_1, ln_2) or all"),
-    Column("surrogate", "string", "", "the backward put there; partial_radial removes only a part of the radial part"),
-    Column("radial", "float64", "", "how much of z·m the backward subtracts: 0, 1, or a part under partial_radial"),
+    Column(
+        "place", "string", "", "where the backward was replaced: a site, a role of several sites (ln_1, ln_2), or all"
+    ),
+    Column(
+        "surrogate",
+        "string",
+        "",
+        "the backward put there: one of the seven; partial_radial, center_scale with a part of z·m subtracted; or exact",
+    ),
+    Column("radial", "float64", "", "how much of z·m the backward subtracts: 0, 1, or the part under partial_radial"),
     Column("level", "string", "", "what is compared: model, block or tensor"),
     Column("part", "string", "", "all, a block (embedding, blocks.0, …, ln_f, head), or a parameter's name"),
     Column(
-        "grad_norm", "float64", "", "‖g‖, g the part's gradient with the exact backward everywhere, of the mean loss"
+        "grad_norm",
+        "float64",
+        "",
+        "‖g‖, g the part's gradient by the run's method with the exact backward everywhere, of the mean loss",
     ),
-    Column("interpretable", "bool", "", "whether ‖g‖ is more than rounding noise; if not, every comparison is NaN"),
+    Column(
+        "interpretable",
+        "bool",
+        "",
+        "whether ‖g‖ is more than 8 roundings of the whole's; if not, every comparison is NaN",
+    ),
     Column("grad_cos", "float64", "", "cos(ĝ, g), ĝ the gradient with the backward replaced"),
     Column("grad_gain", "float64", "", "‖ĝ‖/‖g‖"),
     Column(
-        "update_cos", "float64", "", "cosine of the optimizer's updates by ĝ and by g, both from the run's own state"
+        "update_cos",
+        "float64",
+        "",
+        "cosine of the optimizer's updates by ĝ and by g, both from the run's own state, clipped alike, without decay",
     ),
     Column("update_gain", "float64", "", "ratio of those updates' norms"),
-    Column("precond_cos", "float64", "", "cos(P ĝ, P g), P the optimizer's preconditioner at its present state"),
+    Column(
+        "precond_cos",
+        "float64",
+        "",
+        "cos(P ĝ, P g), P the optimizer's preconditioner at its present state; null before it has one",
+    ),
     Column("precond_gain", "float64", "", "‖P ĝ‖/‖P g‖"),
     Column(
         "descent",
         "float64",
         "",
-        "⟨∇L, P ĝ⟩/⟨∇L, P ∇L⟩, ∇L the true gradient: first-order decrease of the loss against bp's",
+        "⟨∇L, P ĝ⟩/⟨∇L, P ∇L⟩ over the part, ∇L the true gradient (bp, exact norms): first-order decrease against bp's",
     ),
     Column(
-        "predicted_nats", "float64", "nats/token", "lr·⟨∇L, P ĝ⟩: the loss's decrease to first order; null per part"
+        "predicted_nats",
+        "float64",
+        "nats/token",
+        "lr·⟨∇L, P ĝ⟩, lr before any schedule: the loss's decrease to first order; null per part",
     ),
     Column(
         "decrease_nats",
         "float64",
         "nats/token",
-        "the decrease that the step lr·P ĝ really made on the diagnostic batch; null for single sites and parts",
+        "the decrease that the step lr·P ĝ really makes on the diagnostic batch; null for sites, doses and parts",
     ),
     Column(
         "compounding",

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lnjac import checkpoint, data, gpt, optim, plan, runs, tracking
+from lnjac import checkpoint, data, gpt, optim, plan, runs, swap, tracking
 from lnjac import config as configs
 from lnjac.analyse import examine
 from lnjac.config import ConfigError, Device, Precision, RunConfig, Split
@@ -215,6 +215,16 @@ class Training:
         found = {"layers": analysis.rows()}
         if settings.distributions:
             found["distributions"] = analysis.distributions(settings.position_bins)
+        if settings.swap:
+            found["swaps"] = swap.measure(
+                self.model,
+                batches,
+                self.loss,
+                trained=self.trained,
+                optimizer=self.optimizer,
+                settings=self.config.optimizer,
+                parts=settings.swap_parts,
+            )
         return {table: [{"step": self.updates, **row} for row in rows] for table, rows in found.items()}
 
 
