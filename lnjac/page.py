@@ -120,7 +120,7 @@ def linked(choices: Mapping[str, tuple[str, Sequence[str]]], inside: str) -> str
     return f"<div data-linked>\n{shown}{inside}</div>\n"
 
 
-def table(frame: "pd.DataFrame", label: str, most: int = 300) -> str:
+def table(frame: "pd.DataFrame", label: str, most: int = 150) -> str:
     """A frame as a table that can be scrolled by keyboard; what goes beyond `most` rows is only counted."""
     from lnjac.summary import number
 
@@ -129,13 +129,13 @@ def table(frame: "pd.DataFrame", label: str, most: int = 300) -> str:
 
     def cell(value: Any) -> str:
         if isinstance(value, float):
-            return f'<td class="number">{number(value)}</td>'
-        kind = ' class="number"' if isinstance(value, int) and not isinstance(value, bool) else ""
+            return f'<td class="n">{number(value)}</td>'
+        kind = ' class="n"' if isinstance(value, int) and not isinstance(value, bool) else ""
         return f"<td{kind}>{html.escape(str(value))}</td>"
 
     numeric = {name for name in frame if frame[name].dtype.kind in "if"}
     head = "".join(
-        f'<th scope="col"{" class=number" if name in numeric else ""}>{html.escape(str(name))}</th>' for name in frame
+        f'<th scope="col"{" class=n" if name in numeric else ""}>{html.escape(str(name))}</th>' for name in frame
     )
     plain = frame.astype(object).itertuples(index=False, name=None)
     body = "\n".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in plain)

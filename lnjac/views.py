@@ -29,7 +29,7 @@ METRICS = (*compare.LAYER_METRICS, "flat_cos_center_scale", "flat_cos_projected"
 MOST_LINES = 4
 """Comparisons up to which each norm has a row for every one of them; beyond, only the mean over norms is drawn."""
 MOST_STEPS = 40
-MOST_ROWS = 24_000
+MOST_ROWS = 16_000
 """Of the curves behind a map: a chart's data stay small whatever the number of runs."""
 
 ONE = "all runs"
@@ -272,7 +272,7 @@ def enrichment(view: View) -> Drawing:
     ).sort_values("metric", key=lambda names: names.map(metrics.index), kind="stable")
     own = [name for name in ("cell",) if name in cells]
     cells = cells[[*own, "site", "column", "metric", "shade", "shown", "mean", "low", "high"]]
-    chart = figures.heatmap(cells, legend="log2 of enrichment / 4")
+    chart = figures.heatmap(cells, legend="log2(enrichment) / 4")
     caption = (
         "Enrichment at each norm: a share of the gradient's energy against that of a random direction. Neutral at "
         "chance (1), blue below, orange above, full colour from 16 times."
