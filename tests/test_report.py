@@ -226,6 +226,7 @@ def test_the_policy_allows_what_is_in_the_page_and_no_more(whole: report.Report)
         assert not str(attributes.get("href", "#")).startswith("http")
 
 
+@pytest.mark.slow
 def test_the_real_bundle_ends_no_script_early():
     bundle = page._bundle()
     assert "vegaEmbed" in bundle
