@@ -1,8 +1,6 @@
-"""The diagnostic on one batch against a plain forward and backward on it: interleaved times and peak memory.
+"""The diagnostics on one batch against a training step and a plain forward and backward: interleaved times, peak memory.
 
     python benchmarks/diagnostic.py [ROUNDS [SWAP_ROUNDS]]
-
-All swaps are timed against a training step, the mean of ten in each round.
 
 Peak memory is the largest sum of live tensor storage, counted at every allocation by torch's profiler, over what lived
 before.
@@ -11,13 +9,13 @@ before.
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from interleaved import interleaved, ratio
 from torch.profiler import ProfilerActivity, profile
 
-from lnjac import swap, train
-from lnjac.analyse import analyse
+from lnjac import train
 from lnjac.config import compose
 
 
@@ -33,15 +31,11 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return peak
 
 
-UPDATES = 10
-
-
 def main(rounds: int, swap_rounds: int) -> None:
-    config = compose("device=cpu")
+    config = compose("device=cpu", "diagnostics=full")
     training = train.Training(config, train.admit(config))
     for _ in range(3):
         training.update()
-    training.model.eval()
     batches = training.diagnostic_batches()
     parameters = list(training.model.parameters())
 
@@ -51,38 +45,40 @@ def main(rounds: int, swap_rounds: int) -> None:
         for parameter in parameters:
             parameter.grad = None
 
-    def diagnostic() -> None:
-        analyse(training.model, batches, training.loss)
+    def diagnostics(**switches: bool) -> Callable[[], object]:
+        off = dict.fromkeys(("distributions", "alignment", "attention", "swap"), False)
+        settings = replace(config.diagnostics, **{**off, **switches})
 
-    def updates() -> None:
-        for _ in range(UPDATES):
-            training.update()
+        def diagnose() -> None:
+            training.config = replace(config, diagnostics=settings)
+            training.diagnose()
 
-    def swaps() -> None:
-        swap.measure(
-            training.model,
-            batches,
-            training.loss,
-            trained=training.trained,
-            optimizer=training.optimizer,
-            settings=config.optimizer,
+        return diagnose
+
+    calls = {
+        "plain": plain,
+        "step": training.update,
+        "layers": diagnostics(),
+        "attention": diagnostics(attention=True),
+        "alignment": diagnostics(alignment=True),
+        "full": diagnostics(distributions=True, alignment=True, attention=True),
+    }
+    times = interleaved(calls, rounds)
+    swaps = {"swaps": diagnostics(swap=True)}
+    swaps["full+swaps"] = diagnostics(distributions=True, alignment=True, attention=True, swap=True)
+    slow = interleaved({"plain": plain, "step": training.update, **swaps}, swap_rounds, warmup=1)
+    calls |= swaps
+    bytes_ = {name: peak_bytes(call) for name, call in calls.items()}
+    print("           ms      of plain  of a step   MiB    of plain  of a step")
+    for name in calls:
+        of = slow if name in swaps else times
+        time, memory = statistics.median(of[name]), bytes_[name]
+        print(
+            f"{name:11}{time:6.1f}  {ratio(of, name, 'plain'):6.2f}  {ratio(of, name, 'step'):9.2f}"
+            f"  {memory / 2**20:8.1f}  {memory / bytes_['plain']:6.2f}  {memory / bytes_['step']:9.2f}"
         )
-
-    times = interleaved({"plain": plain, "diagnostic": diagnostic}, rounds)
-    for name, values in times.items():
-        print(f"{name:12} {statistics.median(values):6.1f} ms")
-    print(f"time ratio   {ratio(times, 'diagnostic', 'plain'):6.2f}")
-    times = interleaved({"updates": updates, "swaps": swaps}, swap_rounds, warmup=1)
-    print(f"swaps        {statistics.median(times['swaps']):6.0f} ms")
-    print(f"time ratio   {ratio(times, 'swaps', 'updates') * UPDATES:6.1f} training steps")
-    plain_peak = peak_bytes(plain)
-    print(f"peak memory  {plain_peak / 2**20:.1f} MiB plain", end="")
-    for name, call in (("diagnostic", diagnostic), ("swaps", swaps)):
-        peak = peak_bytes(call)
-        print(f", {peak / 2**20:.1f} MiB {name} (ratio {peak / plain_peak:.2f})", end="")
-    print()
 
 
 if __name__ == "__main__":
     given = [int(word) for word in sys.argv[1:]]
-    main(*given, *(30, 3)[len(given) :])
+    main(*given, *(30, 5)[len(given) :])

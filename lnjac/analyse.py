@@ -1,8 +1,9 @@
 """Rows of any model's norms: capture each call, decompose its backward, merge micro-batches by their sums."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,32 @@ from lnjac import distribution, jacobian
 from lnjac.capture import Capture, capture
 from lnjac.config import GradAt
 from lnjac.norm import Norm
+
+Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
+"""(model, batch) -> the mean loss, and the number of tokens it is the mean of."""
+
+
+class Watcher(Protocol):
+    """Measures more on the passes that `analyse` makes."""
+
+    def watch(self) -> AbstractContextManager[Any]:
+        """Entered around one batch's forward and backward pass."""
+
+    def passed(self, batch: Any, tokens: int) -> None:
+        """Called after it: parameters' `.grad` are of the batch's loss, the mean over so many tokens."""
+
+
+@contextmanager
+def fresh_grads(model: nn.Module) -> Iterator[None]:
+    """Within the context parameters begin without `.grad`; afterwards they have what they had."""
+    before = [(p, p.grad) for p in model.parameters()]
+    try:
+        for p, _ in before:
+            p.grad = None
+        yield
+    finally:
+        for p, grad in before:
+            p.grad = grad
 
 
 @dataclass
@@ -59,42 +86,39 @@ class Analysis:
 def analyse(
     model: nn.Module,
     batches: Iterable[Any],
-    loss: Callable[[nn.Module, Any], tuple[Tensor, int]],
+    loss: Loss,
     *,
     grad_at: GradAt | str = GradAt.normalized,
+    watchers: Sequence[Watcher] = (),
 ) -> list[dict[str, Any]]:
     """One row per norm and call over all batches, as a dict of the measured columns of `layers` (docs/columns.md).
 
     `loss(model, batch)` gives the mean loss and the number of tokens it is the mean of. Parameters' `.grad` are left as
-    they were found. Raises ValueError where `capture` does, and when no gradient arrived at any norm.
+    they were found. Each of `watchers` sees the same passes. Raises ValueError where `capture` does, and when no gradient
+    arrived at any norm.
     """
-    return examine(model, batches, loss, grad_at=grad_at).rows()
+    return examine(model, batches, loss, grad_at=grad_at, watchers=watchers).rows()
 
 
 def examine(
     model: nn.Module,
     batches: Iterable[Any],
-    loss: Callable[[nn.Module, Any], tuple[Tensor, int]],
+    loss: Loss,
     *,
     grad_at: GradAt | str = GradAt.normalized,
     keep_tokens: bool = False,
+    watchers: Sequence[Watcher] = (),
 ) -> Analysis:
     """What `analyse` makes its rows of; with `keep_tokens`, distributions too. Raises ValueError as it does."""
     at = GradAt(grad_at)
-    before = [(p, p.grad) for p in model.parameters()]
     merged: dict[tuple[str, int], list[Measured]] = {}
     total_loss, total_tokens = 0.0, 0
-    try:
-        for batch in batches:
-            for p, _ in before:
-                p.grad = None
-            mean, tokens, parts = _measure_batch(model, batch, loss, at, keep_tokens)
+    for batch in batches:
+        with fresh_grads(model):
+            mean, tokens, parts = _measure_batch(model, batch, loss, at, keep_tokens, watchers)
             total_loss, total_tokens = total_loss + mean * tokens, total_tokens + tokens
             for part in parts:
                 merged.setdefault((part.site, part.call), []).append(part)
-    finally:
-        for p, grad in before:
-            p.grad = grad
     if not merged:
         raise ValueError(
             "no gradient arrived at any norm: is the loss computed from the model's output, with grad enabled?"
@@ -103,18 +127,19 @@ def examine(
 
 
 def _measure_batch(
-    model: nn.Module,
-    batch: Any,
-    loss: Callable[[nn.Module, Any], tuple[Tensor, int]],
-    at: GradAt,
-    keep_tokens: bool,
+    model: nn.Module, batch: Any, loss: Loss, at: GradAt, keep_tokens: bool, watchers: Sequence[Watcher]
 ) -> tuple[float, int, list[Measured]]:
     """The batch's mean loss, the tokens it is the mean of, and what was measured at each call of a norm."""
     tokens = 0  # known with the loss, before any gradient arrives
-    with capture(model, lambda call: measure(call, at, tokens, keep_tokens=keep_tokens)) as found:
+    with ExitStack() as entered:
+        found = entered.enter_context(capture(model, lambda call: measure(call, at, tokens, keep_tokens=keep_tokens)))
+        for watcher in watchers:
+            entered.enter_context(watcher.watch())
         value, tokens = loss(model, batch)
         if value.requires_grad:  # else no gradient arrives, which the caller says
             value.backward()  # type: ignore[no-untyped-call]
+    for watcher in watchers:
+        watcher.passed(batch, tokens)
     return value.item(), tokens, found
 
 
@@ -158,11 +183,10 @@ def _row(model: nn.Module, parts: Sequence[Measured]) -> dict[str, Any]:
     one = parts[0]
     module = model.get_submodule(one.site)
     rule = module.backward_rule if isinstance(module, Norm) else None
-    numbers = [int(word) for word in one.site.split(".") if word.isdigit()]
     return {
         "site": one.site,
         "call": one.call,
-        "block": numbers[0] if numbers else None,
+        "block": block_of(one.site),
         "role": one.site.rpartition(".")[2],
         "norm": "rmsnorm" if one.rms else "layernorm",
         "site_backward": "exact" if rule is None else rule.name,
@@ -176,3 +200,8 @@ def _row(model: nn.Module, parts: Sequence[Measured]) -> dict[str, Any]:
             rms=one.rms,
         ),
     }
+
+
+def block_of(name: str) -> int | None:
+    """The first number in a dotted name: `blocks.0.ln_1` -> 0; None where there is none."""
+    return next((int(word) for word in name.split(".") if word.isdigit()), None)

@@ -162,6 +162,8 @@ class Diagnostics:
         for field in ("batches", "batch_size", "every", "position_bins"):
             if (value := getattr(self, field)) < 1:
                 yield f"diagnostics.{field}={value} must be at least 1"
+        if self.feedback_draws < 0:
+            yield f"diagnostics.feedback_draws={self.feedback_draws} must not be negative: 0 draws none"
         if self.steps and self.schedule is not Schedule.list:
             yield (
                 f"diagnostics.steps={self.steps} is not used by diagnostics.schedule={self.schedule.value}: "

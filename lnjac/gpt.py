@@ -1,6 +1,8 @@
 """A character GPT in nanoGPT's shape: pre-LN blocks, learned positions, N(0, 0.02) initialisation."""
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 from lnjac.attention import Attention
 from lnjac.config import Model, NormKind, Placement, Precision, RunConfig
-from lnjac.credit import Broadcast, Cut, Linear, keep
+from lnjac.credit import Broadcast, Cut, Linear, is_feedback, keep
 from lnjac.norm import Norm, set_backward
 from lnjac.streams import normal, stream
 
@@ -110,13 +112,48 @@ def build(config: RunConfig, vocab_size: int) -> GPT:
 
     Each parameter draws from a stream of its own name: models that share a parameter start it alike.
     """
+    model = initial(config, vocab_size)
+    config.method.install(model, config.seed)
+    set_backward(model, config.ln_backward)
+    return model
+
+
+def initial(config: RunConfig, vocab_size: int) -> GPT:
+    """The config's model as its seed initialises it, as yet without its method and its norms' backward."""
     model = GPT(config.model, config.attn_mode, vocab_size)
     if config.precision is Precision.fp64:
         model.double()
     initialise(model, config.seed)
-    config.method.install(model, config.seed)
-    set_backward(model, config.ln_backward)
     return model
+
+
+def initial_blocks(config: RunConfig, vocab_size: int) -> dict[str, Tensor]:
+    """The blocks' parameters by name as the run's seed initialises them."""
+    model = initial(config, vocab_size)
+    return {name: p.detach() for name, p in model.named_parameters() if name.startswith("blocks.")}
+
+
+def feedback(config: RunConfig, vocab_size: int) -> dict[str, Tensor]:
+    """Every feedback matrix by name as the run's seed draws it."""
+    state = build(config, vocab_size).state_dict()
+    return {name: value for name, value in state.items() if is_feedback(name)}
+
+
+@contextmanager
+def replaced(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the context, parameters and buffers of these names hold these values; afterwards their own, bit for bit.
+
+    They are written into, so that tensors which share their memory see it too.
+    """
+    state = model.state_dict()
+    own = {name: state[name].clone() for name in values}
+    try:
+        for name, value in values.items():
+            state[name].copy_(value)
+        yield
+    finally:
+        for name, value in own.items():
+            state[name].copy_(value)
 
 
 def saved(model: GPT) -> dict[str, Tensor]:

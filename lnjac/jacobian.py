@@ -319,5 +319,15 @@ def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = Fa
     }
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """Σ a⊙b of two tensors of one shape, their rows' sums added in float64."""
+    return float((wide(a) * wide(b)).sum(-1).sum(dtype=torch.float64))
+
+
 def _ratio(above: float, below: float) -> float:
     return above / below if below > 0 else math.nan

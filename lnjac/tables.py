@@ -355,7 +355,7 @@ TENSORS = [
     Column("n_entries", "int64", "", "entries of the tensor"),
     Column("norm", "float64", "", "‖ĝ‖, ĝ the gradient by the run's method and backward, of the mean loss"),
     Column("bp_norm", "float64", "", "‖g‖, g the true gradient: backprop, exact norms, the same weights and batch"),
-    Column("interpretable", "bool", "", "whether both norms are more than rounding noise; if not, the cosines are NaN"),
+    Column("interpretable", "bool", "", "whether both norms are more than rounding noise; if not, cos is NaN"),
     Column("cos", "float64", "", "cos(ĝ, g)"),
     Column("norm_ratio", "float64", "", "‖ĝ‖/‖g‖"),
     Column(
@@ -372,12 +372,38 @@ MECHANISM = [
     RUN_ID,
     DIAG_ID,
     _STEP,
-    Column("place", "string", "", "a norm's site, or an attention layer's module name"),
+    Column("place", "string", "", "a norm's site, or an attention or MLP layer's module name"),
     Column("call", "int64", "", "which call of that module in one forward pass, from 0"),
-    Column("quantity", "string", "", "what was measured there: docs/diagnostics.md lists them"),
+    Column("quantity", "string", "", "what was measured there: one of the quantities below"),
     Column("value", "float64", "", "its value; sums over tokens are of the summed loss"),
-    Column("n", "int64", "", "tokens, rows or draws it was taken over"),
+    Column("n", "int64", "", "tokens, rows, weights or draws it was taken over"),
 ]
+
+QUANTITIES = {
+    "gz": "Σ⟨g,z⟩ over tokens, at every norm",
+    "gz_q": "at a norm that attention reads: the part of gz that returns by the queries, through their rows of B",
+    "gz_k": "the same by the keys",
+    "gz_v": "the same by the values",
+    "gz_from_scores": "2⟨∂L/∂S,S⟩ with biases and β taken off: gz_q + gz_k where B = W; NaN under qk_norm",
+    "gz_from_values": "⟨∂L/∂O,O⟩ with bias and β taken off, O attention's output: gz_v where B = W",
+    "gz_head": "⟨p − y, B(γ⊙z)⟩: the part of gz that returns by the head, all of it at ln_f",
+    "gz_from_logits": "⟨p − y, logits − Wβ⟩: gz_head where B = W",
+    "branch_sq": "Σ over tokens of ‖·‖² of the gradient that returns to the residual through the branch starting here",
+    "residual_sq": "the same of the gradient that passes the branch by, on the residual; 0 at ln_f",
+    "branch_residual_cos": "cosine of the two over all tokens; NaN where one vanishes",
+    "scores_pull": "2⟨∂L/∂S,S⟩, S = QKᵀ/√d_h: the loss's slope against the logarithm of a scale of all q and k",
+    "values_pull": "⟨∂L/∂O,O⟩: the loss's slope against the logarithm of a scale of all v",
+    "entropy": "nats, mean over rows with mass of the weights divided by their mass; NaN where a weight is negative",
+    "row_mass": "Σ of a query's weights, mean over queries",
+    "row_mass_relative": "the same over i/block_size for query i = 1, 2, …: near 1 for a sigmoid at initialisation",
+    "saturation": "share of weights whose own score moves them by less than 1 % of the most that any score could",
+    **{
+        f"{column}_over_draws{suffix}": f"{what} over draws of the feedback of {column} (layers), at step 0"
+        for column in ("enrichment_mean", "enrichment_radial", "enrichment_radial_share")
+        for suffix, what in (("", "mean"), ("_stderr", "standard error of the mean"))
+    },
+}
+"""What `mechanism` holds: each quantity and its meaning."""
 
 LONG = {"distributions": DISTRIBUTIONS, "swaps": SWAPS, "tensors": TENSORS, "mechanism": MECHANISM}
 """Tables in long form, which a run has only if its diagnostics ask for them."""
@@ -420,5 +446,8 @@ def markdown() -> str:
     for table, declared in TABLES.items():
         lines += [f"## {table}", "", "| column | dtype | unit | meaning |", "| --- | --- | --- | --- |"]
         lines += [f"| `{c.name}` | {c.dtype} | {c.unit} | {c.meaning} |" for c in declared]
+        if table == "mechanism":
+            lines += ["", "| quantity | meaning |", "| --- | --- |"]
+            lines += [f"| `{name}` | {meaning} |" for name, meaning in QUANTITIES.items()]
         lines.append("")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from lnjac import checkpoint, data, gpt, optim, plan, runs, swap, tracking
 from lnjac import config as configs
+from lnjac.alignment import Alignment, over_draws
 from lnjac.analyse import examine
 from lnjac.config import ConfigError, Device, Precision, RunConfig, Split
 from lnjac.credit import is_feedback
 from lnjac.data import Corpus
 from lnjac.interruption import held_back
+from lnjac.mechanism import Mechanism
 from lnjac.norm import norms, unmatched
 from lnjac.progress import progress
 from lnjac.streams import sequence, stream
@@ -127,6 +129,11 @@ class Training:
         bf16 = self.config.precision is Precision.bf16
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the matrix products are computed in."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[self.config.precision.value]
+
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         """Mean cross-entropy of a batch (idx, targets): (B, T) each, and the number of tokens it is the mean of."""
         idx, targets = (part.to(self.device, non_blocking=True) for part in batch)
@@ -211,8 +218,16 @@ class Training:
         """Measured columns of the rows of each table, with dropout off."""
         self.model.eval()
         settings, batches = self.config.diagnostics, self.diagnostic_batches()
-        analysis = examine(self.model, batches, self.loss, grad_at=settings.grad_at, keep_tokens=settings.distributions)
-        found = {"layers": analysis.rows()}
+        watchers = self._watchers()
+        analysis = examine(
+            self.model,
+            batches,
+            self.loss,
+            grad_at=settings.grad_at,
+            keep_tokens=settings.distributions,
+            watchers=list(watchers.values()),
+        )
+        found = {"layers": analysis.rows(), **{table: watcher.rows() for table, watcher in watchers.items()}}
         if settings.distributions:
             found["distributions"] = analysis.distributions(settings.position_bins)
         if settings.swap:
@@ -225,7 +240,29 @@ class Training:
                 settings=self.config.optimizer,
                 parts=settings.swap_parts,
             )
+        if self.updates == 0 and (drawn := self._over_draws(batches)):
+            found["mechanism"] = found.get("mechanism", []) + drawn
         return {table: [{"step": self.updates, **row} for row in rows] for table, rows in found.items()}
+
+    def _watchers(self) -> dict[str, Alignment | Mechanism]:
+        """What measures more on the analysis's passes, by the table it fills."""
+        settings, found = self.config.diagnostics, dict[str, Alignment | Mechanism]()
+        if settings.alignment:
+            initial = gpt.initial_blocks(self.config, self.corpus.vocab_size)
+            found["tensors"] = Alignment(self.model, self.loss, dtype=self.dtype, initial=initial)
+        if settings.attention:
+            found["mechanism"] = Mechanism(self.model)
+        return found
+
+    def _over_draws(self, batches: list[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
+        """Enrichments over other draws of the feedback, each from a seed apart from the run's own streams."""
+        config = self.config
+        seeds = (
+            int(sequence(config.seed, "feedback draws", i).generate_state(1, np.uint64)[0])
+            for i in range(config.diagnostics.feedback_draws)
+        )
+        draws = (gpt.feedback(replace(config, seed=seed), self.corpus.vocab_size) for seed in seeds)
+        return over_draws(self.model, draws, batches, self.loss, grad_at=config.diagnostics.grad_at)
 
 
 @contextmanager
