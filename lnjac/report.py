@@ -1,7 +1,7 @@
 """The report of a study: what was run, what differs, where and since when, what it costs; one offline page."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+CONFIG = ("model", "attn_mode", "method", "ln_backward", "optimizer", "data", "steps")
+"""What is told of the runs even if it is the same in all of them."""
+
+PROVENANCE = ("commit", "lnjac_version", "torch_version", "python_version", "device", "data_sha256")
+MOST_SKIPPED = 300
+
+
 @dataclass(frozen=True)
 class Report:
-    """A page with what is in it: for each section, how many charts it has or why it has none."""
+    """A page, and for each of its sections the title and how many charts it has."""
 
     html: str
     title: str
@@ -49,39 +56,36 @@ def make(study: Study, *, title: str, by: str | None = None, where: str | None =
 
 def _what(view: View, charts: Charts) -> str:
     """Runs and their provenance, what was skipped, what diverged, what makes a comparison doubtful."""
-    every, merge = view.runs, _merge(view.study)
-    diverged = every[every["status"] == DIVERGED]
-    pairs = [("runs", f"{len(every)}, of which {len(diverged)} diverged")]
+    merge = _merge(view.study)
+    body = page.definitions(_provenance(view.runs, merge))
+    if view.study.doubts:
+        body += page.heading("What makes a comparison doubtful") + page.items(view.study.doubts, "warn")
+    if skipped := [f"{skip['path']}: {skip['reason']}" for skip in merge.get("skipped", [])]:
+        body += page.folded(f"{len(skipped)} skipped runs", page.items(skipped[:MOST_SKIPPED]))
+    diverged = view.runs["status"] == DIVERGED
+    if diverged.any():
+        rates = view.runs.assign(diverged=diverged).groupby(["cell", "level"], sort=False)["diverged"]
+        table = rates.agg(diverged="sum", runs="size").query("diverged > 0").reset_index()
+        said = f"{diverged.sum()} diverged runs: in no mean below"
+        each = view.runs.loc[diverged, [*RUN, "diverged_step"]]
+        body += page.folded(said, page.table(table, "Diverged runs by level") + page.table(each, "Each diverged run"))
+    return body
+
+
+def _provenance(every: "pd.DataFrame", merge: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the runs are and where they are from: what varies first, then what they have in common."""
+    found = [("runs", f"{len(every)}, of which {(every['status'] == DIVERGED).sum()} diverged")]
     if merge:
-        found = f"{merge['found']} found, {merge['merged']} merged, {len(merge['skipped'])} skipped"
-        pairs += [("merge", found), ("sources", ", ".join(merge["sources"]))]
+        counts = f"{merge['found']} found, {merge['merged']} merged, {len(merge['skipped'])} skipped"
+        found += [("merge", counts), ("sources", ", ".join(merge["sources"]))]
     vary = varying(every.drop(columns=["cell", "level"]))
     groups = [name for name in vary if "." not in name and name not in IDENTITY]
     own = [name for name in vary if "." in name and name.partition(".")[0] not in groups]  # else told by the member
-    pairs += [(name, _values(every[name])) for name in [*groups, *own]]
-    pairs.append(("seed", _values(every["seed"])))
-    fixed = [
-        name for name in ("model", "attn_mode", "method", "ln_backward", "optimizer", "data", "steps") if name in every
-    ]
-    pairs += [(name, _values(every[name])) for name in fixed if every[name].nunique() == 1]
-    for name in ("commit", "lnjac_version", "torch_version", "python_version", "device", "data_sha256"):
-        pairs.append((name, _values(every[name].map(lambda text: text[:12] if isinstance(text, str) else text))))
-    pairs.append(("started", f"{every['started_at'].min()} to {every['started_at'].max()}"))
-    pairs.append(("computing", f"{every['wall_s'].sum() / 3600:.2f} hours"))
-    body = page.definitions(pairs)
-    if view.study.doubts:
-        body += page.heading("What makes a comparison doubtful") + page.items(view.study.doubts, "warn")
-    if merge and merge["skipped"]:
-        skipped = [f"{skip['path']}: {skip['reason']}" for skip in merge["skipped"]]
-        body += page.folded(f"{len(skipped)} skipped runs", page.items(skipped[:300]))
-    if len(diverged):
-        counts = every.assign(diverged=every["status"] == DIVERGED).groupby(["cell", "level"], sort=False)["diverged"]
-        table = counts.agg(diverged="sum", runs="size").query("diverged > 0").reset_index()
-        said = f"{len(diverged)} diverged runs: in no mean below"
-        body += page.folded(
-            said, page.table(table, "Diverged runs") + page.table(diverged[[*RUN, "diverged_step"]], said)
-        )
-    return body
+    common = [name for name in CONFIG if name in every and every[name].nunique() == 1]
+    found += [(name, _values(every[name])) for name in [*groups, *own, "seed", *common]]
+    found += [(name, _values(every[name].map(_short))) for name in PROVENANCE]
+    found.append(("started", f"{every['started_at'].min()} to {every['started_at'].max()}"))
+    return [*found, ("computing", f"{every['wall_s'].sum() / 3600:.2f} hours")]
 
 
 def _headline(view: View, charts: Charts) -> str:
@@ -96,11 +100,8 @@ def _merge(study: Study) -> dict[str, Any]:
 
 def _layers(view: View, charts: Charts) -> str:
     """Maps of norms and metrics; a cell of one chooses what the curves below them show."""
-    maps = _drawings([lambda: views.heatmap(view), lambda: views.enrichment(view)])
-    body, curves = (
-        "".join(_figure(charts, drawn, wide=True) for drawn in maps),
-        _drawings([lambda: views.curves(view)])[0],
-    )
+    *maps, curves = _drawings([partial(draw, view) for draw in (views.heatmap, views.enrichment, views.curves)])
+    body = "".join(_figure(charts, drawn, wide=True) for drawn in maps)
     if isinstance(curves, str):
         return body + page.paragraph(curves, "muted")
     label = "The chosen curves as a table"
@@ -118,9 +119,9 @@ def _trajectories(view: View, charts: Charts) -> str:
 
 
 def _cost(view: View, charts: Charts) -> str:
-    charts_before = len(charts.specs)
+    before = len(charts.specs)
     body = _shown(charts, [partial(views.cost, view)])
-    if charts_before < len(charts.specs) and (found := views.cost_differences(view)):
+    if len(charts.specs) > before and (found := views.cost_differences(view)):
         rows, notes = found
         label = "Differences of cost between levels"
         body += page.heading(label) + page.table(rows, label) + page.items(notes, "muted")
@@ -170,18 +171,19 @@ CHOICES = {"cell": "Runs", "pair": "Levels", "site": "Norm", "metric": "Metric"}
 def _shown(charts: Charts, draw: Sequence[Callable[[], Drawing]]) -> str:
     """Figures that share their lists to choose from."""
     drawn = _drawings(draw)
-    return page.linked(_choices(drawn), "".join(_figure(charts, drawing) for drawing in drawn))
+    shown = dict.fromkeys(_figure(charts, drawing) for drawing in drawn)  # what is missing is said once
+    return page.linked(_choices(drawn), "".join(shown))
 
 
 def _drawings(draw: Sequence[Callable[[], Drawing]]) -> list[Drawing | str]:
-    """Each drawing, or the line that says why there is none and what would give it; a line is said once."""
+    """Each drawing, or the line that says why there is none and what would give it."""
     found: list[Drawing | str] = []
     for one in draw:
         try:
             found.append(one())
         except ConfigError as error:
             found.append(str(error))
-    return list({drawing if isinstance(drawing, str) else i: drawing for i, drawing in enumerate(found)}.values())
+    return found
 
 
 def _choices(drawn: Sequence[Drawing | str]) -> dict[str, tuple[str, list[str]]]:
@@ -205,3 +207,8 @@ def _values(column: "pd.Series[Any]", most: int = 12) -> str:
     values = column.unique().tolist()
     values = sorted(values) if column.dtype.kind in "if" else values
     return ", ".join(map(str, values[:most])) + (f", … ({len(values)})" if len(values) > most else "")
+
+
+def _short(text: Any) -> Any:
+    """A hash by its beginning."""
+    return text[:12] if isinstance(text, str) else text

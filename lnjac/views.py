@@ -32,6 +32,8 @@ MOST_STEPS = 40
 MOST_ROWS = 16_000
 """Of the curves behind a map: a chart's data stay small whatever the number of runs."""
 
+NO_PAIRS = "no two levels have a number to compare: did all runs of one diverge?"
+
 ONE = "all runs"
 """The name of the only level, or the only cell."""
 
@@ -69,6 +71,8 @@ class View:
         if every.empty:
             raise ConfigError(f"--where {self.where!r} holds for no run")
         by = [self.by] if self.by else []
+        if "seed" not in every:
+            raise ConfigError(f"{self.study.path} has no column seed, the unit of every interval")
         for name in by:
             known_column(name, list(map(str, every)), "--by names")
         vary = [name for name in design.varying(every) if name != "ln_backward.sites"]
@@ -137,6 +141,8 @@ def layer_values(view: View, metrics: Sequence[str], *, last: bool) -> "pd.DataF
     rows = rows.merge(done[[*RUN, "cell", "level", "seed"]], on=RUN)
     if last:
         rows = rows[rows["step"] == rows.groupby(RUN)["step"].transform("max")]
+    if done.empty:
+        raise ConfigError("all of these runs diverged")
     if rows.empty:
         raise ConfigError("no norm of these runs was measured: leave diagnostics=off out")
     if rows["call"].any():
@@ -197,6 +203,8 @@ def headline(view: View, metric: str | None = None) -> Drawing:
     by = _required(view)
     found = compare.compare(view.study, by, metrics=[metric], table=_table(view, metric), where=view.where)
     rows, seeds = found.rows, found.seeds()
+    if rows["difference"].isna().all():
+        raise ConfigError(NO_PAIRS)
     by_site = "site" in rows
     pairs = rows[["a", "b"]].drop_duplicates()
     n_cells = len(rows[found.cells].drop_duplicates()) if found.cells else 1
@@ -242,6 +250,8 @@ def heatmap(view: View, metric: str | None = None) -> Drawing:
         shown=rows["difference"].map("{:.2g}".format) + np.where(rows["p_adjusted"] < 0.05, "*", ""),
         column=rows["metric"],
     ).dropna(subset="difference")
+    if rows.empty:
+        raise ConfigError(NO_PAIRS)
     largest = rows["difference"].abs().groupby([rows["metric"], rows["pair"], rows["cell"]]).transform("max")
     rows["shade"] = (rows["difference"] / largest).fillna(0.0)
     rows = _ordered(view, rows)
@@ -312,8 +322,8 @@ def trajectory(view: View, metric: str | None = None) -> Drawing:
     else:
         values = layer_values(view, [metric], last=False)
         values, what = values[values["site"] == ALL_SITES].dropna(subset="value"), f"{metric} ({ALL_SITES})"
-    if values.groupby(["cell", "level", "seed"])["step"].nunique().max() < 2:
-        raise ConfigError(f"{metric} was measured once in a run: {_MORE_OFTEN.get(metric, _MORE_OFTEN[''])}")
+    if values.empty or values.groupby(["cell", "level", "seed"])["step"].nunique().max() < 2:
+        raise ConfigError(f"{metric} was measured at most once in a run: {_MORE_OFTEN.get(metric, _MORE_OFTEN[''])}")
     steps = _thinned(values["step"].unique().tolist(), MOST_STEPS)
     lines = _lines(view, values[values["step"].isin(steps)], ["cell", "step", "level"])
     chart = figures.trajectory(lines.drop(columns="n"), by=view.title, title=what)
@@ -329,10 +339,9 @@ _MORE_OFTEN = {
 
 def cost(view: View, metric: str | None = None) -> Drawing:
     """The loss of each backward minus the exact one's, seed by seed."""
-    if view.runs["ln_backward"].nunique() < 2:
+    if "ln_backward" not in view.runs or view.runs["ln_backward"].nunique() < 2:
         raise ConfigError(
-            f"all runs have ln_backward={view.runs['ln_backward'].iloc[0]}: python run.py -m "
-            "ln_backward=exact,center_scale seed=1,2,3 makes some whose cost can be told"
+            "one backward alone: python run.py -m ln_backward=exact,center_scale seed=1,2,3 makes runs whose cost can be told"
         )
     by = None if view.by == "ln_backward" else view.by
     found = compare.cost(view.study, by=by, metric=metric or LOSS, where=view.where)
@@ -395,6 +404,8 @@ def scaling(view: View, metric: str | None = None, x: str = "") -> Drawing:
     points = found.points
     if "site" in points:
         points = points[points["site"] == ALL_SITES]
+    if points.empty:
+        raise ConfigError(f"no run has a number for {metric}")
     points = points.assign(
         cell=cell_names(points, others),
         level=points[view.by].map(_word) if view.by in found.cells else ONE,
@@ -414,7 +425,11 @@ def scaling(view: View, metric: str | None = None, x: str = "") -> Drawing:
 
 def sizes(view: View) -> list[str]:
     """Sizes that vary: what a metric may scale with."""
-    return [name for name in ("model.n_embd", "model.n_layer", "steps") if view.runs[name].nunique() > 1]
+    return [
+        name
+        for name in ("model.n_embd", "model.n_layer", "steps")
+        if name in view.runs and view.runs[name].nunique() > 1
+    ]
 
 
 _SCALING = "one width and one number of steps: python run.py -m model.n_embd=32,64,128 seed=1,2,3 varies one"

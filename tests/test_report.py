@@ -137,6 +137,21 @@ def test_sections_without_data_say_what_to_run(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("light")
+@pytest.mark.parametrize(
+    ("factors", "more", "charts"),
+    [
+        ({}, {"seeds": 1}, {"headline": 0, "layers": 2, "depth": 2}),
+        (TWO, {"diverged": tuple(range(6))}, {"headline": 0, "layers": 0, "depth": 0}),
+        (TWO, {"diverged": (0, 1, 2)}, {"headline": 0, "layers": 2, "depth": 2}),
+    ],
+    ids=["one run", "all diverged", "one level diverged"],
+)
+def test_poor_studies_have_poor_reports(tmp_path: Path, factors: Any, more: Any, charts: dict[str, int]):
+    found = made(write_study(tmp_path, factors, blocks=0, **more)).sections
+    assert {name: found[name]["charts"] for name in charts} == charts
+
+
+@pytest.mark.usefixtures("light")
 def test_what_was_run_tells_of_failures(tmp_path: Path):
     path = write_study(tmp_path, TWO, steps=(100,), diverged=(0, 4), skipped=[("s/7", "failed: out of memory")])
     text = Page(made(path).html).text
