@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pandas as pd
 import pytest
 from studies import write_study
 
-from lnjac import cli, design, figures, page, report, views
+from lnjac import design, figures, page, report, views
 from lnjac.config import ConfigError
 
 pytest.importorskip("altair", reason="the extra [report] is not installed")
@@ -30,21 +29,6 @@ EVIL = "</script><script>alert(1)</script>"
 def light(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Vega's own 0.9 MB, which take two seconds to put together."""
     monkeypatch.setattr(page, "_bundle", lambda: BUNDLE)
-
-
-@pytest.fixture
-def lnjac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lnjac", *map(str, words)])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        said = capsys.readouterr()
-        return code or 0, said.out, said.err
-
-    return call
 
 
 class Page(HTMLParser):
