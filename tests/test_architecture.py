@@ -12,9 +12,11 @@ LAYERS = [
     {"config", "streams", "tracking"},
     {"runs"},
     {"jacobian", "attention", "credit", "play", "summary", "interruption", "stats", "where", "pooling"},
-    {"norm", "data", "optim", "sweep", "distribution"},
-    {"plan", "design", "diff"},
+    {"norm", "data", "optim", "sweep", "distribution", "figures"},
+    {"plan", "design", "diff", "page"},
     {"compare"},
+    {"views"},
+    {"report"},
     {"capture", "gpt"},
     {"analyse", "mechanism", "progress", "checkpoint", "switch"},
     {"alignment", "swap"},
@@ -22,6 +24,7 @@ LAYERS = [
     {"stack"},
     {"__init__"},
     {"cli_compare"},
+    {"cli_report"},
     {"cli"},
     {"__main__"},
 ]
@@ -29,7 +32,7 @@ LAYERS = [
 
 READING = [
     "lnjac",
-    *(f"lnjac.{name}" for name in ("cli", "compare", "diff", "sweep", "summary", "runs", "tables", "config")),
+    *(f"lnjac.{name}" for name in ("cli", "compare", "diff", "report", "sweep", "summary", "runs", "tables", "config")),
 ]
 
 
