@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from lnjac.config import ConfigError
-from lnjac.sweep import NO_SCIENCE, RTOL, Source, Unfit, differs, layers_file, read
+from lnjac.pile import NO_SCIENCE, differs
+from lnjac.sources import Source, Unfit, layers_file, read
+from lnjac.sweep import RTOL
 from lnjac.tables import KEYS
 
 if TYPE_CHECKING:

@@ -1,0 +1,147 @@
+"""Merging many runs, against polars reading the same files without checking anything.
+
+python benchmarks/merging.py FOLDER N_RUNS [STEPS] [ROUNDS]
+
+FOLDER is filled with runs first if it is not there. Each round takes in turns: polars; the merge that a sweep makes at its
+end, of run folders alone (raw); polars; a merge of the same folders into another file, which takes their rows from the
+sweep's (compacted); the same command again (warm); and once more with ten runs added. All are processes of their own.
+"""
+
+import hashlib
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lnjac import config as configs
+from lnjac import runs
+from lnjac.tables import CORE
+
+SITES = [*(f"blocks.{i}.ln_{j}" for i in range(4) for j in (1, 2)), "ln_f", "ln_out"]
+GRID = [f"ln_backward={way} model.n_embd={d}" for way in ("exact", "center_scale", "ste", "scale") for d in (64, 128)]
+"""Configurations with the same columns: polars reads no others in one scan."""
+AT_ONCE = 50
+"""Runs that one process writes in a row."""
+
+
+def make(folder: Path, numbers: range, steps: int) -> None:
+    """Write finished runs as the trainer would, of random numbers: ten layer rows for each of `steps` measured steps."""
+    batches = [numbers[first : first + AT_ONCE] for first in range(0, len(numbers), AT_ONCE)]
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(_make, batches, [folder] * len(batches), [steps] * len(batches)))
+
+
+def _make(numbers: range, folder: Path, steps: int) -> None:
+    for number in numbers:
+        config = _config(GRID[number % len(GRID)])
+        config.seed = number // len(GRID)
+        columns = configs.columns(config)
+        identity = {
+            name: hashlib.sha256(f"{name} {number}".encode()).hexdigest()[:16] for name in ("run_id", "diag_id")
+        }
+        random = np.random.default_rng(number)
+        step = [50 * i for i in range(steps)]
+        said = {
+            "layers": [{"step": at, "site": site, "call": 0} for at in step for site in SITES],
+            "runs": [
+                {"status": runs.DONE, "started_at": f"2026-01-01T{number // 3600:02}:{number // 60 % 60:02}:00+00:00"}
+            ],
+            "curves": [{"step": i} for i in range(10)],
+        }
+        out = runs.RunFolder(folder / "-".join(identity.values()), identity)
+        metadata = {**identity, "config": configs.to_dict(config), "provenance": {"commit": "0" * 40, "threads": 1}}
+        for name, declared in CORE.items():
+            noise = random.random((len(said[name]), len(declared))).tolist()
+            rows = [
+                {c.name: _value(c.dtype, x) for c, x in zip(declared, line, strict=True)}
+                | _known(declared, identity | row)
+                for line, row in zip(noise, said[name], strict=True)
+            ]
+            out.write(name, rows, columns, metadata)
+        out.status(runs.DONE)
+        out.release()
+
+
+@cache
+def _config(words: str) -> configs.RunConfig:
+    return configs.compose(*words.split())
+
+
+def _value(dtype: str, noise: float) -> Any:
+    return {"float64": noise, "int64": 7, "string": "text", "bool": False}[dtype]
+
+
+def _known(declared: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+    return {column.name: row[column.name] for column in declared if column.name in row}
+
+
+POLARS = """
+import glob, sys
+import polars
+for file in ("layers", "run", "curve"):
+    print(polars.scan_parquet(sorted(glob.glob(f"{sys.argv[1]}/*/{file}.parquet"))).collect().shape)
+"""
+
+
+class Cost(NamedTuple):
+    """Of one process: wall time, CPU time of all its threads, peak of resident memory."""
+
+    wall_s: float
+    cpu_s: float
+    peak_mb: float
+
+
+def cost(*words: object) -> Cost:
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0, words
+    return Cost(time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 1e3)
+
+
+def compare(folder: Path, more: Sequence[Path]) -> dict[str, Cost]:
+    """One round; `more` are ten runs that are not in the folder."""
+    own, other = folder / "all.parquet", folder.parent / f"{folder.name}.merged" / "all.parquet"
+    for path in folder.glob("all.*"):
+        path.unlink()
+    shutil.rmtree(other.parent, ignore_errors=True)
+    costs = {"polars": cost("-c", POLARS, folder), "raw": cost("-m", "lnjac", "merge", folder, "-o", own)}
+    costs["polars again"] = cost("-c", POLARS, folder)
+    for name in ("compacted", "warm"):
+        costs[name] = cost("-m", "lnjac", "merge", folder, "-o", other)
+    for path in more:
+        path.rename(folder / path.name)
+    costs["ten more"] = cost("-m", "lnjac", "merge", folder, "-o", other)
+    for path in more:
+        (folder / path.name).rename(path)
+    return costs
+
+
+def main(folder: Path, n_runs: int, steps: int = 1, rounds: int = 1) -> None:
+    if not folder.exists():
+        make(folder, range(n_runs), steps)
+    if not (more := folder.parent / f"{folder.name}.more").exists():
+        make(more, range(n_runs, n_runs + 10), steps)
+    found: dict[str, list[Cost]] = {}
+    for _ in range(rounds):
+        for name, used in compare(folder, sorted(more.iterdir())).items():
+            found.setdefault(name, []).append(used)
+            print(f"{name:13} {used.wall_s:7.2f} s wall {used.cpu_s:7.2f} s CPU {used.peak_mb:6.0f} MB", flush=True)
+    for name, costs in found.items():
+        below = found["polars again" if name == "compacted" else "polars"]
+        ratios = [[a / b for a, b in zip(one, other, strict=True)] for one, other in zip(costs, below, strict=True)]
+        wall, cpu, _ = (statistics.median(ratio) for ratio in zip(*ratios, strict=True))
+        print(f"{name:13} over polars: {wall:.2f} of the wall time, {cpu:.2f} of the CPU time")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -1,0 +1,297 @@
+"""Find run folders and earlier merges, and read them: whole, unaltered, in the declared types, or not at all."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lnjac import runs
+from lnjac.config import ConfigError
+from lnjac.tables import CORE, KEYS, SCHEMA_VERSION, TABLES
+
+OWNER = ("run_id", "diag_id")
+"""What identifies a run with its diagnostics; curves carry only the first."""
+
+INDEX = ".index.json"
+
+_MARKS = {runs.STATUS, *runs.FILES.values()}
+"""A folder that has one of these is a run's."""
+
+_DECLARED = {name: runs.schema(columns) for name, columns in TABLES.items()}
+
+Tables = dict[str, pa.Table]
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One run's folder, or the layers file of an earlier merge, under the name the user knows it by."""
+
+    path: Path
+    merged: bool
+
+
+class Found(NamedTuple):
+    """What there is to merge, and merges in the same folders that may know some of it."""
+
+    sources: list[Source]
+    merges: list[Path]
+
+
+class Unfit(Exception):
+    """Why a source cannot be merged, in one line."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(" ".join(reason.split()))
+
+
+def owner(table: str) -> list[str]:
+    """The columns of a table that say whose a row is."""
+    return [key for key in OWNER if key in KEYS[table]]
+
+
+def companion(layers: Path, table: str) -> Path:
+    """Where a merge keeps this table, given the file that holds its layers."""
+    return layers if table == "layers" else layers.with_suffix(f".{table}.parquet")
+
+
+def companions(layers: Path) -> dict[str, Path]:
+    """The files of a merge by table: those that every merge has, and of the tables in long form those that are there."""
+    paths = {name: companion(layers, name) for name in TABLES}
+    return {name: path for name, path in paths.items() if name in CORE or path.exists()}
+
+
+def index_file(layers: Path) -> Path:
+    """Where a merge keeps what lnjac.compaction knows of its runs."""
+    return layers.with_suffix(INDEX)
+
+
+def report_file(layers: Path) -> Path:
+    return layers.with_suffix(".merge.json")
+
+
+# Finding
+
+
+def discover(sources: Iterable[Path]) -> list[Source]:
+    """Every run folder in or at the sources and every merged file named; each once, however often it is named."""
+    return search(sources).sources
+
+
+def search(sources: Iterable[Path]) -> Found:
+    """What `discover` finds, and the merges with an index met on the way: these are no sources unless named."""
+    seen: set[str] = set()
+    found = Found([], [])
+    for path in sources:
+        if path.is_dir():
+            _search_folder(path, os.path.realpath(path), seen, found)
+            continue
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist")
+        if path.name in (*runs.FILES.values(), runs.STATUS):
+            raise ConfigError(f"{path} is one file of a run: name its folder, {path.parent}")
+        layers = layers_file(path)
+        if (real := os.path.realpath(layers)) not in seen:
+            seen.add(real)
+            found.sources.append(Source(layers, merged=True))
+    return found
+
+
+def _search_folder(folder: Path, real: str, seen: set[str], found: Found) -> None:
+    """`real` is the folder's name without links, which costs a hundred times the rest to find for each folder alone."""
+    if real in seen:
+        return
+    seen.add(real)
+    with os.scandir(folder) as entries:
+        inside = sorted(entries, key=lambda entry: entry.name)
+    if any(entry.name in _MARKS for entry in inside):
+        found.sources.append(Source(folder, merged=False))
+        return
+    for entry in inside:
+        path = folder / entry.name
+        if entry.name.endswith(INDEX):
+            found.merges.append(path.with_name(entry.name.removesuffix(INDEX) + ".parquet"))
+        if not entry.name.startswith(".") and entry.is_dir():
+            inner = os.path.realpath(path) if entry.is_symlink() else os.path.join(real, entry.name)
+            _search_folder(path, inner, seen, found)
+
+
+def layers_file(path: Path) -> Path:
+    """X.parquet, for X.runs.parquet and its like too: a shell's *.parquet names all files of a merge."""
+    for name in TABLES:
+        if name != "layers" and path.name.endswith(f".{name}.parquet"):
+            return path.with_name(path.name.removesuffix(f".{name}.parquet") + ".parquet")
+    return path
+
+
+# Reading
+
+
+def read(source: Source) -> Tables:
+    """The tables of a source, cast to the schema and checked to belong together."""
+    tables: Tables = {}
+    sha256 = {} if source.merged else _finished(source.path).get("sha256", {})
+    there = {name for name, file in runs.FILES.items() if name in CORE or file in sha256}
+    notes = []
+    for name in TABLES:  # layers first: their note says what an earlier merge consists of
+        if name not in there:
+            continue
+        path = companion(source.path, name) if source.merged else source.path / runs.FILES[name]
+        blob = None if source.merged else _bytes(path)
+        data, note = read_noted(path, blob)
+        if note.get("table") != name or bool(note.get("merged")) != source.merged:
+            kind = "of an earlier merge" if source.merged else "of a run"
+            raise Unfit(f"{path.name} does not hold the {name} {kind}")
+        if (version := note.get("schema_version")) != SCHEMA_VERSION:
+            raise Unfit(f"{path.name} has schema version {version}, this lnjac reads {SCHEMA_VERSION}")
+        try:
+            tables[name] = conform(data, _DECLARED[name])
+        except Unfit as error:
+            raise Unfit(f"{path.name} {error}") from None
+        if source.merged:
+            notes.append((note.get("merge_id"), note.get("rows")))
+            there |= set(note.get("rows") or ())
+        elif blob is not None and sha256.get(path.name) != hashlib.sha256(blob).hexdigest():
+            raise Unfit(f"{path.name} is not the file that the run wrote: its SHA-256 differs from {runs.STATUS}'s")
+    n_rows = {name: table.num_rows for name, table in tables.items()}
+    if source.merged and any(note != notes[0] or note[1] != n_rows for note in notes):
+        raise Unfit("its files are not of one merge: merge again")
+    _require_whole(tables, source.merged)
+    return tables
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Unfit(_unread(path, error)) from None
+
+
+def read_noted(
+    path: Path, blob: bytes | None = None, columns: Sequence[str] | None = None
+) -> tuple[pa.Table, dict[str, Any]]:
+    """A table with the note that `runs.write_table` left in its footer; `blob` is the file's content, if already read."""
+    try:
+        data = runs.read_table(path if blob is None else pa.BufferReader(blob), columns)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise Unfit(_unread(path, error)) from None
+    try:
+        note = json.loads((data.schema.metadata or {})[b"lnjac"])
+    except (KeyError, ValueError):
+        note = None
+    if not isinstance(note, dict):
+        raise Unfit(f"{path.name} was not written by lnjac")
+    return data.replace_schema_metadata(), note
+
+
+def _unread(path: Path, error: Exception) -> str:
+    return f"{path.name} is missing" if isinstance(error, FileNotFoundError) else f"{path.name} cannot be read: {error}"
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    """The status of a finished run."""
+    status = runs.read_status(folder)
+    if not status:
+        raise Unfit(f"no readable {runs.STATUS}")
+    if (state := status.get("status")) not in runs.FINISHED:
+        raise Unfit(f"{state}: {status['error']}" if "error" in status else str(state))
+    return status
+
+
+def _require_whole(tables: Tables, merged: bool) -> None:
+    """Every row belongs to a run of this source, every run is there once."""
+    n_runs = tables["runs"].num_rows
+    if n_runs == 0 or (n_runs > 1 and not merged):
+        raise Unfit(f"holds {n_runs} runs")
+    if len(pc.unique(_joined(tables["runs"], OWNER))) != n_runs:
+        raise Unfit("holds the same run twice")
+    for name, table in tables.items():
+        known = _joined(tables["runs"], owner(name))
+        if not pc.all(pc.is_in(_joined(table, owner(name)), value_set=known), min_count=0).as_py():
+            raise Unfit(f"its {name} hold rows of a run that it does not have")
+
+
+def positions(rows: pa.Table, known: pa.Table, names: Sequence[str]) -> Integers:
+    """For each row the number of the run in `known` that has the same values in these columns."""
+    if known.num_rows == 1:
+        return np.zeros(rows.num_rows, np.int64)
+    return np.asarray(pc.index_in(_joined(rows, names), value_set=_joined(known, names)).to_numpy(), np.int64)
+
+
+def _joined(table: pa.Table, names: Sequence[str]) -> pa.ChunkedArray:
+    return pc.binary_join_element_wise(*(table[name] for name in names), "/")
+
+
+# Types
+
+
+def conform(data: pa.Table, declared: pa.Schema) -> pa.Table:
+    """Declared columns first and in their declared type, then the others in their own order and Arrow's widest type."""
+    target = _target(data.schema, declared)
+    if data.schema.equals(target):
+        return data
+    return pa.Table.from_arrays([_cast(data[field.name], field) for field in target], schema=target)
+
+
+@lru_cache(maxsize=64)
+def _target(found: pa.Schema, declared: pa.Schema) -> pa.Schema:
+    there, known = set(found.names), set(declared.names)  # both are made anew at every access
+    if missing := [name for name in declared.names if name not in there]:
+        raise Unfit(f"lacks the column {', '.join(missing)}")
+    if len(there) < len(found):
+        raise Unfit("has two columns of one name")
+    more = [field for field in found if field.name not in known]
+    if nested := [field.name for field in more if pa.types.is_nested(field.type)]:
+        raise Unfit(f"has lists or records in the column {', '.join(nested)}")
+    return pa.schema([*declared, *(pa.field(field.name, _widest(field.type)) for field in more)])
+
+
+def _cast(values: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
+    if {_kind(values.type), _kind(field.type)} not in ({_kind(field.type)}, {"null", _kind(field.type)}):
+        raise Unfit(f"has {field.name} as {values.type}, which is no {field.type}")
+    try:
+        return values.cast(field.type)
+    except pa.ArrowException as error:
+        raise Unfit(f"has a {field.name} that does not fit {field.type}: {error}") from None
+
+
+def _widest(dtype: pa.DataType) -> pa.DataType:
+    if pa.types.is_dictionary(dtype):
+        return _widest(dtype.value_type)
+    if pa.types.is_integer(dtype):
+        return pa.int64()
+    if pa.types.is_floating(dtype):
+        return pa.float64()
+    if pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype):
+        return pa.string()
+    return dtype
+
+
+def _kind(dtype: pa.DataType) -> str:
+    """Types of one kind may be cast into each other: Arrow alone would also make text of a number."""
+    widest = _widest(dtype)
+    return "number" if widest in (pa.int64(), pa.float64()) else str(widest)
+
+
+def agreed(schemas: Iterable[tuple[pa.Schema, Source]]) -> pa.Schema:
+    """The union of the columns in order of first appearance: null gives way to any type, int64 to float64."""
+    union: dict[str, tuple[pa.DataType, Source]] = {}
+    for schema, source in schemas:
+        for column, dtype in zip(schema.names, schema.types, strict=True):
+            before, first = union.setdefault(column, (dtype, source))
+            if before == pa.null() or {before, dtype} == {pa.int64(), pa.float64()}:
+                union[column] = (dtype if before == pa.null() else pa.float64(), source)
+            elif dtype not in (before, pa.null()):
+                raise ConfigError(
+                    f"{column} is {before} in {first.path} but {dtype} in {source.path}: merge them apart"
+                )
+    return pa.schema([(column, dtype) for column, (dtype, _) in union.items()])
