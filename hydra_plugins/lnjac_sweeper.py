@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from hydra_plugins.lnjac_launchers import Engine, reason
 log = logging.getLogger(__name__)
 
 TABLES_SHOWN = 8
+REPORT = "report.html"
 
 
 @dataclass
@@ -109,8 +111,10 @@ class LnjacSweeper(BasicSweeper):
             log.warning("interrupted: the same command with sweep=%s goes on from here", self.config.sweep)
             raise
         finally:
-            _merge(folder)
+            merged = _merge(folder)
         _show(todo)
+        if merged and self.config.report == "auto" and (todo or not (folder / REPORT).exists()):
+            _report(folder)
         if failed := _unfinished(jobs):
             raise CompactHydraException(f"{len(failed)} of {len(jobs)} jobs failed:\n" + "\n".join(failed))
         return [returned]
@@ -123,6 +127,8 @@ class LnjacSweeper(BasicSweeper):
         for switch in ("retry_failed", "dry_run"):
             if not isinstance(value := self.config[switch], bool):
                 raise CompactHydraException(f"{switch}={value} must be true or false")
+        if (report := self.config.report) not in ("auto", "off"):
+            raise CompactHydraException(f"report={report} must be auto or off")
         folder = Path(self.config.hydra.sweep.dir)
         if too_long := [part for part in folder.parts if len(part.encode()) > 255]:
             raise CompactHydraException(
@@ -288,12 +294,27 @@ def _show(jobs: Sequence[Job]) -> None:
         log.info("and %d more: `lnjac show FOLDER` prints a run's table", len(done) - TABLES_SHOWN)
 
 
+def _report(folder: Path) -> None:
+    """Write the report of the merged table, where what draws it is installed: no sweep fails for want of a report."""
+    if not (find_spec("altair") and find_spec("vl_convert")):
+        return
+    from lnjac import design, report
+
+    try:
+        report.make(design.read([folder / "all.parquet"]), title=folder.name).write(folder / REPORT)
+    except Exception as error:
+        log.warning("no report: %s", f"{type(error).__name__}: {error}".splitlines()[0])
+        return
+    log.info("%s shows this sweep in a browser", folder / REPORT)
+
+
 def _duration(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
 
 
-def _merge(folder: Path) -> None:
+def _merge(folder: Path) -> bool:
+    """Whether there was anything to merge."""
     from lnjac import sweep
     from lnjac.config import ConfigError
 
@@ -301,3 +322,5 @@ def _merge(folder: Path) -> None:
         log.info("\n".join(sweep.merge([folder], folder / "all.parquet").lines()))
     except (ConfigError, OSError) as error:
         log.warning("nothing merged: %s", error)
+        return False
+    return True

@@ -1,8 +1,9 @@
 """How far a method's gradient is the true one: per norm, per parameter and as a whole, at the same weights and batches."""
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from lnjac.analyse import Loss, analyse, block_of, fresh_grads, replay
 from lnjac.capture import Capture, capture
 from lnjac.config import GradAt
-from lnjac.credit import backprop, is_feedback, linears
+from lnjac.credit import backprop, both_ways, is_feedback, linears
 from lnjac.gpt import replaced
 from lnjac.jacobian import dot
-from lnjac.norm import Backward, exact_norms, norms
+from lnjac.norm import Backward, Norm, exact_norms, norms
 
 OVER_DRAWS = ("enrichment_mean", "enrichment_radial", "enrichment_radial_share")
 """Columns of a layer row that are averaged over draws of the feedback."""
@@ -59,6 +60,7 @@ class Comparison:
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         self.model, self.loss = model, loss
+        self.rules = {site: module.backward_rule for site, module in norms(model)}
         self.tokens = 0
         self.own: dict[str, Tensor] = {}  # gradients of the summed loss by parameter
         self.bp: dict[str, Tensor] = {}
@@ -71,24 +73,64 @@ class Comparison:
         self.arrived = dict(calls)
 
     def passed(self, batch: Any, tokens: int) -> None:
-        model, rules = self.model, {site: module.backward_rule for site, module in norms(self.model)}
+        self._add(self.own, [p.grad for p in self._parameters().values()], tokens)
+        with fresh_grads(self.model), backprop(self.model), exact_norms(self.model):
+            with capture(self.model, lambda call: self._compare(call, tokens)):
+                self.loss(self.model, batch)[0].backward()  # type: ignore[no-untyped-call]
+            self._add(self.bp, [p.grad for p in self._parameters().values()], tokens)
         self.tokens += tokens
-        _accumulate(self.own, model, tokens)
 
-        def compare(call: Capture) -> None:
-            own = self.arrived.pop((call.site, call.call), None)
-            own = torch.zeros_like(call.grad) if own is None else own
-            sides = {
-                "norm_output": (own, call.grad),
-                "norm_input": (_below(call, own, rules.get(call.site)), _below(call, call.grad, None)),
-            }
-            for kind, (mine, true) in sides.items():
-                self.at_norms.setdefault((kind, call.site, call.call), Pair()).add(mine, true, tokens)
+    def make(self, batch: Any) -> None:
+        """Both passes, by one forward pass where nothing but layers' feedback tells the method from bp."""
+        if getattr(self.model, "broadcast", None) is None and all(map(_is_exact, self.rules.values())):
+            self._make_at_once(batch)
+            return
+        with fresh_grads(self.model):
+            with self.watch():
+                value, tokens = self.loss(self.model, batch)
+                value.backward()  # type: ignore[no-untyped-call]
+            self.passed(batch, tokens)
 
-        with fresh_grads(model), backprop(model), exact_norms(model):
-            with capture(model, compare):
-                self.loss(model, batch)[0].backward()  # type: ignore[no-untyped-call]
-            _accumulate(self.bp, model, tokens)
+    def _make_at_once(self, batch: Any) -> None:
+        calls: list[tuple[str, Norm, Tensor, Tensor]] = []
+        with ExitStack() as handles, both_ways(self.model) as way:
+            for site, norm in norms(self.model):
+                keep = functools.partial(lambda site, m, args, y: calls.append((site, m, args[0].detach(), y)), site)
+                handles.callback(norm.register_forward_hook(keep).remove)
+            value, tokens = self.loss(self.model, batch)
+            ends = [*(y for *_, y in calls), *self._parameters().values()]
+            own = torch.autograd.grad(value, ends, retain_graph=True, allow_unused=True)
+            way.true = True
+            true = torch.autograd.grad(value, ends, allow_unused=True)
+        counted: dict[str, int] = {}
+        self.arrived = {}
+        for (site, norm, x, _), mine, grad in zip(calls, own, true, strict=False):
+            counted[site] = call = counted.get(site, -1) + 1
+            self.arrived[site, call] = mine
+            weight = None if norm.weight is None else norm.weight.detach()
+            self._compare(Capture(site, call, x, grad, weight, None, norm.eps, norm.rms), tokens)
+        self._add(self.own, own[len(calls) :], tokens)
+        self._add(self.bp, true[len(calls) :], tokens)
+        self.tokens += tokens
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if not is_feedback(name)}
+
+    def _add(self, sums: dict[str, Tensor], grads: Sequence[Tensor | None], tokens: int) -> None:
+        for (name, p), grad in zip(self._parameters().items(), grads, strict=True):
+            summed = torch.zeros_like(p) if grad is None else grad * tokens
+            sums[name] = summed if name not in sums else sums[name].add_(summed)
+
+    def _compare(self, call: Capture, tokens: int) -> None:
+        """Add one call of a norm, whose true gradient this is, to what the method's was there."""
+        own = self.arrived.pop((call.site, call.call), None)
+        own = torch.zeros_like(call.grad) if own is None else own
+        sides = {
+            "norm_output": (own, call.grad),
+            "norm_input": (_below(call, own, self.rules.get(call.site)), _below(call, call.grad, None)),
+        }
+        for kind, (mine, true) in sides.items():
+            self.at_norms.setdefault((kind, call.site, call.call), Pair()).add(mine, true, tokens)
 
     def pairs(self) -> dict[Key, Pair]:
         found: dict[Key, Pair] = {}
@@ -100,12 +142,8 @@ class Comparison:
         return {("model", "all", 0): total(found.values()), **found, **{key: self.at_norms[key] for key in by_site}}
 
 
-def _accumulate(sums: dict[str, Tensor], model: nn.Module, tokens: int) -> None:
-    for name, p in model.named_parameters():
-        if is_feedback(name):
-            continue
-        grad = torch.zeros_like(p) if p.grad is None else p.grad * tokens
-        sums[name] = grad if name not in sums else sums[name].add_(grad)
+def _is_exact(rule: Backward | None) -> bool:
+    return rule is None or rule.surrogate(torch.zeros(1, 1), 1.0, rms=False) is None
 
 
 def _below(call: Capture, grad: Tensor, rule: Backward | None) -> Tensor:
@@ -171,11 +209,7 @@ class Alignment:
         control = Comparison(self.model, self.loss)
         with replaced(self.model, self.initial):
             for batch in self.batches:
-                with fresh_grads(self.model):
-                    with control.watch():
-                        value, tokens = self.loss(self.model, batch)
-                        value.backward()  # type: ignore[no-untyped-call]
-                    control.passed(batch, tokens)
+                control.make(batch)
         return control
 
     def _cosines(self, pairs: Mapping[Key, Pair]) -> dict[Key, float]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lnjac import cli_report
 from lnjac.cli_compare import AsJson, commands
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 
 app.add_typer(commands)
+app.add_typer(cli_report.commands)
 
 
 def main() -> None:

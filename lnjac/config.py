@@ -31,7 +31,7 @@ NUMERICS_VERSION = 2
 EXECUTION = ("device", "threads", "deterministic", "save_model", "checkpoint", "tracker")
 """How a run is executed: left out of its identity and of its config columns."""
 
-SWEEP = ("sweep", "retry_failed", "dry_run")
+SWEEP = ("sweep", "retry_failed", "dry_run", "report")
 """What a whole sweep is told, no part of any run's config."""
 
 CONF = Path(__file__).resolve().parent.parent / "conf"

@@ -109,6 +109,30 @@ class _Linear(torch.autograd.Function):
         return out, 0
 
 
+@dataclass
+class Way:
+    """How errors go back through a graph that allows both: by the method's feedback, or by W."""
+
+    true: bool = False
+
+
+class _Either(torch.autograd.Function):
+    """_Linear whose backward decides between B and W when it runs, so that one forward pass serves both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, back: Tensor, way: Way) -> Tensor:
+        ctx.save_for_backward(x, weight, back)
+        ctx.has_bias, ctx.way = bias is not None, way
+        return product(x, weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        x, weight, back = ctx.saved_tensors
+        g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        below = product(g, weight if ctx.way.true else back).view(x.shape)
+        return below, _outer(g, flat), g.sum(0) if ctx.has_bias else None, None, None
+
+
 def _outer(g: Tensor, x: Tensor) -> Tensor:
     """gᵀ·x: (n, out), (n, in) -> (out, in). oneDNN copies a transposed first operand: let it be the smaller one."""
     return product(g.t(), x) if g.shape[1] <= x.shape[1] else product(x.t(), g).t()
@@ -169,6 +193,7 @@ class Linear(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(d_out)) if bias else None)
         self.register_buffer("feedback", None)
         self.feedback_rule: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.way: Way | None = None
 
     def backward_matrix(self) -> Tensor:
         """B: (out, in), the matrix whose product with the output's gradient is the input's gradient."""
@@ -185,7 +210,9 @@ class Linear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # a Function's backward runs outside autocast: cast here
             dtype = torch.get_autocast_dtype(x.device.type)
             operands = [None if operand is None else operand.to(dtype) for operand in operands]
-        out: Tensor = _Linear.apply(*operands)  # type: ignore[no-untyped-call]
+        out: Tensor = (
+            _Linear.apply(*operands) if self.way is None else _Either.apply(*operands, self.way)  # type: ignore[no-untyped-call]
+        )
         return out
 
 
@@ -210,6 +237,19 @@ def backprop(model: nn.Module) -> Iterator[None]:
             layer.feedback_rule = rule
         if broadcast is not None:
             model.broadcast = broadcast
+
+
+@contextmanager
+def both_ways(model: nn.Module) -> Iterator[Way]:
+    """Within the context a graph can be gone back through by the feedback, and by W once `true` is set on what is yielded."""
+    layers, way = [layer for _, layer in linears(model) if layer.feedback_rule is not None], Way()
+    try:
+        for layer in layers:
+            layer.way = way
+        yield way
+    finally:
+        for layer in layers:
+            layer.way = None
 
 
 def draw(shape: tuple[int, ...], std: float, distribution: Distribution, generator: np.random.Generator) -> Tensor:

@@ -141,7 +141,7 @@ def gather(
     for name in by:
         if every[name].nunique(dropna=False) < 2:
             raise ConfigError(f"all {len(every)} runs chosen have {name}={every[name].iloc[0]}: nothing to compare")
-    cells, confounded = _strata(every, list(by), [name for name in vary if name != "ln_backward.sites"])
+    cells, confounded = strata(every, list(by), [name for name in vary if name != "ln_backward.sites"])
     return _arranged(rows, every, list(by), list(metrics), cells, confounded, study.doubts)
 
 
@@ -203,7 +203,7 @@ def _require_numbers(frame: "pd.DataFrame", metrics: Sequence[str]) -> None:
             raise ConfigError(f"--metric {name} holds no numbers: choose a column of numbers")
 
 
-def _strata(every: "pd.DataFrame", by: list[str], vary: list[str]) -> tuple[list[str], list[str]]:
+def strata(every: "pd.DataFrame", by: list[str], vary: list[str]) -> tuple[list[str], list[str]]:
     """The fewest varying columns that make cells, and those that vary within a cell all the same.
 
     The latter change together with `by`, so that their effects cannot be told apart from its own. A setting of `by`'s

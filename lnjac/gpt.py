@@ -112,31 +112,28 @@ def build(config: RunConfig, vocab_size: int) -> GPT:
 
     Each parameter draws from a stream of its own name: models that share a parameter start it alike.
     """
-    model = initial(config, vocab_size)
-    config.method.install(model, config.seed)
-    set_backward(model, config.ln_backward)
-    return model
-
-
-def initial(config: RunConfig, vocab_size: int) -> GPT:
-    """The config's model as its seed initialises it, as yet without its method and its norms' backward."""
     model = GPT(config.model, config.attn_mode, vocab_size)
     if config.precision is Precision.fp64:
         model.double()
     initialise(model, config.seed)
+    config.method.install(model, config.seed)
+    set_backward(model, config.ln_backward)
     return model
-
-
-def initial_blocks(config: RunConfig, vocab_size: int) -> dict[str, Tensor]:
-    """The blocks' parameters by name as the run's seed initialises them."""
-    model = initial(config, vocab_size)
-    return {name: p.detach() for name, p in model.named_parameters() if name.startswith("blocks.")}
 
 
 def feedback(config: RunConfig, vocab_size: int) -> dict[str, Tensor]:
     """Every feedback matrix by name as the run's seed draws it."""
     state = build(config, vocab_size).state_dict()
     return {name: value for name, value in state.items() if is_feedback(name)}
+
+
+def block_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the blocks' parameters by name, feedback left out."""
+    return {
+        name: p.detach().clone()
+        for name, p in model.named_parameters()
+        if name.startswith("blocks.") and not is_feedback(name)
+    }
 
 
 @contextmanager

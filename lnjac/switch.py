@@ -66,15 +66,20 @@ def coefficients(swap: Swap, *, rms: bool = False) -> list[float]:
 
 @dataclass(eq=False)
 class Call:
-    """One call of a norm in a graph: its input, z and 1/σ, the backward it has now, g of the first pass that reached it."""
+    """One call of a norm in a graph: its input and 1/σ, the backward it has now, g of the first pass that reached it."""
 
     site: str
     x: Tensor
-    z: Tensor
     rstd: Tensor
     rms: bool
     swap: Swap = EXACT
     g: Tensor | None = None
+
+    @property
+    def z(self) -> Tensor:
+        """Made again each time: the graph of all calls would be an eighth larger with it."""
+        x = self.x.detach().to(self.rstd.dtype)
+        return (x if self.rms else center(x)) * self.rstd
 
     def pull_back(self, g: Tensor, swap: Swap) -> Tensor:
         return pull_back(g, self.z, self.rstd, swap, rms=self.rms).to(self.x.dtype)
@@ -91,7 +96,7 @@ class _Switched(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: Call) -> Tensor:
         ctx.call = call
-        return x.to(call.z.dtype).view_as(x)
+        return x.to(call.rstd.dtype).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
@@ -111,7 +116,7 @@ class _Recorder:
 
     def surrogate(self, x: Tensor, eps: float, *, rms: bool) -> Tensor:
         precise = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-        call = Call(self.sites[0], x, *normalise(precise, eps, rms=rms), rms)
+        call = Call(self.sites[0], x, normalise(precise, eps, rms=rms).rstd, rms)
         self.calls.append(call)
         switched: Tensor = _Switched.apply(x, call)  # type: ignore[no-untyped-call]
         return switched

@@ -117,6 +117,7 @@ class Training:
     def __init__(self, config: RunConfig, corpus: Corpus) -> None:
         self.config, self.corpus, self.device = config, corpus, _device(config)
         self.model = gpt.build(config, corpus.vocab_size).to(self.device)
+        self.initial = gpt.block_weights(self.model) if config.diagnostics.alignment else {}
         self.trained = optim.trained(self.model, config.method)
         groups = optim.groups(self.model, config.method, config.optimizer.weight_decay)
         self.optimizer = config.optimizer.build(groups)
@@ -248,8 +249,7 @@ class Training:
         """What measures more on the analysis's passes, by the table it fills."""
         settings, found = self.config.diagnostics, dict[str, Alignment | Mechanism]()
         if settings.alignment:
-            initial = gpt.initial_blocks(self.config, self.corpus.vocab_size)
-            found["tensors"] = Alignment(self.model, self.loss, dtype=self.dtype, initial=initial)
+            found["tensors"] = Alignment(self.model, self.loss, dtype=self.dtype, initial=self.initial)
         if settings.attention:
             found["mechanism"] = Mechanism(self.model)
         return found

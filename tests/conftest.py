@@ -1,9 +1,13 @@
-"""What every test shares: one thread (small tensors gain nothing from more), and the repository's root."""
+"""What every test shares: one thread (small tensors gain nothing from more), the repository's root, the command."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from lnjac import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,3 +20,20 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture
+def lnjac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Call the command in this process: (exit code, stdout, stderr)."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lnjac", *map(str, words)])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr()
+        return code or 0, said.out, said.err
+
+    return call

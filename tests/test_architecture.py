@@ -24,11 +24,13 @@ LAYERS = [
         "sources",
         "doubts",
     },
-    {"norm", "data", "optim", "pile", "distribution"},
+    {"norm", "data", "optim", "pile", "distribution", "figures"},
     {"compaction"},
     {"sweep"},
-    {"plan", "design", "diff"},
+    {"plan", "design", "diff", "page"},
     {"compare"},
+    {"views"},
+    {"report"},
     {"capture", "gpt"},
     {"analyse", "mechanism", "progress", "checkpoint", "switch"},
     {"alignment", "swap"},
@@ -36,6 +38,7 @@ LAYERS = [
     {"stack"},
     {"__init__"},
     {"cli_compare"},
+    {"cli_report"},
     {"cli"},
     {"__main__"},
 ]
@@ -43,7 +46,7 @@ LAYERS = [
 
 READING = [
     "lnjac",
-    *(f"lnjac.{name}" for name in ("cli", "compare", "diff", "sweep", "summary", "runs", "tables", "config")),
+    *(f"lnjac.{name}" for name in ("cli", "compare", "diff", "report", "sweep", "summary", "runs", "tables", "config")),
 ]
 
 

@@ -43,23 +43,6 @@ def make_run(folder: Path, seed: int = 1, *, steps: tuple[int, ...] = (0, 100), 
     return folder
 
 
-@pytest.fixture
-def lnjac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Call the command in this process: (exit code, stdout, stderr)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lnjac", *map(str, words)])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        said = capsys.readouterr()
-        return code or 0, said.out, said.err
-
-    return call
-
-
 # Starting
 
 

@@ -33,7 +33,7 @@ SLURM = (
     "hydra.launcher.mem_gb=1.5",
     "hydra.launcher.poll_s=0.5",
 )
-LONG = ("model=tiny", "eval.tokens=500", "threads=1", "sweep=A")
+LONG = ("model=tiny", "eval.tokens=500", "threads=1", "sweep=A", "report=off")
 
 
 @pytest.fixture(scope="module")

@@ -385,7 +385,7 @@ def test_weights_can_be_left_out(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- the command line
 
-TINY = ("model=tiny", "steps=4", "eval.tokens=500", "batch_size=4", "threads=1")
+TINY = ("model=tiny", "steps=4", "eval.tokens=500", "batch_size=4", "threads=1", "report=off")
 
 
 @pytest.mark.slow

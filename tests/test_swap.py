@@ -35,12 +35,13 @@ CASES = {
     "bp, post-LN": ("method=bp", "model.placement=post"),
     "bp, qk_norm, relu": ("method=bp", "attn_mode=relu", "model.qk_norm=true"),
     "bp, tied": ("method=bp", "model.tie=true"),
-    "kp": ("method=kp",),
     "frozen": ("method=frozen",),
     "dfa": ("method=dfa",),
     "dfa, post-LN": ("method=dfa", "model.placement=post"),
     "dfa, sublayers, head's true gradient": ("method=dfa", "method.inject=sublayer", "method.cut_head=false"),
+    "kp": ("method=kp",),
 }
+SLOW = ("fa, linear, no affine", "bp, post-LN", "dfa, sublayers, head's true gradient", "kp")
 
 
 def subject(*overrides: str, updates: int = 2) -> Training:
@@ -115,7 +116,13 @@ def cos(a: Tensor, b: Tensor) -> float:
     return float(a @ b / (a.norm() * b.norm()))
 
 
-@pytest.mark.parametrize(("case", "batches"), [*((case, ONE) for case in CASES), ("bp", TWO), ("dfa", TWO)])
+@pytest.mark.parametrize(
+    ("case", "batches"),
+    [
+        pytest.param(case, TWO if case in ("bp", "dfa") else ONE, marks=[pytest.mark.slow] * (case in SLOW))
+        for case in CASES
+    ],
+)
 def test_every_swap_is_the_gradient_of_a_pass_of_its_own(case: str, batches: Sequence[Any]) -> None:
     training = subject(*CASES[case])
     found = {(r["place"], r["surrogate"], r["radial"], r["part"]): r for r in measured(training, batches)}
@@ -224,7 +231,7 @@ def test_small_steps_decrease_the_loss_as_predicted(method: str) -> None:
     training = subject(f"method={method}", "optimizer.eps=0.1")
     errors = []
     for lr in (1e-5, 1e-6):
-        rows = measured(training, TWO, settings=dataclasses.replace(training.config.optimizer, lr=lr))
+        rows = measured(training, settings=dataclasses.replace(training.config.optimizer, lr=lr))
         whole = [r for r in rows if r["part"] == "all" and r["decrease_nats"] is not None]
         assert {r["place"] for r in whole} == {"ln_1", "ln_2", "all"}
         errors.append([abs(r["decrease_nats"] - r["predicted_nats"]) / lr for r in whole])
@@ -311,8 +318,10 @@ def test_doses_run_from_center_scale_to_exact() -> None:
     torch.testing.assert_close(half, (ends[0] + ends[1]) / 2)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
-def test_the_forward_value_is_the_ordinary_one_to_the_last_bit(precision: str) -> None:
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 3e-2), ("fp64", 1e-12)])
+def test_the_forward_value_is_the_ordinary_one_to_the_last_bit_and_the_gradient_is_close(
+    precision: str, tolerance: float
+) -> None:
     config = compose("model=tiny", "model.qk_norm=true", f"precision={precision}", "method=fa")
     training = Training(config, corpus())
     batch = training.diagnostic_batches()[0]
@@ -323,6 +332,31 @@ def test_the_forward_value_is_the_ordinary_one_to_the_last_bit(precision: str) -
     assert torch.equal(plain, recorded)
     assert len(calls) == len(norms(training.model))
     assert [module.backward_rule for _, module in norms(training.model)] == rules
+    parameters = list(training.trained.values())
+    expected = torch.autograd.grad(plain, parameters)
+    exact = switch.Graph(training.model, batch, training.loss, parameters, batch[1].numel()).exact
+    off = sum((a - b).square().sum() for a, b in zip(exact, expected, strict=True))
+    assert float(off) < tolerance**2 * float(sum(g.square().sum() for g in expected))
+
+
+def test_a_swap_costs_at_most_the_layers_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = subject("method=bp")
+    graph = switch.Graph(training.model, ONE[0], training.loss, list(training.trained.values()), 24)
+    passed: list[int] = []
+    outer = credit._outer
+    monkeypatch.setattr(credit, "_outer", lambda g, x: passed.append(1) or outer(g, x))  # once for each linear layer
+    swaps = list(SURROGATES.values())
+
+    def cost(*sites: str) -> int:
+        passed.clear()
+        assert len(list(graph.swapped(sites, swaps))) == len(swaps)
+        return len(passed)
+
+    assert cost("blocks.0.ln_1") == 0
+    assert cost("blocks.1.ln_1") == 5 * 4
+    assert cost("ln_f") == 5 * 8
+    once_above = 5  # block 1 and the head, for what arrives at the topmost site
+    assert cost("blocks.0.ln_1", "blocks.1.ln_1") == once_above + len(swaps) * 4
 
 
 @given(st.lists(st.floats(0, 2), min_size=7, max_size=7))

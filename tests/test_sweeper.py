@@ -228,7 +228,16 @@ def wait_for(condition: object, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-LONG = ("model=tiny", "steps=300", "eval.tokens=500", "threads=1", "sweep=A", "hydra/launcher=local", PROCESSES)
+LONG = (
+    "model=tiny",
+    "steps=300",
+    "eval.tokens=500",
+    "threads=1",
+    "sweep=A",
+    "report=off",
+    "hydra/launcher=local",
+    PROCESSES,
+)
 
 
 @pytest.mark.slow
@@ -409,3 +418,23 @@ def without(folder: Path, package: str) -> dict[str, str]:
     (folder / "broken").mkdir()
     (folder / "broken" / f"{package}.py").write_text("raise ImportError('not installed')\n")
     return {**os.environ, "PYTHONPATH": str(folder / "broken")}
+
+
+@pytest.mark.slow
+def test_a_sweep_writes_its_report_and_does_not_fail_for_want_of_one(tmp_path: Path):
+    pytest.importorskip("altair", reason="the extra [report] is not installed")
+    words = ("-m", *TINY, "seed=1,2", "sweep=A")
+    done = command(*words, "report=auto", cwd=tmp_path)
+    folder = tmp_path / "multirun" / "A"
+    assert done.returncode == 0
+    assert "report.html shows this sweep in a browser" in done.stdout
+    assert "2 runs" in (folder / "report.html").read_text()
+    (folder / "report.html").unlink()
+    (folder / "report.html").mkdir()  # where no file can be put
+    (folder / "report.html" / "x").touch()
+    done = command(*words, "seed=1,2,3", "report=auto", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "no report: " in done.stdout + done.stderr
+    done = command(*words, "report=sometimes", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "report=sometimes must be auto or off" in done.stderr

@@ -72,6 +72,8 @@ def test_finds(text: str, seeds: list[int]):
         "`__import__`('os')",
         "`a`; import os",
         "import os",
+        "seed()",
+        "seed(1) == 1",
         "seed[0] == 1",
         "seed in seed",
         "seed in [method]",

@@ -1,0 +1,90 @@
+"""Commands that draw: a report as one page, or one of its figures as a file."""
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lnjac.cli_compare import AsJson, Sources
+from lnjac.config import ConfigError
+
+commands = typer.Typer(rich_markup_mode=None)
+
+WIDTH = 680
+"""Pixels of a figure of its own."""
+
+
+class Figure(str, Enum):
+    headline = "headline"
+    heatmap = "heatmap"
+    trajectory = "trajectory"
+    cost = "cost"
+    depth = "depth"
+    scaling = "scaling"
+
+
+By = Annotated[
+    str | None, typer.Option(help="The config column whose levels are compared; attn_mode, or the first that varies.")
+]
+Where = Annotated[str | None, typer.Option(help="Only runs for which this holds, such as \"method == 'fa'\".")]
+
+
+@commands.command()
+def report(
+    sources: Sources,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page, X.html.")],
+    by: By = None,
+    where: Where = None,
+    title: Annotated[str | None, typer.Option(help="The page's title; the sources' names unless given.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page that needs no network: what was run, what differs, where, since when, and what it costs.
+
+    \b
+    Example:
+        lnjac report multirun/A -o report.html
+        lnjac report all.parquet -o fa.html --by attn_mode --where "method == 'fa'"
+    """
+    from lnjac import design
+    from lnjac.report import make
+
+    if output.suffix != ".html":
+        raise ConfigError(f"the output {output} must end in .html: try {output.name}.html")
+    made = make(
+        design.read(sources), title=title or ", ".join(path.name or str(path) for path in sources), by=by, where=where
+    )
+    made.write(output)
+    size = output.stat().st_size
+    if as_json:
+        print(json.dumps({"output": str(output), "bytes": size, "sections": made.sections}, indent=1))
+        return
+    print(f"{output}: {size / 1e6:.2f} MB, {sum(section['charts'] for section in made.sections.values())} charts")
+
+
+@commands.command()
+def plot(
+    sources: Sources,
+    figure: Annotated[Figure, typer.Option(help="Which figure of the report.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture: X.svg, X.png or X.pdf.")],
+    metric: Annotated[str | None, typer.Option(help="A column of layers or of runs, where there is a choice.")] = None,
+    by: By = None,
+    where: Where = None,
+    dark: Annotated[bool, typer.Option("--dark", help="Light on dark.")] = False,
+) -> None:
+    """Draw one figure of the report as a file.
+
+    \b
+    Example:
+        lnjac plot multirun/A --figure headline --metric radial_share -o headline.svg
+        lnjac plot all.parquet --figure cost --where "method == 'fa'" -o cost.pdf
+    """
+    from lnjac import design, figures, views
+
+    if output.suffix not in figures.FORMATS:
+        raise ConfigError(f"the output {output} must end in {', '.join(figures.FORMATS)}")
+    drawing = views.FIGURES[figure.value](views.view(design.read(sources), by, where), metric)
+    figures.save(drawing.chart, output, figures.DARK if dark else figures.LIGHT, width=WIDTH)
+    shown = [f"{options[0]}, one of {len(options)}" for options in drawing.choices.values() if len(options) > 1]
+    print(f"{output}: {drawing.caption}" + "".join(f" Shows {one}." for one in shown))

@@ -1,0 +1,471 @@
+"""What a report shows: from a study's tables to charts, each with its caption and with a table of the same numbers.
+
+Levels of one config column are shown beside each other, within a cell of all others that vary: where there are several
+cells, a chart holds them all and shows the one that its parameter `cell` names.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lnjac import compare, design, figures, pooling, runs, stats
+from lnjac.config import ConfigError
+from lnjac.design import ALL_SITES, RUN, Study
+from lnjac.where import Where, known_column
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HEADLINE = ("radial_share", "cos_center_vs_true")
+LOSS = "val_loss_nats"
+ENRICHMENTS = ("enrichment_radial_share", "enrichment_mean")
+METRICS = (*compare.LAYER_METRICS, "flat_cos_center_scale", "flat_cos_projected", *ENRICHMENTS)
+"""Metrics of a layer that are shown unless others are asked for."""
+
+MOST_LINES = 4
+"""Comparisons up to which each norm has a row for every one of them; beyond, only the mean over norms is drawn."""
+MOST_STEPS = 40
+MOST_ROWS = 16_000
+"""Of the curves behind a map: a chart's data stay small whatever the number of runs."""
+
+NO_PAIRS = "no two levels have a number to compare: did all runs of one diverge?"
+
+ONE = "all runs"
+"""The name of the only level, or the only cell."""
+
+
+class Drawing(NamedTuple):
+    """A chart, what it says, the numbers in it as a table, and what its parameters can choose among."""
+
+    chart: figures.Chart
+    caption: str
+    table: "pd.DataFrame"
+    notes: Sequence[str] = ()
+    choices: Mapping[str, Sequence[str]] = MappingProxyType({})
+
+
+def choices(frame: "pd.DataFrame", *names: str) -> dict[str, list[str]]:
+    """The values, in their order, of those columns that the frame has."""
+    return {name: list(dict.fromkeys(frame[name])) for name in names if name in frame}
+
+
+@dataclass(frozen=True)
+class View:
+    """A study's runs arranged by the levels of one column; `by` is None where nothing varies but the seed."""
+
+    study: Study
+    by: str | None
+    where: str | None = None
+    metrics: Sequence[str] = field(default=METRICS)
+
+    @cached_property
+    def runs(self) -> "pd.DataFrame":
+        """The chosen runs with their `level` and `cell`."""
+        every = self.study.frame("runs")
+        if self.where:
+            every = every[Where(self.where).holds(every)]
+        if every.empty:
+            raise ConfigError(f"--where {self.where!r} holds for no run")
+        by = [self.by] if self.by else []
+        if "seed" not in every:
+            raise ConfigError(f"{self.study.path} has no column seed, the unit of every interval")
+        for name in by:
+            known_column(name, list(map(str, every)), "--by names")
+        vary = [name for name in design.varying(every) if name != "ln_backward.sites"]
+        every = every.assign(**{name: design.labelled(every, name) for name in {"ln_backward", *by} & set(every)})
+        cells, _ = design.strata(every, by, vary) if by else (vary, [])
+        return every.assign(level=every[self.by].map(_word) if self.by else ONE, cell=cell_names(every, cells))
+
+    @cached_property
+    def cells(self) -> list[str]:
+        """The cells' names, those of exact runs first: what everything else is measured against."""
+        names = sorted(self.runs["cell"].unique())
+        return sorted(names, key=lambda name: "ln_backward=exact" not in name.split(", "))
+
+    @cached_property
+    def levels(self) -> list[str]:
+        """The levels' names in the order of their values."""
+        return [_word(value) for value in sorted(self.runs[self.by].dropna().unique())] if self.by else [ONE]
+
+    @property
+    def title(self) -> str:
+        return self.by or ""
+
+
+def view(study: Study, by: str | None = None, where: str | None = None, metrics: Sequence[str] = METRICS) -> View:
+    """By attn_mode where that varies, else by the first column that does, unless `by` is given."""
+    if by is None:
+        every = study.frame("runs")
+        kept = every[Where(where).holds(every)] if where else every
+        vary = [name for name in design.varying(kept) if name not in design.IDENTITY]
+        by = "attn_mode" if "attn_mode" in vary else next(iter(vary), None)
+    return View(study, by, where, metrics)
+
+
+def cell_names(frame: "pd.DataFrame", cells: Sequence[str]) -> list[str]:
+    """Each row's cell in words, `ln_backward=exact, n_embd=64`: options go by their last name if that is enough."""
+    if not cells:
+        return [ONE] * len(frame)
+    short = [name.rpartition(".")[2] for name in cells]
+    names = short if len(set(short)) == len(short) else cells
+    plain = frame[list(cells)].itertuples(index=False, name=None)
+    return [", ".join(f"{name}={_word(value)}" for name, value in zip(names, row, strict=True)) for row in plain]
+
+
+def _word(value: Any) -> str:
+    """A level as its column's name is followed by it; only NaN differs from itself."""
+    if value is None or value != value:
+        return "null"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# One number per seed
+
+
+def layer_values(view: View, metrics: Sequence[str], *, last: bool) -> "pd.DataFrame":
+    """cell, level, site, metric, step, seed, value: of every norm and of the plain mean over a run's norms.
+
+    At the last step of each run, or at all of them. Diverged runs have no numbers here.
+    """
+    import pandas as pd
+
+    for name in metrics:
+        known_column(name, view.study.columns("layers"), "--metric names")
+    done = view.runs[view.runs["status"] == runs.DONE]
+    known = [*dict.fromkeys([*RUN, "step", "site", "call", *metrics])]
+    rows = view.study.frame("layers", known)
+    rows = rows.merge(done[[*RUN, "cell", "level", "seed"]], on=RUN)
+    if last:
+        rows = rows[rows["step"] == rows.groupby(RUN)["step"].transform("max")]
+    if done.empty:
+        raise ConfigError("all of these runs diverged")
+    if rows.empty:
+        raise ConfigError("no norm of these runs was measured: leave diagnostics=off out")
+    if rows["call"].any():
+        more = view.study.frame("layers", [*dict.fromkeys([*known, *pooling.NEEDED])])
+        context = rows[[*RUN, "cell", "level", "seed"]].drop_duplicates()
+        rows = pooling.pooled(more, list(metrics)).merge(context, on=RUN)
+    keys = ["cell", "level", "step", "seed"]
+    mean = rows.groupby(keys, sort=False)[list(metrics)].mean().reset_index().assign(site=ALL_SITES)
+    every = pd.concat([rows[[*keys, "site", *metrics]], mean], ignore_index=True)
+    return every.melt([*keys, "site"], list(metrics), var_name="metric")
+
+
+def intervals(frame: "pd.DataFrame", keys: Sequence[str], value: str = "value") -> "pd.DataFrame":
+    """The mean over seeds with its t interval for each key, in order of appearance: keys, mean, low, high, n."""
+    import pandas as pd
+
+    rows = frame.groupby(list(keys), sort=False).ngroup().to_numpy()
+    seeds, column = np.unique(frame["seed"], return_inverse=True)
+    table = np.full((rows.max(initial=-1) + 1, len(seeds)), np.nan)
+    table[rows, column] = frame[value].to_numpy(float)
+    found = stats.paired(table)
+    key = frame[list(keys)].drop_duplicates().reset_index(drop=True)
+    numbers = {"mean": found.estimate, "low": found.low, "high": found.high, "n": found.n}
+    out: pd.DataFrame = key.assign(**numbers)
+    return out[out["n"] > 0].reset_index(drop=True)
+
+
+def _lines(view: View, frame: "pd.DataFrame", keys: Sequence[str]) -> "pd.DataFrame":
+    """`intervals`, cells and levels in their order; the cell is left out where there is only one."""
+    out = _ordered(view, intervals(frame, keys))
+    return out if len(view.cells) > 1 else out.drop(columns="cell")
+
+
+def _ordered(view: View, frame: "pd.DataFrame", cells: Sequence[str] | None = None) -> "pd.DataFrame":
+    """By cell, by pair or level, by site where there are: each in its order, the mean over norms before any of them."""
+    order = frame[[]].assign(cell=_places(frame["cell"], view.cells if cells is None else cells))
+    if "pair" in frame:
+        order["pair"] = frame["pair"]
+    if "level" in frame:
+        order["level"] = _places(frame["level"], view.levels)
+    if "site" in frame:
+        order["site"] = frame["site"] != ALL_SITES
+    return frame.loc[order.sort_values(list(map(str, order)), kind="stable").index].reset_index(drop=True)
+
+
+def _places(column: "pd.Series[Any]", order: Sequence[str]) -> "pd.Series[Any]":
+    return column.map({name: i for i, name in enumerate(order)})
+
+
+# The drawings
+
+
+def headline(view: View, metric: str | None = None) -> Drawing:
+    """Differences between the levels, every seed of them: at each norm and over all, or over all alone in each cell."""
+    import pandas as pd
+
+    metric = metric or HEADLINE[0]
+    by = _required(view)
+    found = compare.compare(view.study, by, metrics=[metric], table=_table(view, metric), where=view.where)
+    rows, seeds = found.rows, found.seeds()
+    if rows["difference"].isna().all():
+        raise ConfigError(NO_PAIRS)
+    by_site = "site" in rows
+    pairs = rows[["a", "b"]].drop_duplicates()
+    n_cells = len(rows[found.cells].drop_duplicates()) if found.cells else 1
+    in_rows = by_site and len(pairs) * n_cells <= MOST_LINES
+    for frame in (rows, seeds):
+        pair, cell = _pairs(frame), cell_names(frame, found.cells)
+        frame["place"] = frame["site"] if in_rows else cell
+        frame["contrast"] = pair
+        if in_rows and found.cells:
+            frame["contrast"] = cell if len(pairs) == 1 else pair + "; " + cell
+    table = rows[[*found.cells, *(["site"] if by_site else []), "a", "b", "mean_a", "mean_b", *_RESULTS]]
+    if by_site:
+        first = rows["site"] == ALL_SITES
+        rows = pd.concat([rows[first], rows[~first]]) if in_rows else rows[first]
+        seeds = seeds if in_rows else seeds[seeds["site"] == ALL_SITES]
+    chart = figures.headline(
+        seeds.dropna(subset="difference")[["place", "contrast", "seed", "difference"]],
+        rows.rename(columns={"difference": "mean"})[["place", "contrast", "mean", "low", "high"]],
+        title=f"{metric}: {_pairs(pairs).iloc[0]}" if len(pairs) == 1 else f"difference of {metric}",
+    )
+    over = f" ({ALL_SITES})" if by_site and not in_rows else ""
+    caption = f"Difference of {metric}{over} between levels of {by}: every seed, the mean, its 95% interval."
+    return Drawing(chart, caption, table, found.notes)
+
+
+def _pairs(frame: "pd.DataFrame") -> "pd.Series[str]":
+    """Each row's comparison in words, `softmax − sigmoid`."""
+    return frame["a"].map(_word) + " − " + frame["b"].map(_word)
+
+
+_RESULTS = ["difference", "low", "high", "p_adjusted", "n"]
+
+
+def heatmap(view: View, metric: str | None = None) -> Drawing:
+    """The difference of every metric at every norm, shaded against the metric's largest."""
+    by = _required(view)
+    metrics = [metric] if metric else _known(view)
+    found = compare.compare(view.study, by, metrics=metrics, where=view.where)
+    rows = found.rows
+    rows = rows.assign(
+        pair=_pairs(rows),
+        cell=cell_names(rows, found.cells),
+        shown=rows["difference"].map("{:.2g}".format) + np.where(rows["p_adjusted"] < 0.05, "*", ""),
+        column=rows["metric"],
+    ).dropna(subset="difference")
+    if rows.empty:
+        raise ConfigError(NO_PAIRS)
+    largest = rows["difference"].abs().groupby([rows["metric"], rows["pair"], rows["cell"]]).transform("max")
+    rows["shade"] = (rows["difference"] / largest).fillna(0.0)
+    rows = _ordered(view, rows)
+    own = [name for name in ("cell", "pair") if rows[name].nunique() > 1]
+    cells = rows[[*own, "site", "column", "metric", "shade", "shown", "difference", "low", "high", "p_adjusted"]]
+    pair = "" if "pair" in own else f" ({rows['pair'].iloc[0]})"
+    chart = figures.heatmap(cells, legend="difference / the largest of its metric")
+    caption = (
+        f"Difference of each metric at each norm between levels of {by}{pair}: blue below 0, orange above, full colour "
+        "for the largest of its metric. A star: adjusted p < 0.05."
+    )
+    wide = cells.pivot_table("difference", [*own, "site"], "metric", sort=False).reset_index()
+    return Drawing(chart, caption, wide, found.notes, choices(cells, "cell", "pair"))
+
+
+def enrichment(view: View) -> Drawing:
+    """Energy shares against chance, 1, at every norm and level."""
+    metrics = [name for name in ENRICHMENTS if name in _known(view)]
+    values = layer_values(view, metrics, last=True).dropna(subset="value")
+    if values.empty:
+        raise ConfigError("no enrichment was measured in these runs")
+    lines = _lines(view, values, ["cell", "level", "site", "metric"])
+    one = lines["level"].nunique() == 1
+    cells = lines.assign(
+        column=lines["metric"] if one else lines["level"] + " " + lines["metric"].str.removeprefix("enrichment_"),
+        shade=(np.log2(lines["mean"]) / 4).clip(-1, 1),
+        shown=lines["mean"].map("{:.2g}".format),
+    ).sort_values("metric", key=lambda names: names.map(metrics.index), kind="stable")
+    own = [name for name in ("cell",) if name in cells]
+    cells = cells[[*own, "site", "column", "metric", "shade", "shown", "mean", "low", "high"]]
+    chart = figures.heatmap(cells, legend="log2(enrichment) / 4")
+    caption = (
+        "Enrichment at each norm: a share of the gradient's energy against that of a random direction. Neutral at "
+        "chance (1), blue below, orange above, full colour from 16 times."
+    )
+    wide = cells.pivot_table("mean", [*own, "site"], "column", sort=False).reset_index()
+    return Drawing(chart, caption, wide, (), choices(cells, "cell"))
+
+
+def curves(view: View) -> Drawing:
+    """Every metric at every norm over the updates, of which the chart shows one. The table holds them all."""
+    values = layer_values(view, _known(view), last=False).dropna(subset="value")
+    per_step = len(values[["site", "metric", "level"]].drop_duplicates())
+    steps = _thinned(values["step"].unique().tolist(), max(2, min(MOST_STEPS, MOST_ROWS // per_step)))
+    values = values[values["step"].isin(steps)]
+    lines = _lines(view, values, ["cell", "site", "metric", "step", "level"]).drop(columns="n")
+    lines = lines.sort_values("step", kind="stable")
+    notes = []
+    if len(lines) > MOST_ROWS:
+        per_cell = len(lines) / len(view.cells)
+        kept = view.cells[: max(1, int(MOST_ROWS / per_cell))]
+        lines = lines[lines["cell"].isin(kept)]
+        notes.append(f"curves of the first {len(kept)} of {len(view.cells)} cells: choose others by --where")
+    caption = "The chosen metric at the chosen norm after so many updates: mean over seeds and its 95% interval."
+    chosen = choices(lines, "cell", "site", "metric")
+    return Drawing(figures.curves(lines, by=view.title), caption, lines, notes, chosen)
+
+
+def trajectory(view: View, metric: str | None = None) -> Drawing:
+    """A loss, or a metric as the mean over norms, after so many updates."""
+    metric = metric or LOSS
+    known = view.study.columns("curves")
+    if metric in known:
+        done = view.runs[(view.runs["status"] == runs.DONE) & ~view.runs["run_id"].duplicated()]
+        values = view.study.frame("curves", ["run_id", "step", metric]).dropna(subset=metric)
+        values = values.merge(done[["run_id", "cell", "level", "seed"]], on="run_id").rename(columns={metric: "value"})
+        what = metric
+    else:
+        values = layer_values(view, [metric], last=False)
+        values, what = values[values["site"] == ALL_SITES].dropna(subset="value"), f"{metric} ({ALL_SITES})"
+    if values.empty or values.groupby(["cell", "level", "seed"])["step"].nunique().max() < 2:
+        raise ConfigError(f"{metric} was measured at most once in a run: {_MORE_OFTEN.get(metric, _MORE_OFTEN[''])}")
+    steps = _thinned(values["step"].unique().tolist(), MOST_STEPS)
+    lines = _lines(view, values[values["step"].isin(steps)], ["cell", "step", "level"])
+    chart = figures.trajectory(lines.drop(columns="n"), by=view.title, title=what)
+    caption = f"{what} after so many updates: mean over seeds and its 95% interval."
+    return Drawing(chart, caption, lines, (), choices(lines, "cell"))
+
+
+_MORE_OFTEN = {
+    LOSS: "python run.py eval.every=50 measures it along the way",
+    "": "python run.py diagnostics=trajectory measures it along the way",
+}
+
+
+def cost(view: View, metric: str | None = None) -> Drawing:
+    """The loss of each backward minus the exact one's, seed by seed."""
+    if "ln_backward" not in view.runs or view.runs["ln_backward"].nunique() < 2:
+        raise ConfigError(
+            "one backward alone: python run.py -m ln_backward=exact,center_scale seed=1,2,3 makes runs whose cost can be told"
+        )
+    by = None if view.by == "ln_backward" else view.by
+    found = compare.cost(view.study, by=by, metric=metric or LOSS, where=view.where)
+    rows, seeds = found.costs.rows, found.costs.seeds()
+    others = [name for name in found.costs.cells if name != found.by]
+    for frame in (rows, seeds):
+        frame["cell"] = cell_names(frame, others)
+        frame["level"] = frame[found.by].map(_word) if found.by else ONE
+        frame["backward"] = frame["a"]
+    rows, seeds = (_ordered(view, frame, list(dict.fromkeys(rows["cell"]))) for frame in (rows, seeds))
+    own = ["cell"] if rows["cell"].nunique() > 1 else []
+    if seeds["difference"].isna().all():
+        raise ConfigError("no backward has a seed in common with exact: there is no cost to pair")
+    chart = figures.cost(
+        seeds.dropna(subset="difference").rename(columns={"difference": "cost"})[
+            [*own, "backward", "level", "seed", "cost"]
+        ],
+        rows.rename(columns={"difference": "mean"})[[*own, "backward", "level", "mean", "low", "high"]],
+        by=found.by or "",
+        title=f"{metric or LOSS} − exact's",
+    )
+    table = rows[[*found.costs.cells, "a", "mean_a", "mean_b", *_RESULTS]].rename(
+        columns={"a": "backward", "mean_a": "loss", "mean_b": "exact's loss", "difference": "cost"}
+    )
+    caption = (
+        "What training with each backward costs: every seed, those of one seed joined, the mean, its 95% interval."
+    )
+    return Drawing(chart, caption, table, found.costs.notes, choices(rows, *own))
+
+
+def cost_differences(view: View) -> "tuple[pd.DataFrame, Sequence[str]] | None":
+    """How the cost differs between the levels, if there are any: a table and its notes."""
+    by = None if view.by == "ln_backward" else view.by
+    found = compare.cost(view.study, by=by, where=view.where).differences
+    if found is None:
+        return None
+    rows = found.rows
+    return rows[[*found.cells, "ln_backward", "a", "b", "mean_a", "mean_b", *_RESULTS]], found.notes
+
+
+def depth(view: View, metric: str | None = None) -> Drawing:
+    """A metric at every norm, from the first to the last."""
+    metric = metric or "sigma_mean"
+    values = layer_values(view, [metric], last=True).dropna(subset="value")
+    lines = _lines(view, values[values["site"] != ALL_SITES], ["cell", "level", "site"])
+    log = metric.startswith("sigma") and bool((lines[["mean", "low"]].min() > 0).all())
+    chart = figures.depth(lines.drop(columns="n"), by=view.title, title=metric, log=log)
+    caption = f"{metric} from the first norm to the last: mean over seeds and its 95% interval, after the last update."
+    return Drawing(chart, caption, lines, (), choices(lines, "cell"))
+
+
+def scaling(view: View, metric: str | None = None, x: str = "") -> Drawing:
+    """A metric against width or steps, with the slope of their logarithms."""
+    metric = metric or HEADLINE[0]
+    x = x or next(iter(sizes(view)), "")
+    if not x:
+        raise ConfigError(_SCALING)
+    found = compare.scaling(view.study, x, metrics=[metric], table=_table(view, metric), where=view.where)
+    others = [name for name in found.cells if name != view.by]
+    points = found.points
+    if "site" in points:
+        points = points[points["site"] == ALL_SITES]
+    if points.empty:
+        raise ConfigError(f"no run has a number for {metric}")
+    points = points.assign(
+        cell=cell_names(points, others),
+        level=points[view.by].map(_word) if view.by in found.cells else ONE,
+        x=points[x],
+    )
+    points = _ordered(view, points, list(dict.fromkeys(points["cell"])))
+    own = ["cell"] if points["cell"].nunique() > 1 else []
+    chart = figures.scaling(
+        points[[*own, "x", "level", "mean", "low", "high"]],
+        by=view.title if view.by in found.cells else "",
+        x=x,
+        title=metric,
+    )
+    caption = f"{metric} against {x}: mean over seeds and its 95% interval."
+    return Drawing(chart, caption, found.slopes, found.notes, choices(points, *own))
+
+
+def sizes(view: View) -> list[str]:
+    """Sizes that vary: what a metric may scale with."""
+    return [
+        name
+        for name in ("model.n_embd", "model.n_layer", "steps")
+        if name in view.runs and view.runs[name].nunique() > 1
+    ]
+
+
+_SCALING = "one width and one number of steps: python run.py -m model.n_embd=32,64,128 seed=1,2,3 varies one"
+
+FIGURES: Mapping[str, Callable[..., Drawing]] = {
+    "headline": headline,
+    "heatmap": heatmap,
+    "trajectory": trajectory,
+    "cost": cost,
+    "depth": depth,
+    "scaling": scaling,
+}
+"""What `lnjac plot` draws, by name: a view and a metric or None, to a drawing."""
+
+
+def _required(view: View) -> str:
+    if view.by is None:
+        raise ConfigError(
+            "nothing varies but the seed: python run.py -m attn_mode=softmax,sigmoid seed=1,2,3 compares two"
+        )
+    return view.by
+
+
+def _table(view: View, metric: str) -> str:
+    return "layers" if metric in view.study.columns("layers") else "runs"
+
+
+def _known(view: View) -> list[str]:
+    """The view's metrics, as far as the table has a number for them."""
+    there = set(view.study.columns("layers"))
+    return [name for name in view.metrics if name in there]
+
+
+def _thinned(steps: Sequence[int], most: int) -> list[int]:
+    """At most so many of the steps, the first and the last among them."""
+    known = sorted(steps)
+    if len(known) <= most:
+        return known
+    return [known[round(i)] for i in np.linspace(0, len(known) - 1, most)]
