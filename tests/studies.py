@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from lnjac import runs, sweep, tables
+from lnjac import runs, sources, sweep, tables
 
 FILL = {"int64": 7, "float64": 0.25, "string": "x", "bool": False}
 CONFIG = {"model": "tiny", "model.n_embd": 32, "model.n_layer": 2, "method": "fa", "ln_backward": "exact"}
@@ -72,4 +72,4 @@ def _typed(name: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     filled = frame.assign(**{column.name: FILL[column.dtype] for column in declared if column.name not in frame})
     own = [str(column) for column in frame if column not in {column.name for column in declared}]
     table = pa.Table.from_pandas(filled[[*(column.name for column in declared), *own]], preserve_index=False)
-    return sweep.conform(table, runs.schema(declared)).replace_schema_metadata()
+    return sources.conform(table, runs.schema(declared)).replace_schema_metadata()

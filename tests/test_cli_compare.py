@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from folders import make_run, noise
 from test_compare import COSTS, TWO_MODES, _no_sweeping, run, study  # noqa: F401
 from typer.testing import CliRunner
 
@@ -182,7 +183,6 @@ def exit_code(*words: object) -> tuple[int, str]:
 @pytest.fixture
 def merged(tmp_path: Path) -> Any:
     """Make two runs as the trainer writes them, and merge them."""
-    from test_sweep import make_run
 
     def make(name: str, **options: Any) -> Path:
         for seed in (1, 2):
@@ -201,8 +201,6 @@ def test_diff_of_equal_science_is_0(merged: Any):
 
 
 def _loss() -> float:
-    from test_sweep import noise
-
     return noise("softmax-1", "val_loss_nats")
 
 
