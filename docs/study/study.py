@@ -20,7 +20,9 @@ from lnjac.sweep import companions, load
 
 HERE = Path(__file__).resolve().parent
 SHORT, LONG = "cost250", "cost1000"
+MECHANISM = "mechanism"
 PRIMARY = "center_scale"
+SHOWN = ("center_scale", "projected", "ste", "scale")
 
 BLOCKS: dict[str, Callable[[], str]] = {}
 
@@ -189,6 +191,69 @@ def sigma_at_ln_f() -> str:
         for (method, mode, backward), row in wide.iterrows()
     ]
     return markdown(["method", "attention", "backward", "σ at ln_f", "radial share at ln_f"], lines)
+
+
+def mechanism(kind: str) -> pd.DataFrame:
+    """A table of the runs analysed in full, with their config."""
+    config = table(MECHANISM)[["run_id", "diag_id", "attn_mode", "ln_backward", "seed"]]
+    return table(MECHANISM, kind).merge(config, on=["run_id", "diag_id"])
+
+
+@block
+def swaps() -> str:
+    """Runs trained with the exact backward, after the last update: what one swapped update would do, beside the cost."""
+    rows = mechanism("swaps")
+    rows = rows[(rows["ln_backward"] == "exact") & (rows["step"] == rows["step"].max()) & (rows["level"] == "model")]
+    rows = rows[rows["place"].isin(["all", "ln_f"]) & rows["surrogate"].isin(SHOWN)]
+    found = rows.groupby(["place", "surrogate", "attn_mode"], sort=False)[["grad_cos", "precond_cos", "descent"]].mean()
+    costs = compare.cost(study(SHORT), where="method == 'fa'").costs.rows
+    paid = {(row["a"], row["attn_mode"]): row["difference"] for _, row in costs.iterrows()}
+    lines = []
+    for (place, surrogate, mode), row in found.iterrows():
+        trained = surrogate if place == "all" else f"{surrogate}@ln_f"
+        cost = paid.get((trained, mode), np.nan)
+        lines.append([place, f"`{surrogate}`", mode, *(f"{value:.3f}" for value in row), signed(cost)])
+    heads = ["place", "backward", "attention", "cosine of gradient", "of P·gradient", "descent", "cost of training so"]
+    return markdown(heads, lines)
+
+
+@block
+def trajectory() -> str:
+    """σ and radial share at ln_f and the batch's loss, on the way."""
+    rows = mechanism_layers()
+    found = rows.groupby(["attn_mode", "ln_backward", "step"])[["sigma_mean", "radial_share", "loss_nats"]].mean()
+    lines = [
+        [
+            mode,
+            f"`{backward}`",
+            str(step),
+            f"{row['sigma_mean']:.3g}",
+            f"{row['radial_share']:.3f}",
+            f"{row['loss_nats']:.3f}",
+        ]
+        for (mode, backward, step), row in found.iterrows()
+    ]
+    return markdown(
+        ["attention", "backward", "updates", "σ at ln_f", "radial share at ln_f", "loss of the batch"], lines
+    )
+
+
+@block
+def alignment() -> str:
+    """The whole gradient by the method against bp's, and with the blocks' weights put back."""
+    rows = mechanism("tensors")
+    rows = rows[(rows["kind"] == "model") & (rows["step"] > 0)]
+    found = rows.groupby(["attn_mode", "ln_backward", "step"])[["cos", "control_cos", "norm_ratio"]].mean()
+    lines = [
+        [mode, f"`{backward}`", str(step), *(f"{value:.3f}" for value in row)]
+        for (mode, backward, step), row in found.iterrows()
+    ]
+    return markdown(["attention", "backward", "updates", "cosine with bp", "control", "norm over bp's"], lines)
+
+
+def mechanism_layers() -> pd.DataFrame:
+    rows = table(MECHANISM, "layers")
+    return rows[rows["site"] == "ln_f"]
 
 
 def blocks() -> Iterator[tuple[str, str]]:
