@@ -86,13 +86,13 @@ def show(
     """
     from lnjac import sweep
     from lnjac.config import ConfigError
-    from lnjac.summary import layer_table
+    from lnjac.summary import layer_table, listed
 
     found = sweep.discover([folder])
     if not found:
         raise ConfigError(f"{folder} holds no run: name a run's folder or a merged file")
     if len(found) > 1:
-        raise ConfigError(f"{folder} holds {len(found)} runs: choose one of {_few([one.path for one in found])}")
+        raise ConfigError(f"{folder} holds {len(found)} runs: choose one of {listed([one.path for one in found])}")
     try:
         tables = sweep.read(found[0])
     except sweep.Unfit as error:
@@ -103,13 +103,13 @@ def show(
     if len(chosen) != 1:
         holds = f"{len(chosen)} runs" if len(chosen) else f"no run {run}"
         short = known["run_id"].where(~known["run_id"].duplicated(keep=False), names)
-        raise ConfigError(f"{folder} holds {holds}: choose one by --run from {_few(list(short))}")
+        raise ConfigError(f"{folder} holds {holds}: choose one by --run from {listed(list(short))}")
     one = chosen.iloc[0]
     layers: pd.DataFrame = tables["layers"].to_pandas()
     layers = layers[(layers["run_id"] == one["run_id"]) & (layers["diag_id"] == one["diag_id"])]
     steps = sorted(layers["step"].unique().tolist())
     if step is not None and step not in steps:
-        raise ConfigError(f"{folder} was not measured at step {step}: choose one of {_few(steps) or 'no step'}")
+        raise ConfigError(f"{folder} was not measured at step {step}: choose one of {listed(steps) or 'no step'}")
     layers = layers[layers["step"] == (step if step is not None else max(steps, default=0))]
     if as_json:
         plain = {"run": one.to_dict(), "layers": layers.to_dict("records")}
@@ -147,11 +147,6 @@ def _headline(run: "pd.Series[Any]") -> str:
         for name, column in (("val loss", "val_loss"), ("unigram", "unigram"), ("bigram", "bigram"))
     )
     return f"{config} | {status} | {losses} nats/token"
-
-
-def _few(names: list[Any], most: int = 20) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
 
 
 def _plain(value: Any) -> Any:

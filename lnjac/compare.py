@@ -17,6 +17,7 @@ from lnjac import stats
 from lnjac.config import ConfigError
 from lnjac.design import ALL_SITES, Study, Values, gather, read, varying
 from lnjac.stats import STUDENT, Inference
+from lnjac.summary import listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -201,7 +202,7 @@ def scaling(
     values = gather(study, [x], chosen, table=table, at=at, where=where)
     levels = values.levels[0]
     if not all(isinstance(level, (int, float)) and level > 0 for level in levels):
-        raise ConfigError(f"{x} has levels without a logarithm ({_few(levels)}): choose positive ones by --where")
+        raise ConfigError(f"{x} has levels without a logarithm ({listed(levels)}): choose positive ones by --where")
     lines = np.moveaxis(values.data, -2, -1)  # (metric, site, cell, seed, x)
     slopes = stats.log_slope(levels, lines)
     of_slope = stats.paired(slopes, how)
@@ -249,7 +250,7 @@ def _pairs(levels: Sequence[Any], by: str, reference: str | None) -> list[tuple[
     if reference is None:
         return [(later, earlier) for earlier, later in combinations(range(len(names)), 2)]
     if reference not in names:
-        raise ConfigError(f"no run chosen has {by}={reference}, only {_few(names)}")
+        raise ConfigError(f"no run chosen has {by}={reference}, only {listed(names)}")
     at = names.index(reference)
     return [(i, at) for i in range(len(names)) if i != at]
 
@@ -348,7 +349,7 @@ def _lacking(values: Values, pairs: Sequence[Pair], both: Booleans, rows: "pd.Da
     }
     found += _capped("not compared", sorted(single))
     missing = {
-        f"{values.named(cell)} {by}={side.name} lacks seed {_few(values.seeds[cell][lacks].tolist())}"
+        f"{values.named(cell)} {by}={side.name} lacks seed {listed(values.seeds[cell][lacks].tolist())}"
         for pair in pairs
         for side, other in ((pair.a, pair.b), (pair.b, pair.a))
         for cell in np.flatnonzero((other.there & ~side.there).any(-1) & side.there.any(-1))
@@ -378,7 +379,7 @@ def _about(values: Values) -> list[str]:
 
 def _confounded(values: Values) -> str:
     change = "changes" if len(values.confounded) == 1 else "change"
-    return f"{_few(values.confounded)} {change} together with {values.by[-1]}, so their effects cannot be told apart"
+    return f"{listed(values.confounded)} {change} together with {values.by[-1]}, so their effects cannot be told apart"
 
 
 def _few_seeds(few: int, rows: int) -> str:
@@ -400,10 +401,6 @@ def _capped(what: str, lines: Sequence[str], most: int = 5) -> list[str]:
         return []
     more = f"; and {len(lines) - most} more" if len(lines) > most else ""
     return [f"{what}: " + "; ".join(lines[:most]) + more]
-
-
-def _few(values: Sequence[Any], most: int = 10) -> str:
-    return ", ".join(map(str, values[:most])) + ", …" * (len(values) > most)
 
 
 def _of(mask: "pd.Series[bool]") -> str:

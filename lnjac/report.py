@@ -12,6 +12,7 @@ from lnjac.config import ConfigError
 from lnjac.design import IDENTITY, RUN, Study, varying
 from lnjac.page import Charts, Section
 from lnjac.runs import DIVERGED, write_atomically
+from lnjac.summary import listed
 from lnjac.views import Drawing, View
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _provenance(every: "pd.DataFrame", merge: Mapping[str, Any]) -> list[tuple[s
     found = [("runs", f"{len(every)}, of which {(every['status'] == DIVERGED).sum()} diverged")]
     if merge:
         counts = f"{merge['found']} found, {merge['merged']} merged, {len(merge['skipped'])} skipped"
-        found += [("merge", counts), ("sources", ", ".join(merge["sources"]))]
+        found += [("merge", counts), ("sources", listed(merge["sources"]))]
     vary = varying(every.drop(columns=["cell", "level"]))
     groups = [name for name in vary if "." not in name and name not in IDENTITY]
     own = [name for name in vary if "." in name and name.partition(".")[0] not in groups]  # else told by the member

@@ -43,6 +43,12 @@ def number(value: float | None) -> str:
     return f"{value:.4f}"
 
 
+def listed(names: Sequence[Any], most: int = 10) -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
 def _records(rows: "Sequence[Mapping[str, Any]] | pd.DataFrame") -> Sequence[Mapping[str, Any]]:
     if isinstance(rows, Sequence):
         return rows
