@@ -18,12 +18,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any
 
 from lnjac.tables import Column
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 NUMERICS_VERSION = 2
 """Part of every run's identity: raised whenever the same config would give other numbers than before."""
@@ -240,11 +240,14 @@ def compose(*overrides: str) -> RunConfig:
         return build(hydra_compose("config", overrides=list(overrides)))
 
 
-def build(node: Mapping[str, Any] | DictConfig) -> RunConfig:
+def build(node: "Mapping[str, Any] | DictConfig") -> RunConfig:
     """Turn a composed config (or the plain mapping that `to_dict` gave) into dataclasses.
 
     Raises ConfigError with a line for every unknown, missing or ill-typed value.
     """
+    from omegaconf import DictConfig, OmegaConf  # 0.1 s that commands which only read tables do without
+    from omegaconf.errors import OmegaConfBaseException
+
     problems: list[str] = []
     values: dict[str, Any] = {}
     try:
@@ -393,6 +396,9 @@ def _class(group: str, node: Mapping[str, Any]) -> type:
 
 def _fill(cls: type, node: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
     """Fill cls's schema from node key by key, so that one bad value does not hide the next."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     schema = OmegaConf.structured(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = _hints(cls)
