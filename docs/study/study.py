@@ -20,7 +20,7 @@ from lnjac.sweep import companions, load
 
 HERE = Path(__file__).resolve().parent
 SHORT, LONG = "cost250", "cost1000"
-MECHANISM = "mechanism"
+INSIDE = "inside"
 PRIMARY = "center_scale"
 SHOWN = ("center_scale", "projected", "ste", "scale")
 
@@ -173,11 +173,6 @@ def costs_short() -> str:
 
 
 @block
-def costs_long() -> str:
-    return all_costs(LONG)
-
-
-@block
 def sigma_at_ln_f() -> str:
     """σ at ln_f after the last update, exact against center_scale, by attention mode and method."""
     rows = table(SHORT, "layers")
@@ -193,16 +188,16 @@ def sigma_at_ln_f() -> str:
     return markdown(["method", "attention", "backward", "σ at ln_f", "radial share at ln_f"], lines)
 
 
-def mechanism(kind: str) -> pd.DataFrame:
+def inside(kind: str) -> pd.DataFrame:
     """A table of the runs analysed in full, with their config."""
-    config = table(MECHANISM)[["run_id", "diag_id", "attn_mode", "ln_backward", "seed"]]
-    return table(MECHANISM, kind).merge(config, on=["run_id", "diag_id"])
+    config = table(INSIDE)[["run_id", "diag_id", "attn_mode", "ln_backward", "seed"]]
+    return table(INSIDE, kind).merge(config, on=["run_id", "diag_id"])
 
 
 @block
 def swaps() -> str:
     """Runs trained with the exact backward, after the last update: what one swapped update would do, beside the cost."""
-    rows = mechanism("swaps")
+    rows = inside("swaps")
     rows = rows[(rows["ln_backward"] == "exact") & (rows["step"] == rows["step"].max()) & (rows["level"] == "model")]
     rows = rows[rows["place"].isin(["all", "ln_f"]) & rows["surrogate"].isin(SHOWN)]
     found = rows.groupby(["place", "surrogate", "attn_mode"], sort=False)[["grad_cos", "precond_cos", "descent"]].mean()
@@ -220,7 +215,7 @@ def swaps() -> str:
 @block
 def trajectory() -> str:
     """σ and radial share at ln_f and the batch's loss, on the way."""
-    rows = mechanism_layers()
+    rows = inside_layers()
     found = rows.groupby(["attn_mode", "ln_backward", "step"])[["sigma_mean", "radial_share", "loss_nats"]].mean()
     lines = [
         [
@@ -241,7 +236,7 @@ def trajectory() -> str:
 @block
 def alignment() -> str:
     """The whole gradient by the method against bp's, and with the blocks' weights put back."""
-    rows = mechanism("tensors")
+    rows = inside("tensors")
     rows = rows[(rows["kind"] == "model") & (rows["step"] > 0)]
     found = rows.groupby(["attn_mode", "ln_backward", "step"])[["cos", "control_cos", "norm_ratio"]].mean()
     lines = [
@@ -251,8 +246,8 @@ def alignment() -> str:
     return markdown(["attention", "backward", "updates", "cosine with bp", "control", "norm over bp's"], lines)
 
 
-def mechanism_layers() -> pd.DataFrame:
-    rows = table(MECHANISM, "layers")
+def inside_layers() -> pd.DataFrame:
+    rows = table(INSIDE, "layers")
     return rows[rows["site"] == "ln_f"]
 
 
