@@ -219,19 +219,8 @@ class Training:
         """Measured columns of the rows of each table, with dropout off."""
         self.model.eval()
         settings, batches = self.config.diagnostics, self.diagnostic_batches()
-        watchers = self._watchers()
-        analysis = examine(
-            self.model,
-            batches,
-            self.loss,
-            grad_at=settings.grad_at,
-            keep_tokens=settings.distributions,
-            watchers=list(watchers.values()),
-        )
-        found = {"layers": analysis.rows(), **{table: watcher.rows() for table, watcher in watchers.items()}}
-        if settings.distributions:
-            found["distributions"] = analysis.distributions(settings.position_bins)
-        if settings.swap:
+        found: dict[str, list[dict[str, Any]]] = {}
+        if settings.swap:  # first: the most memory, before anything else is held
             found["swaps"] = swap.measure(
                 self.model,
                 batches,
@@ -241,6 +230,18 @@ class Training:
                 settings=self.config.optimizer,
                 parts=settings.swap_parts,
             )
+        watchers = self._watchers()
+        analysis = examine(
+            self.model,
+            batches,
+            self.loss,
+            grad_at=settings.grad_at,
+            keep_tokens=settings.distributions,
+            watchers=list(watchers.values()),
+        )
+        found |= {"layers": analysis.rows(), **{table: watcher.rows() for table, watcher in watchers.items()}}
+        if settings.distributions:
+            found["distributions"] = analysis.distributions(settings.position_bins)
         if self.updates == 0 and (drawn := self._over_draws(batches)):
             found["mechanism"] = found.get("mechanism", []) + drawn
         return {table: [{"step": self.updates, **row} for row in rows] for table, rows in found.items()}
