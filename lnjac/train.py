@@ -340,7 +340,7 @@ class Job:
         if before.reason:
             log.info("run again: %s", before.reason.splitlines()[0])
         self._resume()
-        shown = {column.name: value for column, value in configs.columns(self.config)}
+        shown = plan.columns_of(self.config)
         self.tracker.start(
             tracking.TrackedRun("-".join(self.identity.values()), self.out.path, shown, after=self.resumed)
         )

@@ -40,10 +40,6 @@ def study(name: str) -> compare.Study:
     return compare.read([HERE / f"{name}.parquet"])
 
 
-def there(name: str) -> bool:
-    return (HERE / f"{name}.parquet").exists()
-
-
 def markdown(heads: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *lines])
 
@@ -215,7 +211,8 @@ def swaps() -> str:
 @block
 def trajectory() -> str:
     """σ and radial share at ln_f and the batch's loss, on the way."""
-    rows = inside_layers()
+    rows = table(INSIDE, "layers")
+    rows = rows[rows["site"] == "ln_f"]
     found = rows.groupby(["attn_mode", "ln_backward", "step"])[["sigma_mean", "radial_share", "loss_nats"]].mean()
     lines = [
         [
@@ -244,11 +241,6 @@ def alignment() -> str:
         for (mode, backward, step), row in found.iterrows()
     ]
     return markdown(["attention", "backward", "updates", "cosine with bp", "control", "norm over bp's"], lines)
-
-
-def inside_layers() -> pd.DataFrame:
-    rows = table(INSIDE, "layers")
-    return rows[rows["site"] == "ln_f"]
 
 
 def blocks() -> Iterator[tuple[str, str]]:
