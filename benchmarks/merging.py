@@ -14,13 +14,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from lnjac import config as configs
 from lnjac import runs
@@ -34,7 +35,7 @@ AT_ONCE = 50
 
 
 def make(folder: Path, numbers: range, steps: int) -> None:
-    """Write finished runs as the trainer would, of random numbers: ten layer rows for each of `steps` measured steps."""
+    """Write finished runs by the trainer's own writer, of random numbers: ten layer rows at each of `steps` steps."""
     batches = [numbers[first : first + AT_ONCE] for first in range(0, len(numbers), AT_ONCE)]
     with ProcessPoolExecutor() as pool:
         list(pool.map(_make, batches, [folder] * len(batches), [steps] * len(batches)))
@@ -44,29 +45,25 @@ def _make(numbers: range, folder: Path, steps: int) -> None:
     for number in numbers:
         config = _config(GRID[number % len(GRID)])
         config.seed = number // len(GRID)
-        columns = configs.columns(config)
         identity = {
             name: hashlib.sha256(f"{name} {number}".encode()).hexdigest()[:16] for name in ("run_id", "diag_id")
         }
         random = np.random.default_rng(number)
-        step = [50 * i for i in range(steps)]
-        said = {
-            "layers": [{"step": at, "site": site, "call": 0} for at in step for site in SITES],
-            "runs": [
-                {"status": runs.DONE, "started_at": f"2026-01-01T{number // 3600:02}:{number // 60 % 60:02}:00+00:00"}
-            ],
-            "curves": [{"step": i} for i in range(10)],
+        started_at = f"2026-01-01T{number // 3600:02}:{number // 60 % 60:02}:{number % 60:02}+00:00"
+        known: dict[str, dict[str, Any]] = {
+            "layers": {"step": np.repeat(50 * np.arange(steps), len(SITES)), "site": SITES * steps, "call": 0},
+            "runs": {"status": runs.DONE, "started_at": started_at},
+            "curves": {"step": np.arange(10)},
         }
         out = runs.RunFolder(folder / "-".join(identity.values()), identity)
         metadata = {**identity, "config": configs.to_dict(config), "provenance": {"commit": "0" * 40, "threads": 1}}
-        for name, declared in CORE.items():
-            noise = random.random((len(said[name]), len(declared))).tolist()
-            rows = [
-                {c.name: _value(c.dtype, x) for c, x in zip(declared, line, strict=True)}
-                | _known(declared, identity | row)
-                for line, row in zip(noise, said[name], strict=True)
-            ]
-            out.write(name, rows, columns, metadata)
+        for name, n_rows in (("layers", len(SITES) * steps), ("runs", 1), ("curves", 10)):
+            columns = [(c, _value(c.dtype, n_rows, random)) for c in CORE[name]]
+            columns += [] if name == "curves" else configs.columns(config)
+            values = {c.name: (identity | known[name]).get(c.name, value) for c, value in columns}
+            arrays = [value if np.ndim(value) else [value] * n_rows for value in values.values()]
+            data = pa.table(arrays, schema=runs.schema(c for c, _ in columns))
+            out.save(runs.FILES[name], partial(runs.write_table, data=data, metadata={"table": name, **metadata}))
         out.status(runs.DONE)
         out.release()
 
@@ -76,12 +73,8 @@ def _config(words: str) -> configs.RunConfig:
     return configs.compose(*words.split())
 
 
-def _value(dtype: str, noise: float) -> Any:
-    return {"float64": noise, "int64": 7, "string": "text", "bool": False}[dtype]
-
-
-def _known(declared: Any, row: Mapping[str, Any]) -> dict[str, Any]:
-    return {column.name: row[column.name] for column in declared if column.name in row}
+def _value(dtype: str, n_rows: int, random: np.random.Generator) -> Any:
+    return random.random(n_rows) if dtype == "float64" else {"int64": 7, "string": "text", "bool": False}[dtype]
 
 
 POLARS = """

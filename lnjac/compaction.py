@@ -9,8 +9,10 @@ the merge's files are, by their SHA-256, those that were written with the index.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +36,10 @@ VERSION = hashlib.sha256(repr((SCHEMA_VERSION, TABLES)).encode()).hexdigest()[:1
 """Of all that a table is checked against: what was verified under other declarations is verified anew."""
 
 
+_FILES = {file: None if name in CORE else file.encode() for name, file in runs.FILES.items()}
+"""The files of a run, and what its status says if it has one of those that not every run has."""
+
+
 def proof(source: Source) -> str:
     """What stays the same only while the source does; a folder that is renamed, or copied with its times, keeps it."""
     status = b""
@@ -41,13 +47,9 @@ def proof(source: Source) -> str:
         files = [*map(str, companions(source.path).values())]
     else:
         folder = os.fspath(source.path)
-        try:
-            with open(f"{folder}/{runs.STATUS}", "rb") as file:
-                status = file.read()
-        except OSError:
-            pass  # no status is a state like another
-        listed = [file for name, file in runs.FILES.items() if name in CORE or file.encode() in status]
-        files = [f"{folder}/{file}" for file in listed]
+        with suppress(OSError), open(f"{folder}/{runs.STATUS}", "rb", buffering=0) as file:
+            status = file.read()  # none is a state like another
+        files = [f"{folder}/{file}" for file, listed in _FILES.items() if listed is None or listed in status]
     return hashlib.sha256(status + repr([_state(file) for file in files]).encode()).hexdigest()[:32]
 
 
@@ -84,16 +86,37 @@ class Index:
         return index if index.version == VERSION else None
 
     def write(self, layers: Path) -> None:
-        index_file(layers).write_text(json.dumps(asdict(self)), encoding="utf-8")
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}  # asdict copies every run's entry
+        index_file(layers).write_text(json.dumps(plain), encoding="utf-8")
 
     def intact(self, layers: Path) -> bool:
         """Whether all files of the merge are as they were written."""
         files = {companion(layers, name): sha256 for name, sha256 in self.files.items()}
         files[report_file(layers)] = self.report
-        try:
-            return all(runs.file_sha256(path) == sha256 for path, sha256 in files.items())
-        except OSError:
+        return all(_is_file(path, sha256) for path, sha256 in files.items())
+
+    def is_of(self, proofs: Sequence[str]) -> bool:
+        """Whether the runs of these proofs, in this order, are the runs it knows, and would give columns in this order."""
+        if len(proofs) != len(self.runs) or not all(proof in self.runs for proof in proofs):
             return False
+        kinds = list(dict.fromkeys(self.runs[proof][1] for proof in proofs))
+        return kinds == sorted(kinds) and len(set(proofs)) == len(proofs)
+
+    def report_of(self, layers: Path) -> str | None:
+        """What the merge said of itself; None if that is not what was written."""
+        path = report_file(layers)
+        return path.read_text(encoding="utf-8") if _is_file(path, self.report) else None
+
+    def copy(self, layers: Path, to: Path) -> dict[str, str]:
+        """Copy the merge's tables to another merge's place; returns their SHA-256. Raises Altered."""
+        for name, sha256 in self.files.items():
+            try:
+                shutil.copyfile(companion(layers, name), companion(to, name))
+            except OSError as error:
+                raise Altered from error
+            if not _is_file(companion(to, name), sha256):
+                raise Altered
+        return self.files
 
     @cached_property
     def schemas(self) -> list[Schemas]:
@@ -107,10 +130,11 @@ class Index:
         tables: Tables = {}
         try:
             for name, sha256 in self.files.items():
-                with companion(layers, name).open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                with pa.memory_map(str(companion(layers, name))) as file:
+                    content = file.read_buffer()
+                    if hashlib.sha256(content).hexdigest() != sha256:
                         return None
-                    tables[name] = pq.ParquetFile(file).read().replace_schema_metadata()
+                    tables[name] = pq.ParquetFile(pa.BufferReader(content)).read().replace_schema_metadata()
         except OSError:
             return None
         known = tables["runs"]
@@ -122,6 +146,23 @@ class Index:
         return {name: table.filter(pa.array(wanted[of_run[name]])) for name, table in tables.items()}
 
 
+class Altered(Exception):
+    """A merge's files are not those that were written with its index."""
+
+
+def _is_file(path: Path, sha256: str) -> bool:
+    try:
+        return runs.file_sha256(path) == sha256
+    except OSError:
+        return False
+
+
+def load(merges: Iterable[Path]) -> dict[Path, Index]:
+    """The index of each merge that has one."""
+    found = {layers: Index.load(layers) for layers in merges}
+    return {layers: index for layers, index in found.items() if index is not None}
+
+
 class Memory(NamedTuple):
     """What one earlier merge gave: the tables of some runs, the folder of each, and the columns of each."""
 
@@ -130,13 +171,11 @@ class Memory(NamedTuple):
     schemas: list[Schemas]
 
 
-def recall(proofs: Mapping[Source, str], merges: Iterable[Path]) -> list[Memory]:
+def recall(proofs: Mapping[Source, str], merges: Mapping[Path, Index]) -> list[Memory]:
     """What these merges know of the sources; each source's rows come from one merge at most."""
     left = {proof: source for source, proof in proofs.items() if not source.merged}
     memories = []
-    for layers in dict.fromkeys(merges):
-        if (index := Index.load(layers)) is None:
-            continue
+    for layers, index in merges.items():
         hits = sorted((index.runs[proof], proof) for proof in left.keys() & index.runs.keys())
         if hits and (tables := index.read(layers, [row for (row, _), _ in hits])):
             schemas = [index.schemas[kind] for (_, kind), _ in hits]

@@ -68,14 +68,14 @@ class Pile:
         """Say what columns a source has: the order of the stacked tables' columns is the order of these calls."""
         return self.declared.setdefault(tuple(schemas.items()), Kind(schemas, source))
 
-    def add(self, tables: Tables, sources: Sequence[Source], kinds: Sequence[Kind]) -> None:
-        """Stack tables; `sources` and `kinds` have one for each row of runs."""
+    def add(self, tables: Tables, sources: Sequence[Source], kinds: Sequence[Kind], *, below: bool = False) -> None:
+        """Stack tables, on top of all others or below; `sources` and `kinds` have one for each row of runs."""
         first = len(self.sources)
         self.sources += sources
         self.kinds += kinds
         for name, rows in tables.items():
             held = self.small[name] if rows.num_rows < runs.SMALL else self.large[name]
-            held.append(Stack(rows, first + positions(rows, tables["runs"], owner(name))))
+            held.insert(0 if below else len(held), Stack(rows, first + positions(rows, tables["runs"], owner(name))))
             if len(self.small[name]) >= STACKED_AT_ONCE:
                 self._settle(name)
 
@@ -147,7 +147,7 @@ def _distinct(name: str, stack: Stack, units: "pd.DataFrame", rtol: float) -> tu
     step = rows["step"].to_numpy() if "step" in KEYS[name] else np.zeros_like(rank)
     if (((ahead := np.diff(rank)) < 0) | ((ahead == 0) & (np.diff(step) < 0))).any():
         order = np.lexsort((step, rank))
-        rows, unit = rows.take(order), unit[order]
+        rows, unit = _ordered(rows, order), unit[order]
     same = units.groupby(owner(name))["rank"]
     key = _key(rows, [key for key in KEYS[name] if key not in OWNER], np.asarray(same.ngroup(), np.int64)[unit])
     values, first = np.unique(key, return_index=True)
@@ -159,6 +159,15 @@ def _distinct(name: str, stack: Stack, units: "pd.DataFrame", rtol: float) -> tu
     twin = first[np.searchsorted(values, key[again])]
     _require_same_science(name, rows, twin, np.flatnonzero(again), units["path"].iloc[unit], rtol)
     return Stack(rows.filter(pa.array(~again)), unit[~again]), unit[again]
+
+
+def _ordered(rows: pa.Table, order: Integers) -> pa.Table:
+    """The rows in this order; where they move in large pieces (an earlier merge's, long runs), none is copied."""
+    starts = np.flatnonzero(np.diff(order, prepend=-2) != 1)
+    if len(starts) * runs.SMALL > len(order):
+        return rows.take(order)
+    lengths = np.diff(starts, append=len(order))
+    return pa.concat_tables([rows.slice(order[at], n) for at, n in zip(starts, lengths, strict=True)])
 
 
 def _key(rows: pa.Table, names: Sequence[str], owners: Integers) -> Integers:

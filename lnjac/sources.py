@@ -111,7 +111,10 @@ def _search_folder(folder: Path, real: str, seen: set[str], found: Found) -> Non
     if real in seen:
         return
     seen.add(real)
-    with os.scandir(folder) as entries:
+    if os.path.exists(f"{real}/{runs.STATUS}"):  # nearly every run has one, and to list its folder costs far more
+        found.sources.append(Source(folder, merged=False))
+        return
+    with os.scandir(real) as entries:
         inside = sorted(entries, key=lambda entry: entry.name)
     if any(entry.name in _MARKS for entry in inside):
         found.sources.append(Source(folder, merged=False))

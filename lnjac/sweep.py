@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -117,16 +118,16 @@ def merge(
         raise ConfigError(f"no runs in {', '.join(map(str, sources))}: name run folders, sweep folders or merged files")
     proofs = {source: compaction.proof(source) for source in found}
     request = _request(sources, output, strict, rtol, proofs)
-    if before := _unchanged(request, output):
+    known = compaction.load([output, *merges])
+    if before := _unchanged(request, output, known) or _copied(request, sources, output, list(proofs.values()), known):
         if progress:
             progress(len(found), len(found))
         return before
-    pile, skipped = _read_all(found, compaction.recall(proofs, [output, *merges]), progress)
+    pile, skipped = _read_all(found, compaction.recall(proofs, known), progress)
     if skipped and (strict or not pile.sources):
         why = "strict: no run may be skipped" if strict else "none of the runs found can be merged"
         raise ConfigError("\n".join([why, *by_reason(skipped)]))
     combined = combine(pile, rtol)
-    remembered = compaction.remember(proofs, pile, combined)
     tables = combined.tables
     report = MergeReport(
         output=str(output),
@@ -138,7 +139,8 @@ def merge(
         rows={name: table.num_rows for name, table in tables.items()},
         warnings=warnings(tables["runs"], [kind.schemas["runs"] for kind in pile.declared.values()]),
     )
-    _write(tables, report, output, lambda report, files: Index(request, report, files, *remembered))
+    index = Index(request, "", {}, *compaction.remember(proofs, pile, combined))
+    _write(output, report, index, lambda ready: _write_tables(tables, report, ready))
     return report
 
 
@@ -166,12 +168,31 @@ def _request(sources: Sequence[Path], output: Path, strict: bool, rtol: float, p
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-def _unchanged(request: str, output: Path) -> MergeReport | None:
+def _unchanged(request: str, output: Path, known: Mapping[Path, Index]) -> MergeReport | None:
     """The report of the merge that is there, if it answers the same request and its files are as they were written."""
-    index = Index.load(output)
+    index = known.get(output)
     if index is None or index.request != request or not index.intact(output):
         return None
     return MergeReport.from_json(report_file(output).read_text(encoding="utf-8"))
+
+
+def _copied(
+    request: str, sources: Sequence[Path], output: Path, proofs: Sequence[str], known: Mapping[Path, Index]
+) -> MergeReport | None:
+    """The report of another merge of just these sources, whose files are those that this one would write, now copied."""
+    for layers, index in known.items():
+        if not index.is_of(proofs) or (said := index.report_of(layers)) is None:
+            continue
+        report = MergeReport.from_json(said)
+        if report.found > len(proofs):  # it dropped some, of which the index knows nothing
+            continue
+        report = dataclasses.replace(report, output=str(output), sources=[str(path) for path in sources])
+        try:
+            _write(output, report, dataclasses.replace(index, request=request), partial(index.copy, layers))
+        except compaction.Altered:
+            continue
+        return report
+    return None
 
 
 def _read_all(
@@ -196,7 +217,8 @@ def _read_all(
         if progress:
             progress(done, len(found))
     for memory in memories:
-        pile.add(memory.tables, memory.sources, [kinds[id(schemas)] for schemas in memory.schemas])
+        of_runs = [kinds[id(schemas)] for schemas in memory.schemas]
+        pile.add(memory.tables, memory.sources, of_runs, below=True)  # newer runs mostly follow: nothing to sort
     return pile, skipped
 
 
@@ -220,27 +242,31 @@ def _check_output(output: Path) -> None:
         raise ConfigError(f"the output {output} is a folder: try {output / 'all.parquet'}")
 
 
-def _write(tables: Tables, report: MergeReport, output: Path, index: Callable[[str, dict[str, str]], Index]) -> None:
+def _write(output: Path, report: MergeReport, index: Index, fill: Callable[[Path], dict[str, str]]) -> None:
     """Complete all files in a hidden folder beside the output, then move them to their places, the layers last.
 
-    A table that an earlier merge of this name had and this one has not is removed.
+    `fill` puts the tables there and returns their SHA-256; one that an earlier merge of this name had, and this one has
+    not, is removed.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".merge-", dir=output.parent) as folder:
+        ready = Path(folder) / output.name
+        files = fill(ready)
+        report_file(ready).write_text(report.to_json(), encoding="utf-8")
+        dataclasses.replace(index, report=runs.file_sha256(report_file(ready)), files=files).write(ready)
+        for name in TABLES.keys() - files.keys():
+            companion(output, name).unlink(missing_ok=True)
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path == ready):
+            path.replace(output.parent / path.name)
+
+
+def _write_tables(tables: Tables, report: MergeReport, layers: Path) -> dict[str, str]:
     identity = tables["runs"].select([*OWNER, "started_at"]).to_pylist()
     note = {
         "merged": True,
         "merge_id": hashlib.sha256(json.dumps([identity, report.rows]).encode()).hexdigest()[:16],
         "rows": report.rows,
     }
-    with tempfile.TemporaryDirectory(prefix=".merge-", dir=output.parent) as folder:
-        ready = Path(folder) / output.name
-        sha256 = {}
-        for name, table in tables.items():
-            runs.write_table(path := companion(ready, name), table, {"table": name, **note})
-            sha256[name] = runs.file_sha256(path)
-        report_file(ready).write_text(report.to_json(), encoding="utf-8")
-        index(runs.file_sha256(report_file(ready)), sha256).write(ready)
-        for name in TABLES.keys() - tables.keys():
-            companion(output, name).unlink(missing_ok=True)
-        for path in sorted(Path(folder).iterdir(), key=lambda path: path == ready):
-            path.replace(output.parent / path.name)
+    for name, table in tables.items():
+        runs.write_table(companion(layers, name), table, {"table": name, **note})
+    return {name: runs.file_sha256(companion(layers, name)) for name in tables}

@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from folders import make_run, rewrite, rows_of, with_column
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lnjac import compaction, runs, sweep
+from lnjac import compaction, pile, runs, sweep
 from lnjac.config import ConfigError
 from lnjac.sources import index_file
 from lnjac.sweep import companions, merge
@@ -67,6 +68,41 @@ def test_unchanged_runs_are_taken_from_the_sweeps_own_merge(folder: Path, out: P
     assert opened == []
     assert (report.found, report.merged, report.rows["swaps"]) == (5, 5, 2)
     assert rows_of(out) == rows_of(folder / "all.parquet") == anew([folder], out)
+
+
+def test_the_very_same_runs_are_copied_byte_for_byte(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sweep, "combine", None)  # not a row is looked at
+    report = merge([folder], out)
+    assert (report.output, report.sources) == (str(out), [str(folder)])
+    for name, path in companions(folder / "all.parquet").items():
+        assert companions(out)[name].read_bytes() == path.read_bytes()
+    assert merge([folder], out) == report  # unchanged, by its own index
+
+
+@pytest.mark.parametrize("file", ["all.parquet", "all.swaps.parquet", "all.merge.json"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"x")], ids=["removed", "altered"])
+def test_a_damaged_merge_is_not_copied(folder: Path, out: Path, file: str, damage: Callable[[Path], Any]):
+    expected = rows_of(folder / "all.parquet")
+    damage(folder / file)
+    assert merge([folder], out).merged == 5
+    assert rows_of(out) == expected
+
+
+def test_the_same_runs_in_an_order_that_gives_other_columns_are_not_copied(tmp_path: Path, out: Path):
+    slope, gain = Column("attn_mode.slope", "float64", "", ""), Column("method.gain", "float64", "", "")
+    one = make_run(tmp_path / "s" / "1", seed=1, config=[(slope, 0.5)])
+    two = make_run(tmp_path / "s" / "2", seed=2, config=[(gain, 0.5)])
+    merge([one, two], out)
+    first = rows_of(out)
+    merge([two, one], out)
+    assert rows_of(out) != first
+    assert rows_of(out) == anew([two, one], out)
+
+
+def test_a_merge_that_dropped_a_duplicate_is_not_copied(folder: Path, out: Path):
+    shutil.copytree(folder / "1", folder / "twin", copy_function=shutil.copy)
+    merge([folder], folder / "all.parquet")
+    assert merge([folder], out).duplicates["runs"] == 1
 
 
 def test_a_moved_sweep_is_still_known(folder: Path, out: Path, opened: list[str]):
@@ -287,3 +323,10 @@ def test_what_is_remembered_never_shows(pool: list[Path], tmp_path: Path, data: 
     known = compaction.Index.load(out)
     assert known is not None
     assert known.runs == compaction.Index.load(alone).runs  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("pieces", [[(300, 900), (0, 300)], [(0, 900), (1200, 1210), (900, 1200)], [(5, 1), (0, 5)]])
+def test_rows_that_move_in_large_pieces_come_in_the_order_asked_for(pieces: list[tuple[int, int]]):
+    order = np.concatenate([np.arange(a, b) if a < b else np.arange(a, b - 1, -1) for a, b in pieces])
+    rows = pa.concat_tables([pa.table({"x": range(1000)}), pa.table({"x": range(1000, 1500)})])
+    assert pile._ordered(rows, order)["x"].to_pylist() == order.tolist()
