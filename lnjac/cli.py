@@ -3,8 +3,6 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,8 +60,9 @@ def merge(
         lnjac merge multirun/A multirun/B -o all.parquet
     """
     from lnjac import sweep
+    from lnjac.progress import bar
 
-    with _progress("reading runs") as progress:
+    with bar("reading runs") as progress:
         report = sweep.merge(sources, output, strict=strict, rtol=rtol, progress=progress)
     print(report.to_json().strip() if as_json else "\n".join(report.lines()))
 
@@ -159,21 +158,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal's stderr; None where nobody would see it."""
-    if not _on_a_terminal():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _on_a_terminal() -> bool:
-    return sys.stderr.isatty()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lnjac.compare import Comparison, Scaling
+    from lnjac.design import Study
     from lnjac.stats import Inference
 
 commands = typer.Typer(rich_markup_mode=None)
@@ -25,6 +26,15 @@ SEED = 0
 
 
 EXPORTS = (".csv", ".md", ".tex", ".parquet")
+
+
+def study(sources: Sequence[Path]) -> "Study":
+    """What the sources hold, with a bar while runs are read."""
+    from lnjac import design
+    from lnjac.progress import bar
+
+    with bar("reading runs") as progress:
+        return design.read(sources, progress)
 
 
 class IntervalKind(str, Enum):
@@ -85,7 +95,7 @@ def compare(
     from lnjac import compare as comparing
 
     found = comparing.compare(
-        comparing.read(sources),
+        study(sources),
         by,
         metrics=_names(metric),
         table="runs" if runs else "layers",
@@ -128,7 +138,7 @@ def cost(
     from lnjac import compare as comparing
 
     how = _inference(interval, confidence)
-    found = comparing.cost(comparing.read(sources), by=by, metric=metric, where=where, reference=reference, how=how)
+    found = comparing.cost(study(sources), by=by, metric=metric, where=where, reference=reference, how=how)
     parts = {"cost": found.costs}
     if found.differences is not None:
         parts["difference of costs"] = found.differences
@@ -164,7 +174,7 @@ def scaling(
     from lnjac import compare as comparing
 
     found = comparing.scaling(
-        comparing.read(sources),
+        study(sources),
         x,
         metrics=_names(metric),
         table="runs" if runs else "layers",

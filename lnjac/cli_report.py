@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lnjac.cli_compare import AsJson, Sources
+from lnjac.cli_compare import AsJson, Sources, study
 from lnjac.config import ConfigError
 
 commands = typer.Typer(rich_markup_mode=None)
@@ -47,13 +47,12 @@ def report(
         lnjac report multirun/A -o report.html
         lnjac report all.parquet -o fa.html --by attn_mode --where "method == 'fa'"
     """
-    from lnjac import design
     from lnjac.report import make
 
     if output.suffix != ".html":
         raise ConfigError(f"the output {output} must end in .html: try {output.name}.html")
     made = make(
-        design.read(sources), title=title or ", ".join(path.name or str(path) for path in sources), by=by, where=where
+        study(sources), title=title or ", ".join(path.name or str(path) for path in sources), by=by, where=where
     )
     made.write(output)
     size = output.stat().st_size
@@ -80,11 +79,11 @@ def plot(
         lnjac plot multirun/A --figure headline --metric radial_share -o headline.svg
         lnjac plot all.parquet --figure cost --where "method == 'fa'" -o cost.pdf
     """
-    from lnjac import design, figures, views
+    from lnjac import figures, views
 
     if output.suffix not in figures.FORMATS:
         raise ConfigError(f"the output {output} must end in {', '.join(figures.FORMATS)}")
-    drawing = views.FIGURES[figure.value](views.view(design.read(sources), by, where), metric)
+    drawing = views.FIGURES[figure.value](views.view(study(sources), by, where), metric)
     figures.save(drawing.chart, output, figures.DARK if dark else figures.LIGHT, width=WIDTH)
     shown = [f"{options[0]}, one of {len(options)}" for options in drawing.choices.values() if len(options) > 1]
     print(f"{output}: {drawing.caption}" + "".join(f" Shows {one}." for one in shown))

@@ -6,7 +6,7 @@ within a cell are levels compared, and there a seed of one level has its twin in
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,14 +49,17 @@ class Study:
         return found
 
 
-def read(sources: Sequence[Path]) -> Study:
-    """One merged table as it is; of other sources (sweeps, runs, several tables) a merge in a temporary folder."""
+def read(sources: Sequence[Path], progress: Callable[[int, int], None] | None = None) -> Study:
+    """One merged table as it is; of other sources (sweeps, runs, several tables) a merge in a temporary folder.
+
+    `progress(done, total)` is called as sources have been read for it.
+    """
     known = [_merge_of(Path(source)) for source in sources]
     if len(known) == 1 and known[0].is_file():
         return Study(known[0], _checked(known[0]))
     folder = tempfile.TemporaryDirectory(prefix="lnjac-")
     path = Path(folder.name) / "all.parquet"
-    report = sweep.merge(known, path)
+    report = sweep.merge(known, path, progress=progress)
     return Study(path, _doubts(report.warnings, [skip.path for skip in report.skipped]), folder)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lnjac import cli, runs, tables
+from lnjac import runs, tables
 from lnjac.tables import Column
 
 FILL = {"int64": 7, "float64": 0.25, "string": "x", "bool": False}
@@ -145,10 +145,13 @@ def test_a_bar_is_drawn_on_a_terminal_only(lnjac: Any, tmp_path: Path, monkeypat
     words = ("merge", make_run(tmp_path / "0"), "-o", tmp_path / "all.parquet")
     assert lnjac(*words)[0] == 0
     assert seen == []
-    monkeypatch.setattr(cli, "_on_a_terminal", lambda: True)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     code, text, _ = lnjac(*words)
     assert (code, seen) == (0, [(1, 1)])
     assert len(text.splitlines()) == 1
+    make_run(tmp_path / "1", seed=2)
+    assert lnjac("compare", tmp_path / "0", tmp_path / "1", "--by", "seed")[0] == 1  # once both are read
+    assert seen[1:] == [(1, 2), (2, 2)]
 
 
 # show
