@@ -41,6 +41,7 @@ def _missing_seeds(frame: "pd.DataFrame") -> list[str]:
     names: list[str] = []  # the fewest columns that tell the configs apart; group names, which have no dot, first
     n_groups = 1
     swept = [str(column) for column in frame if column not in declared and column != "seed"]
+    swept = [column for column in swept if frame[column].nunique(dropna=False) > 1]  # a group-by of each is dear
     for column in sorted(swept, key=lambda column: "." in column):
         if (n := frame.groupby([*names, column], dropna=False).ngroups) > n_groups:
             names, n_groups = [*names, column], n
