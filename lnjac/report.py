@@ -12,6 +12,7 @@ from lnjac.config import ConfigError
 from lnjac.design import IDENTITY, RUN, Study, varying
 from lnjac.page import Charts, Section
 from lnjac.runs import DIVERGED, write_atomically
+from lnjac.sources import companions
 from lnjac.summary import listed
 from lnjac.views import Drawing, View
 
@@ -147,8 +148,8 @@ def _dictionary(view: View, charts: Charts) -> str:
     body = page.paragraph(
         "Symbols are those of docs/maths.md. Tables of layers and runs also hold the config's values."
     )
-    for name, declared in tables.CORE.items():
-        frame = pd.DataFrame(declared)
+    for name in companions(view.study.path):
+        frame = pd.DataFrame(tables.TABLES[name])
         body += page.folded(f"{name}: {len(frame)} columns", page.table(frame, f"Columns of {name}"))
     return body
 

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from studies import write_study
 
-from lnjac import design, figures, page, report, views
+from lnjac import design, figures, page, report, runs, sources, tables, views
 from lnjac.config import ConfigError
 
 pytest.importorskip("altair", reason="the extra [report] is not installed")
@@ -109,6 +109,17 @@ def test_every_section_has_its_charts_each_with_a_table(whole: report.Report):
     assert all(attributes["aria-label"] for attributes in seen.all("div") if attributes.get("class") == "chart")
     assert {attributes["name"] for attributes in seen.all("select")} == {"cell", "site", "metric"}
     assert "(1−ρ)·B" in seen.text or "ΣB/Σ(B+C)" in seen.text  # the dictionary
+
+
+@pytest.mark.usefixtures("light")
+def test_the_dictionary_is_of_the_tables_that_are_there(tmp_path: Path):
+    path = write_study(tmp_path, {"attn_mode": ["a", "b"]})
+    assert "Columns of swaps" not in made(path).html
+    note = {"table": "swaps", "merged": True, "merge_id": "m", "rows": {}}
+    runs.write_table(sources.companion(path, "swaps"), runs.schema(tables.TABLES["swaps"]).empty_table(), note)
+    html = made(path).html
+    assert html.count('"Columns of ') == 4
+    assert all(column.name in html for column in tables.TABLES["swaps"])
 
 
 @pytest.mark.usefixtures("light")
