@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lnjac.analyse import Loss, analyse, block_of, fresh_grads, replay
-from lnjac.capture import Capture, capture
+from lnjac.analyse import analyse, block_of, fresh_grads, replay
+from lnjac.capture import Capture, Loss, capture
 from lnjac.config import GradAt
 from lnjac.credit import backprop, both_ways, is_feedback, linears
 from lnjac.gpt import replaced

@@ -1,6 +1,6 @@
 """Rows of any model's norms: capture each call, decompose its backward, merge micro-batches by their sums."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,12 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lnjac import distribution, jacobian
-from lnjac.capture import Capture, capture
+from lnjac.capture import Capture, Loss, capture
 from lnjac.config import GradAt
 from lnjac.norm import Norm
-
-Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
-"""(model, batch) -> the mean loss, and the number of tokens it is the mean of."""
 
 
 class Watcher(Protocol):

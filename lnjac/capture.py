@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from lnjac.norm import Norm
 
+Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
+"""`loss(model, batch)`: the mean loss, and the number of tokens it is the mean of."""
+
 
 @dataclass
 class Capture:

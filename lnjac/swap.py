@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lnjac.capture import Loss
 from lnjac.config import Parts
 from lnjac.credit import backprop, is_feedback
 from lnjac.jacobian import NOISE
 from lnjac.norm import exact_norms, norms
 from lnjac.optim import Optimizer, Rehearsal
-from lnjac.switch import DOSES, EXACT, SURROGATES, Gradient, Graphs, Loss, Swap, add
+from lnjac.switch import DOSES, EXACT, SURROGATES, Gradient, Graphs, Swap, add
 
 ALL = "all"
 

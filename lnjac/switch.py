@@ -4,7 +4,7 @@ Notation as in `lnjac.jacobian`. The exact pullback and every replaced one are l
 single norm a replacement changes the gradient by the pullback, through the layers below, of a combination of five vectors.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lnjac import tables
+from lnjac.capture import Loss
 from lnjac.jacobian import center, normalise, remove_radial
 from lnjac.norm import norms
-
-Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
-"""`loss(model, batch)`: the mean loss and the number of tokens it is the mean of."""
 
 Gradient = list[Tensor]
 """A tensor for each parameter."""
