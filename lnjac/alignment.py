@@ -16,17 +16,11 @@ from lnjac.capture import Capture, Loss, capture
 from lnjac.config import GradAt
 from lnjac.credit import backprop, both_ways, is_feedback, linears
 from lnjac.gpt import replaced
-from lnjac.jacobian import dot
+from lnjac.jacobian import dot, noise_sq
 from lnjac.norm import Backward, Norm, exact_norms, norms
 
 OVER_DRAWS = ("enrichment_mean", "enrichment_radial", "enrichment_radial_share")
 """Columns of a layer row that are averaged over draws of the feedback."""
-
-NOISE = 1 / 16
-"""Root mean square of the entries, over that of the whole gradient and the dtype's ε, up to which a gradient counts as noise.
-
-Gradients that vanish in exact arithmetic were measured at 0.002 to 0.03, in fp64, fp32 and bf16.
-"""
 
 Key = tuple[str, str, int]
 """kind, name and call of a row of `tensors`."""
@@ -165,7 +159,7 @@ class Alignment:
 
     def __init__(self, model: nn.Module, loss: Loss, *, dtype: torch.dtype, initial: Mapping[str, Tensor]) -> None:
         self.model, self.loss, self.initial = model, loss, initial
-        self.rounding = torch.finfo(dtype).eps
+        self.dtype = dtype
         self.now = Comparison(model, loss)
         self.watch = self.now.watch
         self.batches: list[Any] = []
@@ -221,7 +215,7 @@ class Alignment:
         scales["parameter"] = scales["model"]
         found = {}
         for key, pair in pairs.items():
-            own_floor, bp_floor = ((NOISE * self.rounding) ** 2 * scale * pair.n for scale in scales[key[0]])
+            own_floor, bp_floor = (noise_sq(self.dtype, scale) * pair.n for scale in scales[key[0]])
             clear = pair.own_sq > own_floor and pair.bp_sq > bp_floor
             found[key] = pair.dot / math.sqrt(pair.own_sq * pair.bp_sq) if clear else math.nan
         return found
@@ -234,8 +228,8 @@ def feedback_cosines(model: nn.Module) -> dict[str, float]:
         if layer.feedback_rule is None:
             continue
         w, b = layer.weight.detach().double(), layer.backward_matrix().double()
-        cos = float((w * b).sum() / (w.norm() * b.norm()))
-        found[f"{name}.weight"] = max(-1.0, min(1.0, cos))
+        cos = float((w * b).sum() / (w.norm() * b.norm()))  # NaN where either is zero, which np.clip keeps
+        found[f"{name}.weight"] = float(np.clip(cos, -1, 1))
     return found
 
 

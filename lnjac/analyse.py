@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,8 +75,9 @@ class Analysis:
         for parts in self.calls:
             one = parts[0]
             tokens = jacobian.concatenate([part.tokens for part in parts if part.tokens is not None])
+            positions = np.concatenate([np.arange(len(part.sigma)) % part.length for part in parts])
             for quantity in distribution.quantities(tokens, rms=one.rms):
-                for statistic in (*distribution.spread(quantity), *distribution.profile(quantity, one.length, bins)):
+                for statistic in (*distribution.spread(quantity), *distribution.profile(quantity, positions, bins)):
                     found.append({"site": one.site, "call": one.call, **statistic._asdict()})
         return found
 

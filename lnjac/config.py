@@ -169,6 +169,13 @@ class Diagnostics:
                 f"diagnostics.steps={self.steps} is not used by diagnostics.schedule={self.schedule.value}: "
                 "set diagnostics.schedule=list, or leave steps out"
             )
+        if self.schedule is Schedule.none:
+            for field in ("distributions", "alignment", "feedback_draws", "attention", "swap"):
+                if value := getattr(self, field):
+                    yield (
+                        f"diagnostics.{field}={value} measures nothing with diagnostics.schedule=none: "
+                        "choose a schedule, such as final"
+                    )
         for step in self.steps:
             if not 0 <= step <= config.steps:
                 yield f"diagnostics.steps holds {step}, outside the run's 0 to {config.steps}: drop it or raise steps"

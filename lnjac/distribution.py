@@ -50,16 +50,17 @@ def spread(quantity: Quantity) -> Iterator[Statistic]:
         yield Statistic(quantity.name, "quantile", level, value, len(values))
 
 
-def profile(quantity: Quantity, length: int, bins: int) -> Iterator[Statistic]:
+def profile(quantity: Quantity, positions: npt.NDArray[np.int64], bins: int) -> Iterator[Statistic]:
     """Mean over the tokens of each bin of positions, by the quantity's weights: a share's mean is a ratio of sums.
 
-    Tokens come in sequences of `length`; the bins split 0 … length−1 as evenly as whole positions allow.
+    positions: (n,), each token's in its sequence; the bins split 0 … the last one as evenly as whole positions allow.
     """
+    length = int(positions.max()) + 1
     values, counted = _numpy(quantity.values), _numpy(quantity.counted)
     weights = np.ones_like(values) if quantity.weights is None else _numpy(quantity.weights)
     weights = np.where(counted, weights, 0.0)
     starts = np.unique(np.linspace(0, length, min(bins, length), endpoint=False).astype(int))
-    which = np.searchsorted(starts, np.arange(len(values)) % length, side="right") - 1
+    which = np.searchsorted(starts, positions, side="right") - 1
     n = np.bincount(which, weights=counted, minlength=len(starts))
     below = np.bincount(which, weights=weights, minlength=len(starts))
     above = np.bincount(which, weights=weights * np.where(counted, values, 0.0), minlength=len(starts))

@@ -34,6 +34,11 @@ NOISE = 8
 the first query's does, which softmax over one key leaves without any."""
 
 
+ROUNDED = 1 / 16
+"""Root mean square of a gradient's entries, over that of the gradient it is part of and the dtype's ε, up to which it counts
+as noise. Gradients that vanish in exact arithmetic were measured at 0.002 to 0.03, in fp64, fp32 and bf16."""
+
+
 class Switches(NamedTuple):
     """Which factors of the backward are kept: subtract ḡ, subtract z·m, divide by σ."""
 
@@ -291,7 +296,7 @@ def flattened(total: Mapping[str, float], switches: Switches, *, rms: bool = Fal
 def weighted_rstd_cv(total: Mapping[str, float]) -> float:
     """Coefficient of variation of 1/σ over tokens weighted by ‖u‖²: projected's flattened cosine is 1/√(1 + cv²)."""
     moments = [total[f"sum_C{suffix}"] + total[f"sum_B2{suffix}"] for suffix in RSTD_POWERS]
-    return math.sqrt(max(0.0, _ratio(moments[0] * moments[2], moments[1] ** 2) - 1))
+    return math.sqrt(max(_ratio(moments[0] * moments[2], moments[1] ** 2) - 1, 0.0))  # in this order NaN stays NaN
 
 
 def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = False) -> dict[str, float]:
@@ -327,6 +332,11 @@ def wide(x: Tensor) -> Tensor:
 def dot(a: Tensor, b: Tensor) -> float:
     """Σ a⊙b of two tensors of one shape, their rows' sums added in float64."""
     return float((wide(a) * wide(b)).sum(-1).sum(dtype=torch.float64))
+
+
+def noise_sq(dtype: torch.dtype, mean_square: float) -> float:
+    """Mean square of a gradient's entries that is rounding noise of products in this dtype, beside that of the whole."""
+    return (ROUNDED * torch.finfo(dtype).eps) ** 2 * mean_square
 
 
 def _ratio(above: float, below: float) -> float:

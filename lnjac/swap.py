@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lnjac.capture import Loss
 from lnjac.config import Parts
 from lnjac.credit import backprop, is_feedback
-from lnjac.jacobian import NOISE
+from lnjac.jacobian import noise_sq
 from lnjac.norm import exact_norms, norms
 from lnjac.optim import Optimizer, Rehearsal
 from lnjac.switch import DOSES, EXACT, SURROGATES, Gradient, Graphs, Swap, add
@@ -34,12 +34,13 @@ def measure(
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     settings: Optimizer,
+    dtype: torch.dtype,
     parts: Parts = Parts.tensor,
 ) -> list[dict[str, Any]]:
     """Rows of `swaps` (docs/columns.md) for the model as it stands, by the method it was given, without run and step.
 
-    `trained`: the parameters the optimizer gets, by name. Model, optimizer and every `.grad` are left as they were. There
-    are no rows where the exact gradient is not finite.
+    `trained`: the parameters the optimizer gets, by name; `dtype`: what the passes compute in, whose rounding is the
+    gate. Model, optimizer and every `.grad` are left as they were. There are no rows where the exact gradient is not finite.
     """
     named = {name: p for name, p in trained.items() if not is_feedback(name)}
     parameters = list(named.values())
@@ -50,7 +51,8 @@ def measure(
     if not all(part.isfinite().all() for part in exact):
         return []
     p = preconditioner(optimizer, settings, parameters)
-    yardstick = Yardstick(exact, true, Rehearsal(optimizer, settings, parameters), p, divide(list(named), parts))
+    rehearsal = Rehearsal(optimizer, settings, parameters)
+    yardstick = Yardstick(exact, true, rehearsal, p, divide(list(named), parts), dtype)
 
     rows: list[dict[str, Any]] = []
     damages: dict[str, dict[Swap, float]] = {}
@@ -61,7 +63,7 @@ def measure(
         compared: dict[Swap, list[dict[str, Any]]] = {}
         for swap, gradient in zip(distinct, graphs.swapped(sites, distinct), strict=True):
             compared[swap] = yardstick.compare(gradient)
-            if p is not None and len(sites) > 1 and swap not in DOSES:
+            if p is not None and is_group(sites, norms(model)) and swap not in DOSES:
                 with moved(parameters, [g * q * -settings.lr for g, q in zip(gradient, p, strict=True)]):
                     compared[swap][0]["decrease_nats"] = before - mean_loss(model, batches, loss)[0]
         damage = {swap: 1 - compared[canonical(swap, rms=rms)][0]["grad_cos"] for _, swap in treatments}
@@ -85,6 +87,12 @@ def places(model: nn.Module) -> dict[str, list[str]]:
         roles.setdefault(site.rpartition(".")[2], []).append(site)
     several = {role: members for role, members in roles.items() if len(members) > 1}
     return {**{site: [site] for site in sites}, **several, ALL: sites}
+
+
+def is_group(sites: Sequence[str], every: Sequence[tuple[str, nn.Module]]) -> bool:
+    """Whether these are all sites of their roles, be it a single one, such as ln_f."""
+    roles = {site.rpartition(".")[2] for site in sites}
+    return all(site in sites for site, _ in every if site.rpartition(".")[2] in roles)
 
 
 def canonical(swap: Swap, *, rms: bool) -> Swap:
@@ -159,7 +167,13 @@ class Yardstick:
     """The exact gradient g, with its update, P and P∇L: what another gradient is compared with."""
 
     def __init__(
-        self, exact: Gradient, true: Gradient, rehearsal: Rehearsal, p: Gradient | None, parts: Sequence[Part]
+        self,
+        exact: Gradient,
+        true: Gradient,
+        rehearsal: Rehearsal,
+        p: Gradient | None,
+        parts: Sequence[Part],
+        dtype: torch.dtype,
     ) -> None:
         self.exact, self.rehearsal, self.parts = exact, rehearsal, parts
         self.preconditioned = p is not None
@@ -171,8 +185,8 @@ class Yardstick:
             self.members[part.tensors, i] = 1
         self.of_tensors = self._products(exact, self.update, range(len(exact)))
         self.own = Products(*(self.of_tensors @ self.members))
-        floor = NOISE * torch.finfo(exact[0].dtype).eps * self.own.grad_sq[0].sqrt()
-        self.interpretable = self.own.grad_sq.sqrt() > floor
+        sizes = self.members.new_tensor([g.numel() for g in exact]) @ self.members
+        self.interpretable = self.own.grad_sq > noise_sq(dtype, float(self.own.grad_sq[0] / sizes[0])) * sizes
         self.given = [
             {"level": part.level, "part": part.name, "grad_norm": norm, "interpretable": sound, **dict.fromkeys(WHOLE)}
             for part, norm, sound in zip(

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 SCHEMA_VERSION = 2
-"""Raised when a column changes its name, type or meaning."""
+"""Raised when a column is added or changes its name, type or meaning: tables of another version are not read."""
 
 SURROGATES = {
     "center_scale": (True, False, True),
@@ -260,7 +260,7 @@ DISTRIBUTIONS = [
     Column("at", "float64", "", "the quantile's level in [0, 1], or the bin's first position in the context"),
     Column("value", "float64", "", "the statistic; NaN where no token has the quantity"),
     Column(
-        "n_tokens", "int64", "tokens", "tokens it was taken over: those left out of a mean cosine are left out here"
+        "n_tokens", "int64", "tokens", "tokens it was taken over: all for sigma and rho, else those that count in a mean cosine"
     ),
 ]
 
@@ -324,7 +324,7 @@ SWAPS = [
         "decrease_nats",
         "float64",
         "nats/token",
-        "the decrease that the step lr·P ĝ really makes on the diagnostic batch; null for sites, doses and parts",
+        "the decrease that the step lr·P ĝ really makes on the diagnostic batch; null for doses, parts and one of several sites",
     ),
     Column(
         "compounding",

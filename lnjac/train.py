@@ -228,6 +228,7 @@ class Training:
                 trained=self.trained,
                 optimizer=self.optimizer,
                 settings=self.config.optimizer,
+                dtype=self.dtype,
                 parts=settings.swap_parts,
             )
         watchers = self._watchers()
@@ -242,8 +243,6 @@ class Training:
         found |= {"layers": analysis.rows(), **{table: watcher.rows() for table, watcher in watchers.items()}}
         if settings.distributions:
             found["distributions"] = analysis.distributions(settings.position_bins)
-        if self.updates == 0 and (drawn := self._over_draws(batches)):
-            found["mechanism"] = found.get("mechanism", []) + drawn
         return {table: [{"step": self.updates, **row} for row in rows] for table, rows in found.items()}
 
     def _watchers(self) -> dict[str, Alignment | Mechanism]:
@@ -255,15 +254,17 @@ class Training:
             found["mechanism"] = Mechanism(self.model)
         return found
 
-    def _over_draws(self, batches: list[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
-        """Enrichments over other draws of the feedback, each from a seed apart from the run's own streams."""
+    def over_draws(self) -> list[dict[str, Any]]:
+        """Rows of `mechanism`: enrichments over other draws of the feedback, from seeds apart from the run's own streams."""
         config = self.config
+        self.model.eval()
         seeds = (
             int(sequence(config.seed, "feedback draws", i).generate_state(1, np.uint64)[0])
             for i in range(config.diagnostics.feedback_draws)
         )
         draws = (gpt.feedback(replace(config, seed=seed), self.corpus.vocab_size) for seed in seeds)
-        return over_draws(self.model, draws, batches, self.loss, grad_at=config.diagnostics.grad_at)
+        rows = over_draws(self.model, draws, self.diagnostic_batches(), self.loss, grad_at=config.diagnostics.grad_at)
+        return [{"step": self.updates, **row} for row in rows]
 
 
 @contextmanager
@@ -454,12 +455,15 @@ class Record:
             with self.clock.timing("evaluate"):
                 val_loss = self.training.validation_loss()
         healthy = val_loss is None or math.isfinite(val_loss)
+        if done == 0 and config.diagnostics.feedback_draws:
+            with self.clock.timing("diagnose"):
+                self._keep("mechanism", self.training.over_draws())
         if healthy and done in self.analysed_at:
             with self.clock.timing("diagnose"):
                 found = self.training.diagnose()
             found["layers"] = [row for row in found["layers"] if math.isfinite(row["sum_C_rstd2"])]
             for table, rows in found.items():
-                self.rows.setdefault(table, []).extend({**self.identity, **row} for row in rows)
+                self._keep(table, rows)
             self.tracker.layers(done, found["layers"])
         if train_loss is not None or val_loss is not None:
             val_loss = val_loss if healthy else None
@@ -467,6 +471,9 @@ class Record:
             self.rows["curves"].append({"run_id": self.identity["run_id"], "step": done, **point})
             self.tracker.scalars(done, point)
         return healthy
+
+    def _keep(self, table: str, rows: list[dict[str, Any]]) -> None:
+        self.rows.setdefault(table, []).extend({**self.identity, **row} for row in rows)
 
 
 def _train(job: Job) -> int | None:

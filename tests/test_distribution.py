@@ -44,7 +44,9 @@ def test_a_token_that_does_not_count_moves_nothing() -> None:
     counted = torch.tensor([True, False, True, True])
     assert {one.n_tokens for one in spread(quantity(values, counted=counted))} == {3}
     assert at(list(spread(quantity(values, counted=counted))))[0.5] == 3.0
-    assert [(one.value, one.n_tokens) for one in profile(quantity(values, counted=counted), 2, 2)] == [
+    assert [
+        (one.value, one.n_tokens) for one in profile(quantity(values, counted=counted), np.array([0, 1, 0, 1]), 2)
+    ] == [
         (2.0, 2),
         (5.0, 1),
     ]
@@ -52,14 +54,14 @@ def test_a_token_that_does_not_count_moves_nothing() -> None:
 
 def test_no_token_gives_nan_and_no_error() -> None:
     none = quantity(torch.tensor([math.nan]), counted=torch.tensor([False]))
-    assert all(math.isnan(one.value) and one.n_tokens == 0 for one in (*spread(none), *profile(none, 1, 4)))
+    assert all(math.isnan(one.value) and one.n_tokens == 0 for one in (*spread(none), *profile(none, np.array([0]), 4)))
 
 
 @pytest.mark.parametrize(("length", "bins"), [(7, 3), (4, 4), (3, 8), (12, 1)])
 def test_a_profile_is_the_weighted_mean_of_each_bin(length: int, bins: int) -> None:
     generator = torch.Generator().manual_seed(0)
     values, weights = (torch.rand(5 * length, generator=generator, dtype=torch.float64) for _ in range(2))
-    found = list(profile(quantity(values, weights), length, bins))
+    found = list(profile(quantity(values, weights), np.arange(5 * length) % length, bins))
     starts = [int(one.at) for one in found]
     assert starts == sorted({k * length // min(bins, length) for k in range(min(bins, length))})
     for start, end, one in zip(starts, [*starts[1:], length], found, strict=True):
@@ -75,7 +77,7 @@ def test_the_profile_of_the_radial_share_is_a_ratio_of_sums() -> None:
     g[:, 1] *= 100  # tokens at one position weigh more
     tokens = decompose(x, g, 1e-5)
     share = next(q for q in quantities(tokens) if q.name == "radial_share")
-    (whole,) = profile(share, 4, 1)
+    (whole,) = profile(share, np.arange(len(share.values)) % 4, 1)
     assert whole.value == pytest.approx(float(tokens.B.sum() / (tokens.B + tokens.C).sum()), rel=1e-12)
     assert abs(whole.value - float(share.values.mean())) > 1e-3
 
@@ -103,6 +105,18 @@ def test_micro_batches_are_one_sample() -> None:
     for one, other in zip(both, apart, strict=True):
         assert {**one, "value": 0} == {**other, "value": 0}
         assert one["value"] == pytest.approx(other["value"], rel=1e-9)
+
+
+def test_batches_of_unequal_length_meet_by_position() -> None:
+    torch.manual_seed(0)
+    model, long, short = Net().double(), torch.randn(3, 8, 6).double(), torch.randn(2, 5, 6).double()
+    found = examine(model, [long, short], loss, keep_tokens=True).distributions(8)
+    sigma = {r["at"]: r for r in found if (r["quantity"], r["statistic"]) == ("sigma", "position")}
+    for at in range(8):
+        tokens = torch.cat([x[:, at] for x in (long, short) if at < x.shape[1]])
+        expected = (tokens.var(-1, correction=0) + model.norm.eps).sqrt().mean()
+        assert sigma[at]["n_tokens"] == len(tokens)
+        assert sigma[at]["value"] == pytest.approx(float(expected), rel=1e-12)
 
 
 def test_a_run_writes_them_and_they_agree_with_its_layers(tmp_path: Path) -> None:

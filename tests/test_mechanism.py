@@ -414,7 +414,7 @@ def test_lower_precisions_agree(precision: str) -> None:
 
 def test_every_quantity_is_declared_and_found() -> None:
     training = Training(config_of("diagnostics=attention", "diagnostics.feedback_draws=2"), corpus())
-    rows = training.diagnose()["mechanism"]
+    rows = training.diagnose()["mechanism"] + training.over_draws()
     assert {row["quantity"] for row in rows} == set(QUANTITIES)
     declared = [column for column in MECHANISM if column not in (RUN_ID, DIAG_ID)]
     assert runs.table(declared, (), rows).num_rows == len(rows)
