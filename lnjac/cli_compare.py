@@ -66,7 +66,12 @@ Confidence = Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of the int
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", callback=_exportable, help="Also write the rows: X.csv, X.md, X.tex or X.parquet."),
+    typer.Option(
+        "--output",
+        "-o",
+        callback=_exportable,
+        help="Also write it: X.csv, X.parquet (of every seed with --seeds), X.md, X.tex.",
+    ),
 ]
 
 
@@ -104,11 +109,12 @@ def compare(
         reference=reference,
         how=_inference(interval, confidence),
     )
-    _write(found.rows, output)
+    grids = list(_grids(found, confidence, seeds))
+    _write(found.seeds() if seeds else found.rows, grids, output)
     if as_json:
         _print_json(_plain_comparison(found, seeds))
     else:
-        _print([*_grids(found, confidence, seeds), *_notes(found.notes)])
+        _print([*grids, *_notes(found.notes)])
 
 
 @commands.command()
@@ -142,12 +148,15 @@ def cost(
     parts = {"cost": found.costs}
     if found.differences is not None:
         parts["difference of costs"] = found.differences
-    _write(pd.concat([part.rows.assign(what=what) for what, part in parts.items()], ignore_index=True), output)
+    frames = [(part.seeds() if seeds else part.rows).assign(what=what) for what, part in parts.items()]
+    grids = {what: list(_grids(part, confidence, seeds, what)) for what, part in parts.items()}
+    _write(pd.concat(frames, ignore_index=True), [grid for part in grids.values() for grid in part], output)
     if as_json:
         _print_json({what.replace(" ", "_"): _plain_comparison(part, seeds) for what, part in parts.items()})
         return
     for what, part in parts.items():
-        _print([*_grids(part, confidence, seeds, what), *_notes(part.notes), ""])
+        none = [] if grids[what] else [f"no {what}: no ln_backward ran at two levels of {found.by} with its exact twin"]
+        _print([*grids[what], *none, *_notes(part.notes), ""])
 
 
 @commands.command()
@@ -182,12 +191,13 @@ def scaling(
         where=where,
         how=_inference(interval, confidence),
     )
-    _write(found.slopes, output)
+    grids = list(_slopes(found, confidence, seeds))
+    _write(found.seeds if seeds else found.slopes, grids, output)
     if as_json:
         frames = {"slopes": found.slopes, "points": found.points} | ({"seeds": found.seeds} if seeds else {})
         _print_json({name: _records(frame) for name, frame in frames.items()} | {"notes": found.notes})
     else:
-        _print([*_slopes(found, confidence, seeds), *_notes(found.notes)])
+        _print([*grids, *_notes(found.notes)])
 
 
 @commands.command()
@@ -197,7 +207,7 @@ def diff(
     rtol: Annotated[float, typer.Option(min=0, help="Relative difference up to which numbers are equal.")] = 1e-6,
     as_json: AsJson = False,
 ) -> None:
-    """Say how two merged tables differ in layers, runs and curves; exit code 1 if they do.
+    """Say how two merged tables differ in layers, runs and curves; exit code 1 if they do, 2 if one cannot be read.
 
     Wall times, commits, versions and devices may differ.
 
@@ -207,7 +217,11 @@ def diff(
     """
     from lnjac.diff import diff as compute
 
-    found = compute(one, other, rtol)
+    try:
+        found = compute(one, other, rtol)
+    except ConfigError as error:
+        print(f"lnjac: {error}", file=sys.stderr)
+        sys.exit(2)
     if as_json:
         frames = ("only_one", "only_other", "changed")
         _print_json(
@@ -268,7 +282,16 @@ def _grids(found: "Comparison", confidence: float, seeds: bool, what: str = "dif
         pair, means = "" if labels else pair, [str(rows["a"].iloc[0]), str(rows["b"].iloc[0])]
     elif single_b:
         pair, means = found.by, ["mean", str(rows["b"].iloc[0])]
-    heads = [*labels, *([pair] if pair else []), *means, what, f"{confidence:.0%} interval", "p adj.", "n"]
+    heads = [
+        *labels,
+        *([pair] if pair else []),
+        *means,
+        what,
+        f"{100 * confidence:g}% interval",
+        "effect",
+        "p adj.",
+        "n",
+    ]
     diverged = bool(rows[["diverged_a", "diverged_b"]].to_numpy().any())
     heads += ["diverged"] if diverged else []
     for title, part in _parts(rows, apart):
@@ -281,13 +304,14 @@ def _grids(found: "Comparison", confidence: float, seeds: bool, what: str = "dif
             if "site" in row and row["adjusted_by"] == "holm":
                 strong.add(len(lines))
             numbers = [_number(row["mean_a"], 5), _number(row["mean_b"], 5), _number(row["difference"])]
-            lines.append([*names, *numbers, _interval(row), _p(row["p_adjusted"]), str(row["n"])])
+            lines.append([*names, *numbers, _interval(row), _number(row["effect"], 2)])
+            lines[-1] += [_p(row["p_adjusted"]), str(row["n"])]
             if diverged:
                 lines[-1].append(" ".join(f"{row[f'diverged_{side}']}/{row[f'runs_{side}']}" for side in "ab"))
             for seed, a, b in zip(found.seed[at], found.a[at], found.b[at], strict=True) if seeds else ():
                 if seed >= 0 and not (math.isnan(a) and math.isnan(b)):
                     lines.append(_of_seed(seed, len(names), [a, b, a - b], heads))
-        yield Grid(title, heads, len(heads) - len(means) - 4 - diverged, lines, strong)
+        yield Grid(title, heads, len(labels) + bool(pair), lines, strong)
 
 
 def _slopes(found: "Scaling", confidence: float, seeds: bool) -> Iterator[Grid]:
@@ -296,7 +320,7 @@ def _slopes(found: "Scaling", confidence: float, seeds: bool) -> Iterator[Grid]:
     key, labels = [*apart, *labels], labels or ["metric"]
     levels = list(dict.fromkeys(found.points[found.x]))
     means = found.points.set_index([*key, found.x])["mean"].to_dict()
-    heads = [*labels, *map(_number, levels), "slope", f"{confidence:.0%} interval", "n"]
+    heads = [*labels, *map(_number, levels), "slope", f"{100 * confidence:g}% interval", "n"]
     for title, part in _parts(found.slopes, apart):
         lines = []
         for _, row in part:
@@ -378,24 +402,33 @@ def _records(frame: "pd.DataFrame") -> Any:
     return json.loads(frame.to_json(orient="records", double_precision=15))
 
 
-def _write(frame: "pd.DataFrame", path: Path | None) -> None:
+def _write(frame: "pd.DataFrame", grids: Sequence[Grid], path: Path | None) -> None:
+    """All columns for a program to read, or for a reader what is printed."""
     if path is None:
         return
     from lnjac.runs import write_atomically
 
     writers = {
         ".csv": lambda to: frame.to_csv(to, index=False),
-        ".md": lambda to: to.write_text(_markdown(frame), encoding="utf-8"),
-        ".tex": lambda to: frame.to_latex(to, index=False, escape=True, float_format="%.4g"),
+        ".md": lambda to: to.write_text("\n".join(map(_markdown, grids)), encoding="utf-8"),
+        ".tex": lambda to: to.write_text("\n".join(map(_latex, grids)), encoding="utf-8"),
         ".parquet": lambda to: frame.to_parquet(to, index=False),
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, writers[path.suffix])
 
 
-def _markdown(frame: "pd.DataFrame") -> str:
-    lines = [list(map(str, frame)), ["---"] * len(frame.columns)]
-    lines += [[_text(value).replace("|", "\\|") for value in row] for row in frame.itertuples(index=False)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def _markdown(grid: Grid) -> str:
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (grid.heads, *grid.lines)]
+    lines.insert(1, ["---"] * len(grid.heads))
+    return f"**{grid.title}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _latex(grid: Grid) -> str:
+    import pandas as pd
+
+    title = "".join(f"\\{c}" if c in "_%#&$" else c for c in grid.title)  # pandas escapes the cells alone
+    return pd.DataFrame(grid.lines, columns=grid.heads).to_latex(index=False, escape=True, caption=title)
 
 
 def _text(value: Any) -> str:

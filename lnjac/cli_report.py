@@ -54,6 +54,7 @@ def report(
     made = make(
         study(sources), title=title or ", ".join(path.name or str(path) for path in sources), by=by, where=where
     )
+    output.parent.mkdir(parents=True, exist_ok=True)
     made.write(output)
     size = output.stat().st_size
     if as_json:
@@ -71,6 +72,7 @@ def plot(
     by: By = None,
     where: Where = None,
     dark: Annotated[bool, typer.Option("--dark", help="Light on dark.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Draw one figure of the report as a file.
 
@@ -84,6 +86,10 @@ def plot(
     if output.suffix not in figures.FORMATS:
         raise ConfigError(f"the output {output} must end in {', '.join(figures.FORMATS)}")
     drawing = views.FIGURES[figure.value](views.view(study(sources), by, where), metric)
+    output.parent.mkdir(parents=True, exist_ok=True)
     figures.save(drawing.chart, output, figures.DARK if dark else figures.LIGHT, width=WIDTH)
+    if as_json:
+        print(json.dumps({"output": str(output), "caption": drawing.caption, "notes": list(drawing.notes)}, indent=1))
+        return
     shown = [f"{options[0]}, one of {len(options)}" for options in drawing.choices.values() if len(options) > 1]
     print(f"{output}: {drawing.caption}" + "".join(f" Shows {one}." for one in shown))

@@ -158,6 +158,10 @@ def cost(
     And the differences of these costs between the levels of `by` (attn_mode where that varies, unless given): softmax −
     sigmoid. The costs are one family of Holm's adjustment, the differences another.
     """
+    if by == "ln_backward":
+        raise ConfigError(
+            "--by ln_backward: each has its cost already; give the factor to compare costs by, as attn_mode"
+        )
     costs = compare(study, "ln_backward", metrics=[metric], table="runs", where=where, reference=EXACT, how=how)
     if by is None and "attn_mode" in costs.cells:
         by = "attn_mode"
@@ -393,7 +397,7 @@ def _interval_name(how: Inference) -> str:
         "percentile": "percentile bootstrap interval",
         "signflip": "t interval and sign-flip p",
     }[how.method]
-    return f"{how.confidence:.0%} {kind}"
+    return f"{100 * how.confidence:g}% {kind}"
 
 
 def _capped(what: str, lines: Sequence[str], most: int = 5) -> list[str]:

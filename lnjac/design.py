@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from lnjac import pooling, runs, sweep
 from lnjac.config import ConfigError
+from lnjac.summary import listed
 from lnjac.tables import SCHEMA_VERSION, TABLES, VOLATILE
 from lnjac.where import Where, known_column
 
@@ -126,10 +127,11 @@ def gather(
     declared = {column.name for column in TABLES["runs"]}
     levels = [str(name) for name in every if name not in declared and name != "seed"]
     levels += ["step"] * (table == "layers") + [name for name in (*IDENTITY, *VOLATILE) if name in every]
+    levels.sort(key=varying(every).__contains__, reverse=True)  # those worth a comparison are named first
     for name in by:
         known_column(name, levels, "runs are not told apart by")
     chosen = Where(where) if where else None
-    rows = _rows(study, every, list(metrics), table, "every" if "step" in by else at, chosen)
+    rows, in_part = _rows(study, every, list(metrics), table, "every" if "step" in by else at, chosen)
     if "step" in by:  # a run is then one run for each step
         each = rows[["run", "step"]].drop_duplicates()
         every = every.loc[each["run"]].assign(step=each["step"].to_numpy()).reset_index(drop=True)
@@ -145,35 +147,47 @@ def gather(
         if every[name].nunique(dropna=False) < 2:
             raise ConfigError(f"all {len(every)} runs chosen have {name}={every[name].iloc[0]}: nothing to compare")
     cells, confounded = strata(every, list(by), [name for name in vary if name != "ln_backward.sites"])
-    return _arranged(rows, every, list(by), list(metrics), cells, confounded, study.doubts)
+    doubts = list(study.doubts)
+    if in_part:
+        doubts.append(f"{ALL_SITES}: no mean, as --where leaves one run other norms than another")
+    values = _arranged(rows, every, list(by), list(metrics), cells, confounded, doubts)
+    if in_part:
+        values.data[:, -1] = np.nan
+    return values
 
 
 def _rows(
     study: Study, every: "pd.DataFrame", metrics: list[str], table: str, at: int | str | None, chosen: Where | None
-) -> "pd.DataFrame":
-    """Chosen rows: `run` (its label in `every`), `step`, `site` and the metrics."""
+) -> "tuple[pd.DataFrame, bool]":
+    """Chosen rows: `run` (its label in `every`), `step`, `site` and the metrics.
+
+    And whether one run keeps other norms than another.
+    """
     if table == "runs":
         if at is not None:
             raise ConfigError(f"--at {at}: a run's row is of its last update; leave --at out, or compare --layers")
         _require_numbers(every, metrics)
         kept = every[chosen.holds(every)] if chosen else every
-        return _some(kept[metrics].assign(run=kept.index, site=""), chosen)
+        return _some(kept[metrics].assign(run=kept.index, site=""), chosen, every), False
     known = study.columns(table)
     for name in metrics:
         known_column(name, known, "no column for --metric is called")
     named = chosen.columns if chosen else []
-    for name in named:
-        known_column(name, [*map(str, every), *known], "no column for --where is called")
+    if chosen:
+        chosen.require([*map(str, every), *known])
     own = [name for name in named if name in known and name not in every]
     wanted = dict.fromkeys([*RUN, "step", "site", "call", *metrics, *own])
     layers = study.frame(table, list(wanted))
     _require_numbers(layers, metrics)
-    known_runs = every[RUN].assign(run=every.index)
+    known_runs, in_part = every[RUN].assign(run=every.index), False
     layers = layers.merge(known_runs, on=RUN, how="left")
     if chosen:
         shown = [name for name in named if name in every]
         context = layers.assign(**{name: every[name].to_numpy()[layers["run"]] for name in shown})
-        layers = layers[chosen.holds(context)]
+        meant = chosen.holds(context)
+        of_their_runs = meant[layers["run"].isin(layers["run"][meant])]
+        in_part = bool(of_their_runs.groupby(layers["site"]).nunique().gt(1).any())
+        layers = layers[meant]
     if at != "every":
         steps = sorted(layers["step"].unique().tolist())
         layers = layers[layers["step"] == (layers.groupby("run")["step"].transform("max") if at is None else at)]
@@ -182,7 +196,7 @@ def _rows(
     if layers["call"].any():
         more = study.frame(table, list(dict.fromkeys([*wanted, *pooling.NEEDED]))).loc[layers.index]
         layers = pooling.pooled(more, metrics).merge(known_runs, on=RUN)
-    return _some(layers[["run", "step", "site", *metrics]], chosen)
+    return _some(layers[["run", "step", "site", *metrics]], chosen, every), in_part
 
 
 def _without_rows(every: "pd.DataFrame", rows: "pd.DataFrame", chosen: Where | None, by: Sequence[str]) -> list[Any]:
@@ -193,9 +207,11 @@ def _without_rows(every: "pd.DataFrame", rows: "pd.DataFrame", chosen: Where | N
     return list(absent[chosen.holds(absent)].index if chosen else absent.index)
 
 
-def _some(rows: "pd.DataFrame", chosen: Where | None) -> "pd.DataFrame":
+def _some(rows: "pd.DataFrame", chosen: Where | None, every: "pd.DataFrame") -> "pd.DataFrame":
     if rows.empty:
-        raise ConfigError(f"--where {chosen.text!r} holds for no row" if chosen else "the tables have no rows")
+        named = [name for name in chosen.columns if name in every] if chosen else []
+        known = "".join(f"; {name} is {listed(sorted(map(str, every[name].unique())))}" for name in named)
+        raise ConfigError(f"--where {chosen.text!r} holds for no row{known}" if chosen else "the tables have no rows")
     return rows
 
 

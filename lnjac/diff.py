@@ -61,6 +61,8 @@ def diff(one: Path, other: Path, rtol: float = RTOL) -> list[Difference]:
 
 
 def _tables(path: Path) -> dict[str, pa.Table]:
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist: name a merged table, or a folder with an all.parquet")
     try:
         return read(Source(layers_file(path / "all.parquet" if path.is_dir() else path), merged=True))
     except Unfit as error:

@@ -260,7 +260,10 @@ DISTRIBUTIONS = [
     Column("at", "float64", "", "the quantile's level in [0, 1], or the bin's first position in the context"),
     Column("value", "float64", "", "the statistic; NaN where no token has the quantity"),
     Column(
-        "n_tokens", "int64", "tokens", "tokens it was taken over: all for sigma and rho, else those that count in a mean cosine"
+        "n_tokens",
+        "int64",
+        "tokens",
+        "tokens it was taken over: all for sigma and rho, else those that count in a mean cosine",
     ),
 ]
 
@@ -324,7 +327,7 @@ SWAPS = [
         "decrease_nats",
         "float64",
         "nats/token",
-        "the decrease that the step lr·P ĝ really makes on the diagnostic batch; null for doses, parts and one of several sites",
+        "decrease that the step lr·P ĝ really makes on the diagnostic batch; null for doses, parts, one site of several",
     ),
     Column(
         "compounding",

@@ -66,10 +66,14 @@ class Where:
             why = error.msg if isinstance(error, SyntaxError) else "it cannot be read"
             raise self._wrong(f"{why}: write it like \"method == 'fa' and steps >= 250\"") from None
 
+    def require(self, columns: list[str]) -> None:
+        """Raise ConfigError if the expression names none of these columns."""
+        for name in self.columns:
+            known_column(name, columns, f"no column for --where (text is in quotes: '{name}') is called")
+
     def holds(self, frame: "pd.DataFrame") -> "pd.Series[bool]":
         """Which rows of the frame to keep. Raises ConfigError for an unknown column or types that do not compare."""
-        for name in self.columns:
-            known_column(name, list(map(str, frame)), "no column for --where is called")
+        self.require(list(map(str, frame)))
         try:
             found = self._value(self.tree, frame)
         except ConfigError:

@@ -34,10 +34,10 @@ def test_compare_prints_one_line_a_norm_and_the_headline_last(modes: Path):
     lines = call("compare", modes, "--by", "attn_mode", "--metric", "radial_share").splitlines()
     assert lines == [
         "radial_share",
-        "site           softmax  sigmoid  difference      95% interval  p adj.  n",
-        "blocks.0.ln_1  0.38333  0.28333         0.1  -0.0242 to 0.224   0.074  3",
-        "ln_f           0.76667  0.56667         0.2  -0.0484 to 0.448   0.074  3",
-        "all sites        0.575    0.425        0.15  -0.0363 to 0.336   0.074  3",
+        "site           softmax  sigmoid  difference      95% interval  effect  p adj.  n",
+        "blocks.0.ln_1  0.38333  0.28333         0.1  -0.0242 to 0.224       2   0.074  3",
+        "ln_f           0.76667  0.56667         0.2  -0.0484 to 0.448       2   0.074  3",
+        "all sites        0.575    0.425        0.15  -0.0363 to 0.336       2   0.074  3",
         "",
         "- paired by seed, 95% t interval",
         "- p adjusted: Benjamini-Hochberg over the map of 2 rows of single sites",
@@ -49,8 +49,8 @@ def test_every_seed_on_request(modes: Path):
     text = call("compare", modes, "--by", "attn_mode", "--runs", "--metric", "val_loss_nats", "--seeds")
     assert text.splitlines()[:5] == [
         "val_loss_nats",
-        "a − b              softmax  sigmoid  difference    95% interval  p adj.  n",
-        "softmax − sigmoid   3.8333   2.8333           1  -0.242 to 2.24   0.074  3",
+        "a − b              softmax  sigmoid  difference    95% interval  effect  p adj.  n",
+        "softmax − sigmoid   3.8333   2.8333           1  -0.242 to 2.24       2   0.074  3",
         "  seed 1                 3        2           1",
         "  seed 2               3.5        3         0.5",
     ]
@@ -83,6 +83,25 @@ def test_exports(modes: Path, tmp_path: Path, suffix: str):
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
+def test_seeds_are_exported_on_request_into_a_folder_that_is_made(modes: Path, tmp_path: Path):
+    out = tmp_path / "new" / "x.csv"
+    call("compare", modes, "--by", "attn_mode", "--runs", "--metric", "val_loss_nats", "--seeds", "-o", out)
+    assert pd.read_csv(out)["difference"].tolist() == pytest.approx([1.0, 0.5, 1.5])
+
+
+@pytest.mark.parametrize(("confidence", "said"), [("0.999", "99.9%"), ("0.975", "97.5%"), ("0.9", "90%")])
+def test_the_confidence_is_said_as_it_is(modes: Path, confidence: str, said: str):
+    text = call("compare", modes, "--by", "attn_mode", "--metric", "radial_share", "--confidence", confidence)
+    assert f"{said} interval" in text
+    assert f"{said} t interval" in text
+
+
+def test_costs_are_not_compared_by_the_backward(modes: Path):
+    done = RUNNER.invoke(cli.app, ["cost", str(modes), "--by", "ln_backward"])
+    assert done.exit_code == 1
+    assert "give the factor" in str(done.exception)
+
+
 def test_an_unknown_export_is_refused_before_anything_is_printed(modes: Path, tmp_path: Path):
     done = RUNNER.invoke(cli.app, ["compare", str(modes), "--by", "attn_mode", "-o", str(tmp_path / "x.xlsx")])
     assert (done.exit_code, done.stdout) == (1, "")
@@ -94,7 +113,7 @@ def test_cost_shows_losses_costs_and_their_difference(tmp_path: Path):
     rows[4] |= {"status": "diverged", "val_loss_nats": math.nan}
     text = call("cost", study(tmp_path, rows).path)
     first, second = text.split("val_loss_nats")[1:]
-    head = "attn_mode ln_backward mean exact cost 95% interval p adj. n diverged"
+    head = "attn_mode ln_backward mean exact cost 95% interval effect p adj. n diverged"
     assert " ".join(first.splitlines()[1].split()) == head
     assert [line.split()[:2] for line in first.splitlines()[2:6]] == [
         ["softmax", "center_scale"],
@@ -240,5 +259,6 @@ def test_diff_tells_null_from_nan_and_sees_columns(merged: Any):
 
 def test_diff_of_what_is_no_merge_is_refused(merged: Any, tmp_path: Path):
     done = RUNNER.invoke(cli.app, ["diff", str(merged("a")), str(tmp_path / "a" / "1" / runs.FILES["runs"])])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert done.stdout == ""
+    assert RUNNER.invoke(cli.app, ["diff", str(merged("b")), str(tmp_path / "nowhere")]).exit_code == 2

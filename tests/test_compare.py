@@ -88,6 +88,27 @@ def _no_sweeping(monkeypatch: pytest.MonkeyPatch) -> None:
 # compare
 
 
+def test_no_mean_over_norms_that_differ_between_runs(tmp_path: Path):
+    made = study(tmp_path, TWO_MODES)
+    whole = compare(made, "attn_mode", metrics=["radial_share"]).rows
+    value = whole.loc[whole["site"] == "ln_f", "mean_a"].item()
+    found = compare(
+        made, "attn_mode", metrics=["radial_share"], where=f"site == 'ln_f' or radial_share > {value - 0.3}"
+    )
+    assert math.isnan(found.rows.loc[found.rows["site"] == ALL_SITES, "difference"].item())
+    assert noted(found, f"{ALL_SITES}: no mean")
+    one = compare(made, "attn_mode", metrics=["radial_share"], where="site == 'ln_f' and seed < 3")
+    assert one.rows["difference"].notna().all()
+    assert made.doubts == []
+
+
+def test_where_without_a_row_says_what_there_is(tmp_path: Path):
+    with pytest.raises(ConfigError, match="holds for no row; attn_mode is sigmoid, softmax"):
+        losses(tmp_path, "attn_mode", TWO_MODES, where="attn_mode == 'Softmax'")
+    with pytest.raises(ConfigError, match="in quotes: 'softmax'"):
+        losses(tmp_path, "attn_mode", TWO_MODES, where="attn_mode == softmax")
+
+
 def test_pairs_by_seed(tmp_path: Path):
     found = losses(tmp_path, "attn_mode", TWO_MODES)
     (row,) = found.rows.to_dict("records")
@@ -436,7 +457,7 @@ def test_a_sweep_is_read_by_its_merge_unless_a_run_is_younger(tmp_path: Path, mo
     young = (folder / "all.parquet").stat().st_mtime + 10
     os.utime(status, (young, young))
     merged: list[Any] = []
-    monkeypatch.setattr(sweep, "merge", lambda sources, path: merged.append(sources) or pytest.skip("merged anew"))
+    monkeypatch.setattr(sweep, "merge", lambda sources, path, **_: merged.append(sources) or pytest.skip("merged anew"))
     with pytest.raises(pytest.skip.Exception):
         read([folder])
     assert merged == [[folder]]
