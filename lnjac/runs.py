@@ -192,12 +192,12 @@ def now() -> str:
 
 @cache
 def provenance() -> dict[str, Any]:
-    """Which code runs: git commit and whether tracked files differ from it, and the Python version."""
+    """Which code runs: git commit, whether the package's tracked files differ from it, and the Python version."""
     here = Path(__file__).resolve().parent
     commit = _git(here, "rev-parse", "HEAD")
     return {
         "commit": commit,
-        "dirty": None if commit is None else bool(_git(here, "status", "--porcelain", "--untracked-files=no")),
+        "dirty": None if commit is None else bool(_git(here, "status", "--porcelain", "--untracked-files=no", ".")),
         "python_version": platform.python_version(),
     }
 

@@ -214,7 +214,7 @@ RUNS = [
     Column("resumed_at", "int64", "updates", "updates of the checkpoint that it last went on from; 0: none"),
     Column("stacked", "int64", "runs", "runs that trained as one stacked model with this one, itself included"),
     Column("commit", "string", "", "git commit of the code; null outside a checkout"),
-    Column("dirty", "bool", "", "whether tracked files differed from that commit"),
+    Column("dirty", "bool", "", "whether tracked files of the package differed from that commit"),
     Column("lnjac_version", "string", "", "version of this package"),
     Column("numerics_version", "int64", "", "version of the numbers: part of run_id"),
     Column("torch_version", "string", "", "version of torch"),

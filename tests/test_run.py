@@ -478,3 +478,21 @@ def test_the_first_query_under_softmax_is_known_to_hold_rounding_errors(precisio
     for row in training.diagnose()["layers"]:
         sequences = settings.diagnostics.batch_size * settings.model.n_head
         assert row["n_zero"] == (sequences if row["role"] == "q_norm" else 0), row["site"]
+
+
+def test_only_the_packages_own_files_make_its_code_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *words], cwd=tmp_path, check=True)
+
+    code, note = tmp_path / "package" / "runs.py", tmp_path / "note.md"
+    code.parent.mkdir()
+    code.touch()
+    note.touch()
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr(runs, "__file__", str(code))
+    note.write_text("changed")
+    assert runs.provenance.__wrapped__()["dirty"] is False
+    code.write_text("changed")
+    assert runs.provenance.__wrapped__()["dirty"] is True
