@@ -4,6 +4,7 @@ A chart names no colour: it takes them from the palette it is shown in, which in
 of a factor differ in colour, shape and dash alike, so that no reader depends on one of them.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -99,10 +100,12 @@ def headline(seeds: "pd.DataFrame", intervals: "pd.DataFrame", *, title: str) ->
     return (zero + rule + mean + dots).properties(height=20 + row * len(places))
 
 
-def heatmap(cells: "pd.DataFrame", *, legend: str) -> Chart:
-    """A cell for each site and column; its shade, from −1 to 1, and the text in it are given. `legend` names the shade.
+def heatmap(cells: "pd.DataFrame", *, legend: str, label: str = "format(datum.value, '.2f')") -> Chart:
+    """A cell for each site and column; its shade, from −1 to 1, and the text in it are given. `legend` names the shade,
+    `label` is Vega's expression for the value of one.
 
-    cells: site, column, metric, shade, shown and what else a tooltip tells. The parameters `site` and `metric` mark one.
+    cells: site, column, metric, shade, shown and what else a tooltip tells. The parameters `site` and `metric` mark one,
+    once they are set.
     """
     alt = _altair()
     base = _filtered(alt, cells, "cell", "pair").encode(
@@ -114,13 +117,18 @@ def heatmap(cells: "pd.DataFrame", *, legend: str) -> Chart:
         "shade:Q",
         title=legend,
         scale=alt.Scale(type="quantize", domain=[-1, 1], range="diverging"),
-        legend=alt.Legend(format=".1f", orient="bottom", titleLimit=300, labelOverlap=False),
+        legend=alt.Legend(
+            labelExpr=f"isFinite(datum.value) ? {label} : ''",  # the lowest shade begins nowhere
+            orient="bottom",
+            titleLimit=300,
+            labelOverlap=False,
+        ),
     )
     rect = base.mark_rect(style="box", cursor="pointer").encode(
         color=shade, strokeWidth=alt.condition(_picked("site", "metric"), alt.value(2.5), alt.value(0.3))
     )
     text = base.mark_text(style="shown", cursor="pointer").encode(text="shown:N")
-    picks = _params(alt, cells, "cell", "pair", "site", "metric")
+    picks = [*_params(alt, cells, "cell", "pair"), *(alt.param(name=name, value=None) for name in ("site", "metric"))]
     return (rect + text).add_params(*picks).properties(height=26 * cells["site"].nunique())
 
 
@@ -198,8 +206,15 @@ FORMATS = (".svg", ".png", ".pdf")
 
 
 def save(chart: Chart, path: Path, palette: Palette, *, width: int) -> None:
-    """Write the chart as the kind of picture that the path's suffix names, without browser or network."""
+    """Write the chart as the kind of picture that the path's suffix names, without browser or network.
+
+    Its title is what it says of itself, and which of its rows it shows.
+    """
     found = spec(chart, palette, width=width)
+    chosen = [f"{one['value']}" for one in found.get("params", ()) if one.get("value") is not None]
+    said = [found.get("description", ""), *chosen]
+    lines = [line for text in said for line in textwrap.wrap(text, width // 6)]  # pixels a character
+    found["title"] = {"text": lines, "anchor": "start", "frame": "bounds", "offset": 12}
     try:
         import vl_convert
     except ImportError:
@@ -231,12 +246,13 @@ def _config(palette: Palette) -> dict[str, Any]:
             "labelLimit": 200,
             "titleLimit": 320,
         },
-        "legend": text | {"titleFontWeight": "normal", "orient": "top", "gradientLength": 300, "labelLimit": 260},
+        "legend": text | {"titleFontWeight": "normal", "orient": "top", "gradientLength": 400, "labelLimit": 260},
         "range": {
             "category": list(palette.levels),
             "symbol": list(SHAPES),
             "diverging": list(palette.diverging),
         },
+        "title": {"color": palette.ink, "fontWeight": "normal", "fontSize": 12},
         "line": {"strokeWidth": 2},
         "style": {
             "none": {"color": palette.muted, "strokeDash": [3, 3]},
@@ -259,33 +275,36 @@ class _Level(NamedTuple):
     dash: Any
 
 
-def _level(alt: Any, levels: "pd.Series[Any]", field: str, title: str) -> _Level:
-    """The encodings of a factor. Their legends are one as long as titles and orders agree."""
+def _level(alt: Any, levels: "pd.Series[Any]", field: str, title: str, *, lines: bool = False) -> _Level:
+    """The encodings of a factor. Their legends are one as long as titles and orders agree: of `lines`, or of shapes."""
     names = _order(levels)
     longest = max(map(len, names)) + 4  # characters, of some 44 that fit the narrowest page
-    legend = alt.Legend(columns=max(1, min(4, 44 // longest))) if len(names) > 1 else None
+    symbol = {"symbolType": "stroke", "symbolSize": 500} if lines else {}
+    legend = alt.Legend(columns=max(1, min(4, 44 // longest)), **symbol) if len(names) > 1 else None
+    scale = alt.Scale(domain=names)
     dashes = [DASHES[i % len(DASHES)] for i in range(len(names))]
+    # dashed outlines hide shapes: a scale of a domain that is not written out stays out of their legend
+    dashed = alt.Scale(domain=names, range=dashes) if lines else alt.Scale(range=dashes)
     return _Level(
         names,
-        alt.Color(f"{field}:N", sort=names, title=title, legend=legend, scale=alt.Scale(domain=names)),
-        alt.Shape(f"{field}:N", sort=names, title=title, legend=legend, scale=alt.Scale(domain=names)),
-        alt.StrokeDash(
-            f"{field}:N", sort=names, title=title, legend=legend, scale=alt.Scale(domain=names, range=dashes)
-        ),
+        alt.Color(f"{field}:N", sort=names, title=title, legend=legend, scale=scale),
+        alt.Shape(f"{field}:N", sort=names, title=title, legend=legend, scale=scale),
+        alt.StrokeDash(f"{field}:N", sort=names, title=title, legend=legend if lines else None, scale=dashed),
     )
 
 
 def _series(alt: Any, frame: "pd.DataFrame", by: str, x: Any, y: Any, *picks: str) -> Any:
     """Means along x joined for each level, in a band of their intervals."""
-    level = _level(alt, frame["level"], "level", by)
+    many = frame[x.shorthand.split(":")[0]].nunique() > 20
+    level = _level(alt, frame["level"], "level", by, lines=many)
     base = _filtered(alt, frame, *picks).encode(x=x, color=level.color, tooltip=_numbers(alt, frame))
     bounds = y.copy()
     bounds.shorthand = "low:Q"
     band = base.mark_area(style="band").encode(y=bounds, y2="high:Q")
-    line = base.mark_line().encode(y=y, strokeDash=level.dash)
-    few = frame[x.shorthand.split(":")[0]].nunique() <= 20
-    dots = base.mark_point(style="knot", opacity=1 if few else 0).encode(y=y, shape=level.shape)
-    return (band + line + dots).add_params(*_params(alt, frame, *picks)).properties(height=270)
+    marks = band + base.mark_line().encode(y=y, strokeDash=level.dash)
+    if not many:
+        marks += base.mark_point(style="knot").encode(y=y, shape=level.shape)
+    return marks.add_params(*_params(alt, frame, *picks)).properties(height=270)
 
 
 def _banded(alt: Any, frame: "pd.DataFrame", by: str, title: str, *picks: str) -> Any:
@@ -298,8 +317,10 @@ def _updates(alt: Any, steps: "pd.Series[Any]") -> Any:
     known = sorted(steps.unique().tolist())
     gaps = [b - a for a, b in pairwise(known)] or [1]
     if max(gaps) < 8 * min(gaps):
-        return alt.X("step:Q", title="updates", axis=alt.Axis(tickMinStep=1, format="d"))
-    return alt.X("step:Q", title="updates", scale=alt.Scale(type="symlog"), axis=alt.Axis(values=known))
+        axis = alt.Axis(tickMinStep=1, format="d", tickCount=12)
+        return alt.X("step:Q", title="updates", scale=alt.Scale(nice=False), axis=axis)
+    axis = alt.Axis(values=known, labelOverlap="greedy", labelSeparation=8)
+    return alt.X("step:Q", title="updates", scale=alt.Scale(type="symlog"), axis=axis)
 
 
 def _params(alt: Any, frame: "pd.DataFrame", *names: str) -> list[Any]:

@@ -90,6 +90,26 @@ def test_levels_differ_in_colour_shape_and_dash():
     assert len(set(spec["config"]["range"]["symbol"])) == len(set(spec["config"]["range"]["category"])) == 7
 
 
+def test_a_legend_shows_shapes_whole_and_lines_dashed():
+    import vl_convert
+
+    (few,), (many,) = (
+        vl_convert.vegalite_to_vega(figures.spec(chart, figures.LIGHT, width=400))["legends"]
+        for chart in (every_chart()["depth"], figures.trajectory(lines(step=[*range(30)]), by="x", title="y"))
+    )
+    assert few["shape"] == "shape"
+    assert "strokeDash" not in few
+    assert (many["strokeDash"], many["symbolType"]) == ("strokeDash", "stroke")
+
+
+def test_a_picture_says_what_it_shows(tmp_path: Path):
+    chart = every_chart()["trajectory"].properties(description="A value after so many updates.")
+    figures.save(chart, tmp_path / "x.svg", figures.LIGHT, width=400)
+    text = (tmp_path / "x.svg").read_text()
+    assert "A value after so many updates." in text
+    assert ">a<" in text  # the cell
+
+
 def test_a_maps_shades_are_centred():
     spec = figures.spec(every_chart()["heatmap"], figures.LIGHT, width=400)
     (rect,) = layers(spec, "rect")
