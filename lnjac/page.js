@@ -1,4 +1,11 @@
 "use strict";
+// Paper has no folds: what the style sheet unfolds in newer browsers is opened for the older ones.
+addEventListener("beforeprint", () => {
+  for (const fold of document.querySelectorAll("details:not([open])")) {
+    fold.open = true;
+    addEventListener("afterprint", () => (fold.open = false), { once: true });
+  }
+});
 (async () => {
   const bytes = Uint8Array.from(atob(document.getElementById("data").textContent), (c) => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -24,7 +31,10 @@
     views[id] = (await vegaEmbed(place, { ...spec, datasets: own }, options)).view;
     place.querySelector("svg").setAttribute("aria-hidden", "true"); // the caption and the table are read, not each mark
   }
-  const number = (value) => (value === null ? "–" : String(Number(value.toPrecision(4))));
+  const number = (value) => {
+    if (value === null) return "–";
+    return Number.isInteger(value) || Math.abs(value) >= 1000 ? value.toFixed(0) : value.toPrecision(4);
+  };
 
   // Lists beside the charts set the parameters of their names; so does a click on a cell of a map.
   for (const part of document.querySelectorAll("[data-linked]")) {

@@ -42,9 +42,9 @@ class Charts:
         self.datasets: dict[str, Any] = {}
 
     def figure(
-        self, chart: figures.Chart, caption: str, table: str, *, wide: bool = False, choosing: bool = False
+        self, chart: figures.Chart, caption: str, below: str, *, wide: bool = False, choosing: bool = False
     ) -> str:
-        """A chart under its caption, a table of what it shows below it.
+        """A chart under its caption, notes and tables of what it shows below it.
 
         A `wide` one is scrolled where the page is narrow; if readers are `choosing` the table's rows, the page fills it.
         """
@@ -60,7 +60,7 @@ class Charts:
             place = _scrolled(place, f"Chart {len(self.specs)}: {caption}", "wide")
         return (
             f'<figure aria-labelledby="{name}-said"{filled}><figcaption id="{name}-said">{label}</figcaption>\n'
-            f"{place}{table}</figure>\n"
+            f"{place}{below}</figure>\n"
         )
 
     def packed(self) -> str:
@@ -122,16 +122,14 @@ def linked(choices: Mapping[str, tuple[str, Sequence[str]]], inside: str) -> str
 
 def table(frame: "pd.DataFrame", label: str, most: int = 150) -> str:
     """A frame as a table that can be scrolled by keyboard; what goes beyond `most` rows is only counted."""
-    from lnjac.summary import number
-
     more = paragraph(f"{len(frame) - most} more rows are left out here.", "muted") if len(frame) > most else ""
     frame = frame.head(most)
 
-    def cell(value: Any) -> str:
+    def cell(value: Any) -> str:  # its end tag may be left out: a page has thousands of cells
         if isinstance(value, float):
-            return f'<td class="n">{number(value)}</td>'
-        kind = ' class="n"' if isinstance(value, int) and not isinstance(value, bool) else ""
-        return f"<td{kind}>{html.escape(str(value))}</td>"
+            return f"<td class=n>{number(value)}"
+        kind = " class=n" if isinstance(value, int) and not isinstance(value, bool) else ""
+        return f"<td{kind}>{html.escape(str(value))}"
 
     numeric = {name for name in frame if frame[name].dtype.kind in "if"}
     head = "".join(
@@ -141,6 +139,13 @@ def table(frame: "pd.DataFrame", label: str, most: int = 150) -> str:
     body = "\n".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in plain)
     inside = f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
     return _scrolled(inside, label) + more
+
+
+def number(value: float) -> str:
+    """Four significant digits, as in page.js; whole numbers and those from 1000 without decimals; – for NaN."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:#.4g}"
 
 
 def _scrolled(inside: str, label: str, kind: str = "") -> str:
@@ -193,8 +198,10 @@ def page(title: str, lead: str, sections: Sequence[Section], charts: Charts) -> 
 <nav aria-label="Sections"><ul>
 {links}</ul></nav>
 </header>
-<noscript><p class="warn">The charts need JavaScript. The text and the tables are complete without it.</p></noscript>
-<p class="warn" id="broken" role="alert" hidden>The charts could not be drawn in this browser. The tables are complete.</p>
+<noscript><p class="warn">The charts need JavaScript. The text is complete without it, and so are the tables but that of
+the curves that are chosen, which is empty, and those that say how many rows they leave out.</p></noscript>
+<p class="warn" id="broken" role="alert" hidden>The charts, and the table of the curves that are
+chosen, could not be drawn in this browser. The rest is as it would be.</p>
 <main id="content" tabindex="-1">
 {body}</main>
 {scripts if charts.specs else ""}</body>

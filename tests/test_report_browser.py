@@ -160,6 +160,23 @@ def test_colours_follow_the_readers_preference_and_paper_is_light(browser: Any, 
     assert browser.execute_script(style, ":root", "background-color") == "rgb(255, 255, 255)"
 
 
+def test_paper_shows_what_is_folded(browser: Any, file: Path):
+    opened(browser, file)
+    shown = "return [...document.querySelectorAll('details table')].map((one) => one.checkVisibility())"
+    assert not any(browser.execute_script(shown))
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": []})
+    assert all(browser.execute_script(shown))
+
+
+def test_older_browsers_unfold_for_paper_and_fold_again(browser: Any, file: Path):
+    opened(browser, file)
+    n_open = "return document.querySelectorAll('details[open]').length"
+    browser.execute_script("document.querySelector('details').open = true; dispatchEvent(new Event('beforeprint'))")
+    assert browser.execute_script(n_open) == file.read_text().count("<details>")
+    browser.execute_script("dispatchEvent(new Event('afterprint'))")
+    assert browser.execute_script(n_open) == 1
+
+
 def test_a_narrow_page_scrolls_only_downwards(browser: Any, file: Path):
     opened(browser, file, width=420)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 420
