@@ -20,9 +20,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-CONFIG = ("model", "attn_mode", "method", "ln_backward", "optimizer", "data", "steps")
+CONFIG = (
+    *("model", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size"),
+    *("attn_mode", "method", "ln_backward", "optimizer", "optimizer.lr"),
+    *("data", "batch_size", "steps", "precision"),
+)
 """What is told of the runs even if it is the same in all of them."""
 
+BASELINES = ("unigram_nats", "bigram_nats")
 PROVENANCE = ("commit", "lnjac_version", "torch_version", "python_version", "device", "data_sha256")
 MOST_SKIPPED = 300
 
@@ -83,9 +88,10 @@ def _provenance(every: "pd.DataFrame", merge: Mapping[str, Any]) -> list[tuple[s
     vary = varying(every.drop(columns=["cell", "level"]))
     groups = [name for name in vary if "." not in name and name not in IDENTITY]
     own = [name for name in vary if "." in name and name.partition(".")[0] not in groups]  # else told by the member
-    common = [name for name in CONFIG if name in every and every[name].nunique() == 1]
-    found += [(name, _values(every[name])) for name in [*groups, *own, "seed", *common]]
+    told = dict.fromkeys([*groups, *own, "seed", *(name for name in CONFIG if name in every), *BASELINES])
+    found += [(name, _values(every[name])) for name in told]
     found += [(name, _values(every[name].map(_short))) for name in PROVENANCE]
+    found.append(("working tree", _values(every["dirty"].map({False: "clean", True: "dirty"}))))
     found.append(("started", f"{every['started_at'].min()} to {every['started_at'].max()}"))
     return [*found, ("computing", f"{every['wall_s'].sum() / 3600:.2f} hours")]
 
@@ -200,15 +206,19 @@ def _choices(drawn: Sequence[Drawing | str]) -> dict[str, tuple[str, list[str]]]
 def _figure(charts: Charts, drawing: Drawing | str, *, wide: bool = False) -> str:
     if isinstance(drawing, str):
         return page.paragraph(drawing, "muted")
-    notes = page.items(drawing.notes, "muted") if drawing.notes else ""
-    table = page.folded("Table and notes" if notes else "Table", page.table(drawing.table, drawing.caption) + notes)
-    return charts.figure(drawing.chart, drawing.caption, table, wide=wide)
+    below = page.items(drawing.notes, "muted") if drawing.notes else ""
+    below += page.folded("Table", page.table(drawing.table, drawing.caption))
+    if drawing.seeds is not None:
+        label = "Every seed's value"
+        below += page.folded(label, page.table(drawing.seeds, f"{label}: {drawing.caption}"))
+    return charts.figure(drawing.chart, drawing.caption, below, wide=wide)
 
 
 def _values(column: "pd.Series[Any]", most: int = 12) -> str:
-    values = column.unique().tolist()
-    values = sorted(values) if column.dtype.kind in "if" else values
-    return ", ".join(map(str, values[:most])) + (f", … ({len(values)})" if len(values) > most else "")
+    """Its different values, null first, numbers in their order."""
+    known = column.dropna().unique().tolist()
+    values = [None] * column.hasnans + (sorted(known) if column.dtype.kind in "if" else known)
+    return listed([views.word(value) for value in values], most)
 
 
 def _short(text: Any) -> Any:

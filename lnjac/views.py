@@ -5,7 +5,7 @@ cells, a chart holds them all and shows the one that its parameter `cell` names.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +15,7 @@ import numpy as np
 from lnjac import compare, design, figures, pooling, runs, stats
 from lnjac.config import ConfigError
 from lnjac.design import ALL_SITES, RUN, Study
+from lnjac.tables import TABLES, VOLATILE
 from lnjac.where import Where, known_column
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ LOSS = "val_loss_nats"
 ENRICHMENTS = ("enrichment_radial_share", "enrichment_mean")
 METRICS = (*compare.LAYER_METRICS, "flat_cos_center_scale", "flat_cos_projected", *ENRICHMENTS)
 """Metrics of a layer that are shown unless others are asked for."""
+
+SAME = {"enrichment_radial_share": "radial_share"}
+"""Metrics that within a width are a multiple of another: testing both would be testing one thing twice."""
 
 MOST_LINES = 4
 """Comparisons up to which each norm has a row for every one of them; beyond, only the mean over norms is drawn."""
@@ -39,13 +43,26 @@ ONE = "all runs"
 
 
 class Drawing(NamedTuple):
-    """A chart, what it says, the numbers in it as a table, and what its parameters can choose among."""
+    """A chart, what it says, the numbers in it as a table, what its parameters can choose among, and every seed's numbers."""
 
     chart: figures.Chart
     caption: str
     table: "pd.DataFrame"
-    notes: Sequence[str] = ()
-    choices: Mapping[str, Sequence[str]] = MappingProxyType({})
+    notes: Sequence[str]
+    choices: Mapping[str, Sequence[str]]
+    seeds: "pd.DataFrame | None"
+
+
+def _drawing(
+    chart: figures.Chart,
+    caption: str,
+    table: "pd.DataFrame",
+    notes: Sequence[str] = (),
+    choices: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    seeds: "pd.DataFrame | None" = None,
+) -> Drawing:
+    """The chart says itself what it shows: it may be saved as a picture of its own."""
+    return Drawing(chart.properties(description=caption), caption, table, notes, choices, seeds)
 
 
 def choices(frame: "pd.DataFrame", *names: str) -> dict[str, list[str]]:
@@ -74,26 +91,33 @@ class View:
         if "seed" not in every:
             raise ConfigError(f"{self.study.path} has no column seed, the unit of every interval")
         for name in by:
-            known_column(name, list(map(str, every)), "--by names")
+            known_column(name, _factors(every), "runs are not told apart by")
         vary = [name for name in design.varying(every) if name != "ln_backward.sites"]
         every = every.assign(**{name: design.labelled(every, name) for name in {"ln_backward", *by} & set(every)})
         cells, _ = design.strata(every, by, vary) if by else (vary, [])
-        return every.assign(level=every[self.by].map(_word) if self.by else ONE, cell=cell_names(every, cells))
+        every = _by_cell(every, cells)
+        return every.assign(level=every[self.by].map(word) if self.by else ONE, cell=cell_names(every, cells))
 
     @cached_property
     def cells(self) -> list[str]:
-        """The cells' names, those of exact runs first: what everything else is measured against."""
-        names = sorted(self.runs["cell"].unique())
-        return sorted(names, key=lambda name: "ln_backward=exact" not in name.split(", "))
+        """The cells' names in their order."""
+        return list(dict.fromkeys(self.runs["cell"]))
 
     @cached_property
     def levels(self) -> list[str]:
         """The levels' names in the order of their values."""
-        return [_word(value) for value in sorted(self.runs[self.by].dropna().unique())] if self.by else [ONE]
+        return [word(value) for value in sorted(self.runs[self.by].dropna().unique())] if self.by else [ONE]
 
     @property
     def title(self) -> str:
         return self.by or ""
+
+    @cached_property
+    def layers_compared(self) -> compare.Comparison:
+        """Every metric of a layer, tested once: whatever shows a part of it shows the same adjusted p."""
+        found = compare.compare(self.study, _required(self), metrics=_tested(self), where=self.where)
+        together = f"these rows are of one family, whose p_adjusted are the same throughout: {', '.join(_tested(self))}"
+        return replace(found, notes=[*found.notes, together])
 
 
 def view(study: Study, by: str | None = None, where: str | None = None, metrics: Sequence[str] = METRICS) -> View:
@@ -106,6 +130,21 @@ def view(study: Study, by: str | None = None, where: str | None = None, metrics:
     return View(study, by, where, metrics)
 
 
+def _factors(every: "pd.DataFrame") -> list[str]:
+    """What a comparison can be by: columns of the config, and others that tell runs apart."""
+    declared = {column.name for column in TABLES["runs"]} - {*design.IDENTITY, *VOLATILE}
+    return [str(name) for name in every if name not in declared and name != "seed"]
+
+
+def _by_cell(frame: "pd.DataFrame", cells: Sequence[str]) -> "pd.DataFrame":
+    """In the order of the cells' values, those of exact runs first: what everything else is measured against."""
+    keys = frame[list(cells)].reset_index(drop=True)
+    if "ln_backward" in keys:
+        keys.insert(0, "first", keys["ln_backward"] != compare.EXACT)
+    order = keys.sort_values(list(map(str, keys)), kind="stable").index if cells else keys.index
+    return frame.iloc[order].reset_index(drop=True)
+
+
 def cell_names(frame: "pd.DataFrame", cells: Sequence[str]) -> list[str]:
     """Each row's cell in words, `ln_backward=exact, n_embd=64`: options go by their last name if that is enough."""
     if not cells:
@@ -113,10 +152,10 @@ def cell_names(frame: "pd.DataFrame", cells: Sequence[str]) -> list[str]:
     short = [name.rpartition(".")[2] for name in cells]
     names = short if len(set(short)) == len(short) else cells
     plain = frame[list(cells)].itertuples(index=False, name=None)
-    return [", ".join(f"{name}={_word(value)}" for name, value in zip(names, row, strict=True)) for row in plain]
+    return [", ".join(f"{name}={word(value)}" for name, value in zip(names, row, strict=True)) for row in plain]
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
     """A level as its column's name is followed by it; only NaN differs from itself."""
     if value is None or value != value:
         return "null"
@@ -201,8 +240,8 @@ def headline(view: View, metric: str | None = None) -> Drawing:
 
     metric = metric or HEADLINE[0]
     by = _required(view)
-    found = compare.compare(view.study, by, metrics=[metric], table=_table(view, metric), where=view.where)
-    rows, seeds = found.rows, found.seeds()
+    found = _compared(view, metric)
+    rows, seeds = (_by_cell(part[part["metric"] == metric], found.cells) for part in (found.rows, found.seeds()))
     if rows["difference"].isna().all():
         raise ConfigError(NO_PAIRS)
     by_site = "site" in rows
@@ -211,6 +250,7 @@ def headline(view: View, metric: str | None = None) -> Drawing:
     in_rows = by_site and len(pairs) * n_cells <= MOST_LINES
     for frame in (rows, seeds):
         pair, cell = _pairs(frame), cell_names(frame, found.cells)
+        frame["cell"] = cell
         frame["place"] = frame["site"] if in_rows else cell
         frame["contrast"] = pair
         if in_rows and found.cells:
@@ -227,23 +267,47 @@ def headline(view: View, metric: str | None = None) -> Drawing:
     )
     over = f" ({ALL_SITES})" if by_site and not in_rows else ""
     caption = f"Difference of {metric}{over} between levels of {by}: every seed, the mean, its 95% interval."
-    return Drawing(chart, caption, table, found.notes)
+    each = _each_seed(seeds, ["cell", "site"] if by_site else ["cell"], by)
+    return _drawing(chart, caption, table, [*found.notes, _EFFECT], seeds=each)
+
+
+def _compared(view: View, metric: str) -> compare.Comparison:
+    """The comparison that the metric is part of: that of all metrics shown of a layer, or one of its own."""
+    if metric in _tested(view):
+        return view.layers_compared
+    return compare.compare(view.study, _required(view), metrics=[metric], table=_table(view, metric), where=view.where)
+
+
+def _each_seed(seeds: "pd.DataFrame", keys: Sequence[str], level: str) -> "pd.DataFrame":
+    """The values behind differences: a row for each key and level, a column for each seed."""
+    import pandas as pd
+
+    sides = [
+        seeds[[*keys, side, "seed", f"value_{side}"]].set_axis([*keys, level, "seed", "value"], axis=1)
+        for side in ("b", "a")
+    ]
+    values = pd.concat(sides).dropna(subset="value")
+    values[level] = values[level].map(word)
+    wide = values.pivot_table("value", [*keys, level], "seed", sort=False).sort_index(axis=1)  # one value: their mean
+    return wide.rename(columns="seed {}".format).reset_index()
 
 
 def _pairs(frame: "pd.DataFrame") -> "pd.Series[str]":
     """Each row's comparison in words, `softmax − sigmoid`."""
-    return frame["a"].map(_word) + " − " + frame["b"].map(_word)
+    return frame["a"].map(word) + " − " + frame["b"].map(word)
 
 
-_RESULTS = ["difference", "low", "high", "p_adjusted", "n"]
+_RESULTS = ["difference", "low", "high", "p", "p_adjusted", "adjusted_by", "effect", "n"]
+_EFFECT = "effect: d_z, the mean difference in its standard deviations over seeds; Hedges' g where unpaired"
 
 
 def heatmap(view: View, metric: str | None = None) -> Drawing:
     """The difference of every metric at every norm, shaded against the metric's largest."""
     by = _required(view)
-    metrics = [metric] if metric else _known(view)
-    found = compare.compare(view.study, by, metrics=metrics, where=view.where)
-    rows = found.rows
+    if metric:
+        known_column(metric, view.study.columns("layers"), "--metric names")
+    found = _compared(view, metric) if metric else view.layers_compared
+    rows = _by_cell(found.rows[found.rows["metric"] == metric] if metric else found.rows, found.cells)
     rows = rows.assign(
         pair=_pairs(rows),
         cell=cell_names(rows, found.cells),
@@ -254,17 +318,18 @@ def heatmap(view: View, metric: str | None = None) -> Drawing:
         raise ConfigError(NO_PAIRS)
     largest = rows["difference"].abs().groupby([rows["metric"], rows["pair"], rows["cell"]]).transform("max")
     rows["shade"] = (rows["difference"] / largest).fillna(0.0)
-    rows = _ordered(view, rows)
+    rows = _ordered(view, rows, list(dict.fromkeys(rows["cell"])))
     own = [name for name in ("cell", "pair") if rows[name].nunique() > 1]
     cells = rows[[*own, "site", "column", "metric", "shade", "shown", "difference", "low", "high", "p_adjusted"]]
     pair = "" if "pair" in own else f" ({rows['pair'].iloc[0]})"
     chart = figures.heatmap(cells, legend="difference / the largest of its metric")
     caption = (
         f"Difference of each metric at each norm between levels of {by}{pair}: blue below 0, orange above, full colour "
-        "for the largest of its metric. A star: adjusted p < 0.05."
+        f"for the largest of its metric. A star: adjusted p < 0.05, of {ALL_SITES} by Holm, of single norms by "
+        "Benjamini and Hochberg."
     )
     wide = cells.pivot_table("difference", [*own, "site"], "metric", sort=False).reset_index()
-    return Drawing(chart, caption, wide, found.notes, choices(cells, "cell", "pair"))
+    return _drawing(chart, caption, wide, found.notes, choices(cells, "cell", "pair"))
 
 
 def enrichment(view: View) -> Drawing:
@@ -282,24 +347,22 @@ def enrichment(view: View) -> Drawing:
     ).sort_values("metric", key=lambda names: names.map(metrics.index), kind="stable")
     own = [name for name in ("cell",) if name in cells]
     cells = cells[[*own, "site", "column", "metric", "shade", "shown", "mean", "low", "high"]]
-    chart = figures.heatmap(cells, legend="log2(enrichment) / 4")
+    chart = figures.heatmap(cells, legend="enrichment", label="format(pow(2, 4 * datum.value), '.2~r') + '×'")
     caption = (
         "Enrichment at each norm: a share of the gradient's energy against that of a random direction. Neutral at "
         "chance (1), blue below, orange above, full colour from 16 times."
     )
     wide = cells.pivot_table("mean", [*own, "site"], "column", sort=False).reset_index()
-    return Drawing(chart, caption, wide, (), choices(cells, "cell"))
+    return _drawing(chart, caption, wide, choices=choices(cells, "cell"))
 
 
 def curves(view: View) -> Drawing:
     """Every metric at every norm over the updates, of which the chart shows one. The table holds them all."""
     values = layer_values(view, _known(view), last=False).dropna(subset="value")
     per_step = len(values[["site", "metric", "level"]].drop_duplicates())
-    steps = _thinned(values["step"].unique().tolist(), max(2, min(MOST_STEPS, MOST_ROWS // per_step)))
-    values = values[values["step"].isin(steps)]
+    values, notes = _thinned(values, max(2, min(MOST_STEPS, MOST_ROWS // per_step)))
     lines = _lines(view, values, ["cell", "site", "metric", "step", "level"]).drop(columns="n")
     lines = lines.sort_values("step", kind="stable")
-    notes = []
     if len(lines) > MOST_ROWS:
         per_cell = len(lines) / len(view.cells)
         kept = view.cells[: max(1, int(MOST_ROWS / per_cell))]
@@ -307,7 +370,7 @@ def curves(view: View) -> Drawing:
         notes.append(f"curves of the first {len(kept)} of {len(view.cells)} cells: choose others by --where")
     caption = "The chosen metric at the chosen norm after so many updates: mean over seeds and its 95% interval."
     chosen = choices(lines, "cell", "site", "metric")
-    return Drawing(figures.curves(lines, by=view.title), caption, lines, notes, chosen)
+    return _drawing(figures.curves(lines, by=view.title), caption, lines, notes, chosen)
 
 
 def trajectory(view: View, metric: str | None = None) -> Drawing:
@@ -324,11 +387,11 @@ def trajectory(view: View, metric: str | None = None) -> Drawing:
         values, what = values[values["site"] == ALL_SITES].dropna(subset="value"), f"{metric} ({ALL_SITES})"
     if values.empty or values.groupby(["cell", "level", "seed"])["step"].nunique().max() < 2:
         raise ConfigError(f"{metric} was measured at most once in a run: {_MORE_OFTEN.get(metric, _MORE_OFTEN[''])}")
-    steps = _thinned(values["step"].unique().tolist(), MOST_STEPS)
-    lines = _lines(view, values[values["step"].isin(steps)], ["cell", "step", "level"])
+    values, notes = _thinned(values, MOST_STEPS)
+    lines = _lines(view, values, ["cell", "step", "level"])
     chart = figures.trajectory(lines.drop(columns="n"), by=view.title, title=what)
     caption = f"{what} after so many updates: mean over seeds and its 95% interval."
-    return Drawing(chart, caption, lines, (), choices(lines, "cell"))
+    return _drawing(chart, caption, lines, notes, choices(lines, "cell"))
 
 
 _MORE_OFTEN = {
@@ -345,11 +408,11 @@ def cost(view: View, metric: str | None = None) -> Drawing:
         )
     by = None if view.by == "ln_backward" else view.by
     found = compare.cost(view.study, by=by, metric=metric or LOSS, where=view.where)
-    rows, seeds = found.costs.rows, found.costs.seeds()
     others = [name for name in found.costs.cells if name != found.by]
+    rows, seeds = (_by_cell(part, others) for part in (found.costs.rows, found.costs.seeds()))
     for frame in (rows, seeds):
         frame["cell"] = cell_names(frame, others)
-        frame["level"] = frame[found.by].map(_word) if found.by else ONE
+        frame["level"] = frame[found.by].map(word) if found.by else ONE
         frame["backward"] = frame["a"]
     rows, seeds = (_ordered(view, frame, list(dict.fromkeys(rows["cell"]))) for frame in (rows, seeds))
     own = ["cell"] if rows["cell"].nunique() > 1 else []
@@ -369,7 +432,8 @@ def cost(view: View, metric: str | None = None) -> Drawing:
     caption = (
         "What training with each backward costs: every seed, those of one seed joined, the mean, its 95% interval."
     )
-    return Drawing(chart, caption, table, found.costs.notes, choices(rows, *own))
+    each = _each_seed(seeds.assign(**{found.by or "level": seeds["level"]}), ["cell", found.by or "level"], "backward")
+    return _drawing(chart, caption, table, [*found.costs.notes, _EFFECT], choices(rows, *own), each)
 
 
 def cost_differences(view: View) -> "tuple[pd.DataFrame, Sequence[str]] | None":
@@ -379,7 +443,7 @@ def cost_differences(view: View) -> "tuple[pd.DataFrame, Sequence[str]] | None":
     if found is None:
         return None
     rows = found.rows
-    return rows[[*found.cells, "ln_backward", "a", "b", "mean_a", "mean_b", *_RESULTS]], found.notes
+    return rows[[*found.cells, "ln_backward", "a", "b", "mean_a", "mean_b", *_RESULTS]], [*found.notes, _EFFECT]
 
 
 def depth(view: View, metric: str | None = None) -> Drawing:
@@ -390,7 +454,7 @@ def depth(view: View, metric: str | None = None) -> Drawing:
     log = metric.startswith("sigma") and bool((lines[["mean", "low"]].min() > 0).all())
     chart = figures.depth(lines.drop(columns="n"), by=view.title, title=metric, log=log)
     caption = f"{metric} from the first norm to the last: mean over seeds and its 95% interval, after the last update."
-    return Drawing(chart, caption, lines, (), choices(lines, "cell"))
+    return _drawing(chart, caption, lines, choices=choices(lines, "cell"))
 
 
 def scaling(view: View, metric: str | None = None, x: str = "") -> Drawing:
@@ -401,14 +465,14 @@ def scaling(view: View, metric: str | None = None, x: str = "") -> Drawing:
         raise ConfigError(_SCALING)
     found = compare.scaling(view.study, x, metrics=[metric], table=_table(view, metric), where=view.where)
     others = [name for name in found.cells if name != view.by]
-    points = found.points
+    points = _by_cell(found.points, others)
     if "site" in points:
         points = points[points["site"] == ALL_SITES]
     if points.empty:
         raise ConfigError(f"no run has a number for {metric}")
     points = points.assign(
         cell=cell_names(points, others),
-        level=points[view.by].map(_word) if view.by in found.cells else ONE,
+        level=points[view.by].map(word) if view.by in found.cells else ONE,
         x=points[x],
     )
     points = _ordered(view, points, list(dict.fromkeys(points["cell"])))
@@ -420,7 +484,7 @@ def scaling(view: View, metric: str | None = None, x: str = "") -> Drawing:
         title=metric,
     )
     caption = f"{metric} against {x}: mean over seeds and its 95% interval."
-    return Drawing(chart, caption, found.slopes, found.notes, choices(points, *own))
+    return _drawing(chart, caption, _by_cell(found.slopes, others), found.notes, choices(points, *own))
 
 
 def sizes(view: View) -> list[str]:
@@ -463,9 +527,18 @@ def _known(view: View) -> list[str]:
     return [name for name in view.metrics if name in there]
 
 
-def _thinned(steps: Sequence[int], most: int) -> list[int]:
-    """At most so many of the steps, the first and the last among them."""
-    known = sorted(steps)
+def _tested(view: View) -> list[str]:
+    """Those of them whose differences are tested, each thing once."""
+    return [name for name in _known(view) if SAME.get(name) not in view.metrics]
+
+
+def _thinned(values: "pd.DataFrame", most: int) -> tuple["pd.DataFrame", list[str]]:
+    """The rows of at most so many steps, the first and the last among them; and what that leaves out, in words."""
+    known = sorted(values["step"].unique().tolist())
     if len(known) <= most:
-        return known
-    return [known[round(i)] for i in np.linspace(0, len(known) - 1, most)]
+        return values, []
+    kept = [known[round(i)] for i in np.linspace(0, len(known) - 1, most)]
+    said = (
+        f"{most} of the {len(known)} measured steps are shown, each as it was measured: nothing is averaged over steps"
+    )
+    return values[values["step"].isin(kept)], [said]

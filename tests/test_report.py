@@ -157,6 +157,17 @@ def test_what_was_run_tells_of_failures(tmp_path: Path):
     assert "run0004" in text
 
 
+@pytest.mark.usefixtures("light")
+def test_what_was_run_tells_sizes_baselines_and_whether_the_tree_was_clean(tmp_path: Path):
+    factors = {"eval.every": [None, 250.0], "batch_size": [32], "precision": ["fp32"], "model.block_size": [64]}
+    path = write_study(tmp_path, factors | {"optimizer.lr": [0.001]}, steps=(100,))
+    found = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", made(path).html))
+    assert found["eval.every"] == "null, 250"
+    told = ("model.n_layer", "model.block_size", "batch_size", "optimizer.lr", "precision", "bigram_nats")
+    assert [found[name] for name in told] == ["2", "64", "32", "0.001", "fp32", "0.25"]
+    assert found["working tree"] == "clean"
+
+
 def test_the_comparison_that_is_shown_is_the_one_of_compare(tmp_path: Path):
     from lnjac import compare
 
@@ -191,7 +202,7 @@ def test_levels_are_those_of_attn_mode_else_of_the_first_that_varies(tmp_path: P
     study = design.read([write_study(tmp_path, widths)])
     assert (views.view(study).by, views.view(study).levels) == ("model.n_embd", ["32", "100"])
     both = design.read([write_study(tmp_path, widths | TWO)])
-    assert (views.view(both).by, views.view(both).cells) == ("attn_mode", ["n_embd=100", "n_embd=32"])
+    assert (views.view(both).by, views.view(both).cells) == ("attn_mode", ["n_embd=32", "n_embd=100"])
     assert views.view(both, "model.n_embd", "attn_mode == 'softmax'").cells == ["all runs"]
 
 
@@ -201,7 +212,72 @@ def test_curves_stay_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     drawing = views.curves(views.view(design.read([write_study(tmp_path, factors, steps=range(100))])))
     assert 1000 < len(drawing.table) <= 2000
     assert set(drawing.table["step"]) >= {0, 99}
-    assert drawing.notes == ["curves of the first 1 of 3 cells: choose others by --where"]
+    thinned, left_out = drawing.notes
+    assert thinned.startswith("20 of the 100 measured steps are shown")
+    assert left_out == "curves of the first 1 of 3 cells: choose others by --where"
+
+
+def test_a_trajectory_says_how_many_steps_it_leaves_out(tmp_path: Path):
+    view = views.view(design.read([write_study(tmp_path, TWO, steps=range(1, 61))]))
+    drawing = views.trajectory(view, "val_loss_nats")
+    assert drawing.table["step"].nunique() == 40
+    assert [note.startswith("40 of the 60 measured steps are shown") for note in drawing.notes] == [True]
+
+
+def test_cells_are_in_the_order_of_their_numbers_exact_runs_first(tmp_path: Path):
+    factors = TWO | {"ln_backward": ["center_scale", "exact"], "steps": [1000, 250], "model.n_embd": [128, 64, 256]}
+    view = views.view(design.read([write_study(tmp_path, factors, blocks=0, steps=(100,))]))
+    assert view.cells == [
+        f"ln_backward={name}, steps={steps}, n_embd={width}"
+        for name in ("exact", "center_scale")
+        for steps in (250, 1000)
+        for width in (64, 128, 256)
+    ]
+    shown = views.headline(view).seeds
+    assert shown is not None
+    assert list(dict.fromkeys(shown["cell"])) == view.cells
+    assert views.heatmap(view).choices["cell"] == view.cells
+
+
+def test_an_effect_has_one_adjusted_p_wherever_it_is_shown(tmp_path: Path):
+    view = views.view(design.read([write_study(tmp_path, TWO)]))
+    drawn = views.heatmap(view)
+    (cells,) = drawn.chart.to_dict()["datasets"].values()
+    of_map = {(row["metric"], row["site"]): row["p_adjusted"] for row in cells}
+    for metric in views.HEADLINE:
+        table = views.headline(view, metric).table
+        assert {(metric, row.site): row.p_adjusted for row in table.itertuples()}.items() <= of_map.items()
+    tested = {metric for metric, _ in of_map}
+    assert tested == {*views.METRICS} - {"enrichment_radial_share"}  # (d−1)·radial_share: the very same test
+    for drawing in (drawn, views.headline(view, "radial_share")):
+        assert any(f"Holm over these {len(tested)} rows" in note for note in drawing.notes)
+        assert any(", ".join(name for name in views.METRICS if name in tested) in note for note in drawing.notes)
+
+
+def test_tables_have_p_effect_and_every_seed(tmp_path: Path):
+    from scipy import stats
+
+    path = write_study(tmp_path, TWO | {"ln_backward": ["exact", "ste"]})
+    runs_of = pd.read_parquet(sources.companion(path, "runs")).query("ln_backward == 'exact'")
+    a, b = (runs_of[runs_of["attn_mode"] == level]["val_loss_nats"].to_numpy() for level in ("softmax", "sigmoid"))
+    view = views.view(design.read([path]))
+    drawing = views.headline(view, "val_loss_nats")
+    row = drawing.table.query("ln_backward == 'exact'").iloc[0]
+    assert row["p"] == pytest.approx(stats.ttest_rel(a, b).pvalue)
+    assert row["effect"] == pytest.approx((a - b).mean() / (a - b).std(ddof=1))
+    for shown in (drawing.seeds, views.cost(view).seeds):
+        assert shown is not None
+        exact = shown[shown["cell" if "backward" not in shown else "backward"].str.endswith("exact")]
+        for level, values in (("softmax", a), ("sigmoid", b)):
+            assert exact[exact["attn_mode"] == level].iloc[0, -3:].tolist() == values.tolist()
+
+
+@pytest.mark.usefixtures("light")
+def test_notes_are_read_without_unfolding_anything(tmp_path: Path):
+    html = made(write_study(tmp_path, TWO, seeds=2, diverged=(0,))).html
+    open_text = re.sub(r"<details>.*?</details>", "", html, flags=re.DOTALL)
+    for note in ("paired by seed", "fewer than 3 seeds", "1 runs diverged, left out of every mean", "effect: d_z"):
+        assert note in open_text
 
 
 # What it must not do
@@ -248,6 +324,15 @@ def test_data_are_columns_of_six_digits():
     assert page.columns(rows) == {"a": [0.123457, 3.33333e-13], "b": [None, 2], "c": ["x", "y"]}
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0087123, "0.008712"), (-2.931e-5, "-2.931e-05"), (2.53, "2.530"), (250.0, "250"), (6659.5, "6660")],
+)
+def test_numbers_have_four_significant_digits(value: float, text: str):
+    assert page.number(value) == text
+    assert page.number(float("nan")) == "–"
+
+
 @pytest.mark.slow
 def test_six_hundred_runs_take_less_than_1_6_mb(tmp_path: Path):
     factors = {
@@ -284,7 +369,11 @@ def test_plot_draws_each_figure(lnjac: Any, tmp_path: Path, figure: str):
     code, text, err = lnjac("plot", write_study(tmp_path, factors, blocks=1), "--figure", figure, "-o", out)
     assert (code, err) == (0, "")
     assert text.startswith(f"{out}: ")
-    assert out.read_text().startswith("<svg")
+    drawn = out.read_text()
+    assert drawn.startswith("<svg")
+    assert any(words in drawn for words in ("Difference of", "What training", "mean over seeds"))
+    assert all(cell in drawn for cell in re.findall("Shows (.*?), one of", text))
+    assert 'stroke-width="2.5"' not in drawn  # the mark of a cell that a reader chose
 
 
 def test_plot_takes_a_metric(lnjac: Any, tmp_path: Path):
@@ -302,6 +391,8 @@ def test_plot_takes_a_metric(lnjac: Any, tmp_path: Path):
     [
         (("report", "-o", "x.txt"), "must end in .html"),
         (("report", "-o", "x.html", "--by", "attnmode"), "did you mean attn_mode"),
+        (("report", "-o", "x.html", "--by", "seed"), "runs are not told apart by seed"),
+        (("report", "-o", "x.html", "--by", "val_loss_nats"), "runs are not told apart by val_loss_nats"),
         (("report", "-o", "x.html", "--where", "seed > 9"), "holds for no run"),
         (("report", "-o", "x.html", "--where", "__import__('os')"), "--where"),
         (("plot", "-o", "x.gif", "--figure", "depth"), ".svg, .png, .pdf"),
@@ -327,4 +418,6 @@ def test_an_unknown_metric_of_a_view_is_named(tmp_path: Path):
     view = views.view(design.read([write_study(tmp_path, TWO)]))
     with pytest.raises(ConfigError, match="no_such"):
         views.trajectory(view, "no_such")
+    with pytest.raises(ConfigError, match="--metric names val_loss_nats"):
+        views.heatmap(view, "val_loss_nats")
     assert figures.FORMATS == (".svg", ".png", ".pdf")
