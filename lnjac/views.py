@@ -132,8 +132,9 @@ def view(study: Study, by: str | None = None, where: str | None = None, metrics:
 
 def _factors(every: "pd.DataFrame") -> list[str]:
     """What a comparison can be by: columns of the config, and others that tell runs apart."""
-    declared = {column.name for column in TABLES["runs"]} - {*design.IDENTITY, *VOLATILE}
-    return [str(name) for name in every if name not in declared and name != "seed"]
+    declared = {column.name for column in TABLES["runs"]}
+    config = [str(name) for name in every if name not in declared and name != "seed"]
+    return [*config, *(name for name in (*design.IDENTITY, *VOLATILE) if name in every)]
 
 
 def _by_cell(frame: "pd.DataFrame", cells: Sequence[str]) -> "pd.DataFrame":
