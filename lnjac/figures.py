@@ -294,7 +294,7 @@ def _level(alt: Any, levels: "pd.Series[Any]", field: str, title: str, *, lines:
 
 
 def _series(alt: Any, frame: "pd.DataFrame", by: str, x: Any, y: Any, *picks: str) -> Any:
-    """Means along x joined for each level, in a band of their intervals."""
+    """Means along x joined for each level, in a band of their intervals; dashed beside them their `reference`, if any."""
     many = frame[x.shorthand.split(":")[0]].nunique() > 20
     level = _level(alt, frame["level"], "level", by, lines=many)
     base = _filtered(alt, frame, *picks).encode(x=x, color=level.color, tooltip=_numbers(alt, frame))
@@ -302,6 +302,11 @@ def _series(alt: Any, frame: "pd.DataFrame", by: str, x: Any, y: Any, *picks: st
     bounds.shorthand = "low:Q"
     band = base.mark_area(style="band").encode(y=bounds, y2="high:Q")
     marks = band + base.mark_line().encode(y=y, strokeDash=level.dash)
+    if "reference" in frame:
+        beside = y.copy()
+        beside.shorthand = "reference:Q"
+        plain = _filtered(alt, frame, *picks).encode(x=x, y=beside, detail="level:N")
+        marks += plain.mark_line(style="none", strokeWidth=1)
     if not many:
         marks += base.mark_point(style="knot").encode(y=y, shape=level.shape)
     return marks.add_params(*_params(alt, frame, *picks)).properties(height=270)

@@ -216,6 +216,12 @@ def _lines(view: View, frame: "pd.DataFrame", keys: Sequence[str]) -> "pd.DataFr
     return out if len(view.cells) > 1 else out.drop(columns="cell")
 
 
+def _beside(lines: "pd.DataFrame", reference: "pd.Series[Any]") -> "pd.DataFrame":
+    """Lines with what they are seen against, which is known for each cell and level."""
+    keys = [name for name in ("cell", "level") if name in lines]
+    return lines.merge(reference.rename("reference").reset_index()[[*keys, "reference"]], on=keys, how="left")
+
+
 def _ordered(view: View, frame: "pd.DataFrame", cells: Sequence[str] | None = None) -> "pd.DataFrame":
     """By cell, by pair or level, by site where there are: each in its order, the mean over norms before any of them."""
     order = frame[[]].assign(cell=_places(frame["cell"], view.cells if cells is None else cells))
@@ -390,8 +396,11 @@ def trajectory(view: View, metric: str | None = None) -> Drawing:
         raise ConfigError(f"{metric} was measured at most once in a run: {_MORE_OFTEN.get(metric, _MORE_OFTEN[''])}")
     values, notes = _thinned(values, MOST_STEPS)
     lines = _lines(view, values, ["cell", "step", "level"])
-    chart = figures.trajectory(lines.drop(columns="n"), by=view.title, title=what)
     caption = f"{what} after so many updates: mean over seeds and its 95% interval."
+    if metric in compare.RUN_METRICS:
+        lines = _beside(lines, view.runs.groupby(["cell", "level"])["bigram_nats"].mean())
+        caption += " Dashed: a bigram model's."
+    chart = figures.trajectory(lines.drop(columns="n"), by=view.title, title=what)
     return _drawing(chart, caption, lines, notes, choices(lines, "cell"))
 
 
@@ -452,9 +461,14 @@ def depth(view: View, metric: str | None = None) -> Drawing:
     metric = metric or "sigma_mean"
     values = layer_values(view, [metric], last=True).dropna(subset="value")
     lines = _lines(view, values[values["site"] != ALL_SITES], ["cell", "level", "site"])
+    caption = f"{metric} from the first norm to the last: mean over seeds and its 95% interval, after the last update."
+    if metric in (by_chance := {share: enriched for enriched, share in SAME.items()}):
+        both = layer_values(view, [metric, by_chance[metric]], last=True)
+        mean = both.pivot_table("value", ["cell", "level"], "metric")
+        lines = _beside(lines, mean[metric] / mean[by_chance[metric]])
+        caption += " Dashed: that of a random direction."
     log = metric.startswith("sigma") and bool((lines[["mean", "low"]].min() > 0).all())
     chart = figures.depth(lines.drop(columns="n"), by=view.title, title=metric, log=log)
-    caption = f"{metric} from the first norm to the last: mean over seeds and its 95% interval, after the last update."
     return _drawing(chart, caption, lines, choices=choices(lines, "cell"))
 
 

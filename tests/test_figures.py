@@ -102,6 +102,14 @@ def test_a_legend_shows_shapes_whole_and_lines_dashed():
     assert (many["strokeDash"], many["symbolType"]) == ("strokeDash", "stroke")
 
 
+def test_lines_have_what_they_are_seen_against_beside_them():
+    chart = figures.depth(lines(site=SITES).assign(reference=0.5), by="attn_mode", title="share")
+    spec = figures.spec(chart, figures.LIGHT, width=400)
+    mean, beside = layers(spec, "line")
+    assert (mean["encoding"]["y"]["field"], beside["encoding"]["y"]["field"]) == ("mean", "reference")
+    assert beside["mark"]["style"] == "none"
+
+
 def test_a_picture_says_what_it_shows(tmp_path: Path):
     chart = every_chart()["trajectory"].properties(description="A value after so many updates.")
     figures.save(chart, tmp_path / "x.svg", figures.LIGHT, width=400)

@@ -224,6 +224,21 @@ def test_a_trajectory_says_how_many_steps_it_leaves_out(tmp_path: Path):
     assert [note.startswith("40 of the 60 measured steps are shown") for note in drawing.notes] == [True]
 
 
+def test_losses_are_seen_against_bigrams_and_shares_against_chance(tmp_path: Path):
+    path = write_study(tmp_path, TWO)
+    view = views.view(design.read([path]))
+    assert (views.trajectory(view, "val_loss_nats").table["reference"] == 0.25).all()
+    layers = (
+        pd.read_parquet(path).query("step == 100").groupby("attn_mode")[["radial_share", "enrichment_radial_share"]]
+    )
+    chance = layers.mean()["radial_share"] / layers.mean()["enrichment_radial_share"]  # of made-up numbers
+    shown = views.depth(view, "radial_share").table.groupby("level")["reference"].unique()
+    assert {level: list(values) for level, values in shown.items()} == {
+        level: [pytest.approx(value)] for level, value in chance.items()
+    }
+    assert "reference" not in views.depth(view, "sigma_mean").table
+
+
 def test_cells_are_in_the_order_of_their_numbers_exact_runs_first(tmp_path: Path):
     factors = TWO | {"ln_backward": ["center_scale", "exact"], "steps": [1000, 250], "model.n_embd": [128, 64, 256]}
     view = views.view(design.read([write_study(tmp_path, factors, blocks=0, steps=(100,))]))
