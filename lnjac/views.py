@@ -131,10 +131,11 @@ def view(study: Study, by: str | None = None, where: str | None = None, metrics:
 
 
 def _factors(every: "pd.DataFrame") -> list[str]:
-    """What a comparison can be by: columns of the config, and others that tell runs apart."""
+    """What a comparison can be by: columns of the config, and others that tell runs apart; first what varies."""
     declared = {column.name for column in TABLES["runs"]}
     config = [str(name) for name in every if name not in declared and name != "seed"]
-    return [*config, *(name for name in (*design.IDENTITY, *VOLATILE) if name in every)]
+    found = [*config, *(name for name in (*design.IDENTITY, *VOLATILE) if name in every)]
+    return sorted(found, key=design.varying(every).__contains__, reverse=True)
 
 
 def _by_cell(frame: "pd.DataFrame", cells: Sequence[str]) -> "pd.DataFrame":
