@@ -53,18 +53,6 @@ class Drawing(NamedTuple):
     seeds: "pd.DataFrame | None"
 
 
-def _drawing(
-    chart: figures.Chart,
-    caption: str,
-    table: "pd.DataFrame",
-    notes: Sequence[str] = (),
-    choices: Mapping[str, Sequence[str]] = MappingProxyType({}),
-    seeds: "pd.DataFrame | None" = None,
-) -> Drawing:
-    """The chart says itself what it shows: it may be saved as a picture of its own."""
-    return Drawing(chart.properties(description=caption), caption, table, notes, choices, seeds)
-
-
 def choices(frame: "pd.DataFrame", *names: str) -> dict[str, list[str]]:
     """The values, in their order, of those columns that the frame has."""
     return {name: list(dict.fromkeys(frame[name])) for name in names if name in frame}
@@ -111,6 +99,19 @@ class View:
     @property
     def title(self) -> str:
         return self.by or ""
+
+    def drawing(
+        self,
+        chart: figures.Chart,
+        caption: str,
+        table: "pd.DataFrame",
+        notes: Sequence[str] = (),
+        choices: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        seeds: "pd.DataFrame | None" = None,
+    ) -> Drawing:
+        """The chart says itself what it shows, and of which runs: it may be saved as a picture of its own."""
+        said = caption + (f" Where {self.where}." if self.where else "")
+        return Drawing(chart.properties(description=said), caption, table, notes, choices, seeds)
 
     @cached_property
     def layers_compared(self) -> compare.Comparison:
@@ -276,7 +277,7 @@ def headline(view: View, metric: str | None = None) -> Drawing:
     over = f" ({ALL_SITES})" if by_site and not in_rows else ""
     caption = f"Difference of {metric}{over} between levels of {by}: every seed, the mean, its 95% interval."
     each = _each_seed(seeds, ["cell", "site"] if by_site else ["cell"], by)
-    return _drawing(chart, caption, table, [*found.notes, _EFFECT], seeds=each)
+    return view.drawing(chart, caption, table, [*found.notes, _EFFECT], seeds=each)
 
 
 def _compared(view: View, metric: str) -> compare.Comparison:
@@ -337,7 +338,7 @@ def heatmap(view: View, metric: str | None = None) -> Drawing:
         "Benjamini and Hochberg."
     )
     wide = cells.pivot_table("difference", [*own, "site"], "metric", sort=False).reset_index()
-    return _drawing(chart, caption, wide, found.notes, choices(cells, "cell", "pair"))
+    return view.drawing(chart, caption, wide, found.notes, choices(cells, "cell", "pair"))
 
 
 def enrichment(view: View) -> Drawing:
@@ -361,7 +362,7 @@ def enrichment(view: View) -> Drawing:
         "chance (1), blue below, orange above, full colour from 16 times."
     )
     wide = cells.pivot_table("mean", [*own, "site"], "column", sort=False).reset_index()
-    return _drawing(chart, caption, wide, choices=choices(cells, "cell"))
+    return view.drawing(chart, caption, wide, choices=choices(cells, "cell"))
 
 
 def curves(view: View) -> Drawing:
@@ -378,7 +379,7 @@ def curves(view: View) -> Drawing:
         notes.append(f"curves of the first {len(kept)} of {len(view.cells)} cells: choose others by --where")
     caption = "The chosen metric at the chosen norm after so many updates: mean over seeds and its 95% interval."
     chosen = choices(lines, "cell", "site", "metric")
-    return _drawing(figures.curves(lines, by=view.title), caption, lines, notes, chosen)
+    return view.drawing(figures.curves(lines, by=view.title), caption, lines, notes, chosen)
 
 
 def trajectory(view: View, metric: str | None = None) -> Drawing:
@@ -402,7 +403,7 @@ def trajectory(view: View, metric: str | None = None) -> Drawing:
         lines = _beside(lines, view.runs.groupby(["cell", "level"])["bigram_nats"].mean())
         caption += " Dashed: a bigram model's."
     chart = figures.trajectory(lines.drop(columns="n"), by=view.title, title=what)
-    return _drawing(chart, caption, lines, notes, choices(lines, "cell"))
+    return view.drawing(chart, caption, lines, notes, choices(lines, "cell"))
 
 
 _MORE_OFTEN = {
@@ -444,7 +445,7 @@ def cost(view: View, metric: str | None = None) -> Drawing:
         "What training with each backward costs: every seed, those of one seed joined, the mean, its 95% interval."
     )
     each = _each_seed(seeds.assign(**{found.by or "level": seeds["level"]}), ["cell", found.by or "level"], "backward")
-    return _drawing(chart, caption, table, [*found.costs.notes, _EFFECT], choices(rows, *own), each)
+    return view.drawing(chart, caption, table, [*found.costs.notes, _EFFECT], choices(rows, *own), each)
 
 
 def cost_differences(view: View) -> "tuple[pd.DataFrame, Sequence[str]] | None":
@@ -470,7 +471,7 @@ def depth(view: View, metric: str | None = None) -> Drawing:
         caption += " Dashed: that of a random direction."
     log = metric.startswith("sigma") and bool((lines[["mean", "low"]].min() > 0).all())
     chart = figures.depth(lines.drop(columns="n"), by=view.title, title=metric, log=log)
-    return _drawing(chart, caption, lines, choices=choices(lines, "cell"))
+    return view.drawing(chart, caption, lines, choices=choices(lines, "cell"))
 
 
 def scaling(view: View, metric: str | None = None, x: str = "") -> Drawing:
@@ -500,7 +501,7 @@ def scaling(view: View, metric: str | None = None, x: str = "") -> Drawing:
         title=metric,
     )
     caption = f"{metric} against {x}: mean over seeds and its 95% interval."
-    return _drawing(chart, caption, _by_cell(found.slopes, others), found.notes, choices(points, *own))
+    return view.drawing(chart, caption, _by_cell(found.slopes, others), found.notes, choices(points, *own))
 
 
 def sizes(view: View) -> list[str]:

@@ -396,6 +396,8 @@ def test_plot_takes_a_metric(lnjac: Any, tmp_path: Path):
     words = ("plot", write_study(tmp_path, TWO), "-o", out, "--figure", "depth", "--metric")
     assert lnjac(*words, "r_radial")[0] == 0
     assert "r_radial" in out.read_text()
+    assert lnjac(*words, "r_radial", "--where", "seed > 1")[0] == 0
+    assert "Where seed &gt; 1." in out.read_text()
     code, _, err = lnjac(*words, "r_radiall")
     assert (code, err.count("\n")) == (1, 1)
     assert "r_radiall" in err
