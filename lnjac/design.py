@@ -72,6 +72,14 @@ def varying(frame: "pd.DataFrame") -> list[str]:
     return sorted(found, key=lambda name: (name in IDENTITY, "." in name))
 
 
+def factors(frame: "pd.DataFrame") -> list[str]:
+    """What runs can be compared by: columns of the config, and others that tell runs apart; first those that vary."""
+    declared = {column.name for column in TABLES["runs"]}
+    config = [str(name) for name in frame if name not in declared and name != "seed"]
+    found = [*config, *(name for name in (*IDENTITY, *VOLATILE) if name in frame)]
+    return sorted(found, key=varying(frame).__contains__, reverse=True)
+
+
 def labelled(frame: "pd.DataFrame", column: str) -> "pd.Series[Any]":
     """The column's values; a group's member with those of its settings that vary: `center_scale@ln_f`, `sgd[lr=0.1]`."""
     values, groups = frame[column], frame.groupby(column, dropna=False)
@@ -124,10 +132,7 @@ def gather(
     every = study.frame("runs")
     if "seed" not in every:
         raise ConfigError(f"{study.path} has no column seed, the unit of every comparison")
-    declared = {column.name for column in TABLES["runs"]}
-    levels = [str(name) for name in every if name not in declared and name != "seed"]
-    levels += ["step"] * (table == "layers") + [name for name in (*IDENTITY, *VOLATILE) if name in every]
-    levels.sort(key=varying(every).__contains__, reverse=True)  # those worth a comparison are named first
+    levels = factors(every) + ["step"] * (table == "layers")
     for name in by:
         known_column(name, levels, "runs are not told apart by")
     chosen = Where(where) if where else None

@@ -15,7 +15,6 @@ import numpy as np
 from lnjac import compare, design, figures, pooling, runs, stats
 from lnjac.config import ConfigError
 from lnjac.design import ALL_SITES, RUN, Study
-from lnjac.tables import TABLES, VOLATILE
 from lnjac.where import Where, known_column
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ class View:
         if "seed" not in every:
             raise ConfigError(f"{self.study.path} has no column seed, the unit of every interval")
         for name in by:
-            known_column(name, _factors(every), "runs are not told apart by")
+            known_column(name, design.factors(every), "runs are not told apart by")
         vary = [name for name in design.varying(every) if name != "ln_backward.sites"]
         every = every.assign(**{name: design.labelled(every, name) for name in {"ln_backward", *by} & set(every)})
         cells, _ = design.strata(every, by, vary) if by else (vary, [])
@@ -129,14 +128,6 @@ def view(study: Study, by: str | None = None, where: str | None = None, metrics:
         vary = [name for name in design.varying(kept) if name not in design.IDENTITY]
         by = "attn_mode" if "attn_mode" in vary else next(iter(vary), None)
     return View(study, by, where, metrics)
-
-
-def _factors(every: "pd.DataFrame") -> list[str]:
-    """What a comparison can be by: columns of the config, and others that tell runs apart; first what varies."""
-    declared = {column.name for column in TABLES["runs"]}
-    config = [str(name) for name in every if name not in declared and name != "seed"]
-    found = [*config, *(name for name in (*design.IDENTITY, *VOLATILE) if name in every)]
-    return sorted(found, key=design.varying(every).__contains__, reverse=True)
 
 
 def _by_cell(frame: "pd.DataFrame", cells: Sequence[str]) -> "pd.DataFrame":
