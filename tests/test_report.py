@@ -398,6 +398,8 @@ def test_plot_takes_a_metric(lnjac: Any, tmp_path: Path):
     assert "r_radial" in out.read_text()
     assert lnjac(*words, "r_radial", "--where", "seed > 1")[0] == 0
     assert "Where seed &gt; 1." in out.read_text()
+    said = json.loads(lnjac(*words, "r_radial", "--json")[1])
+    assert (said["output"], list(said)) == (str(out), ["output", "caption", "notes"])
     code, _, err = lnjac(*words, "r_radiall")
     assert (code, err.count("\n")) == (1, 1)
     assert "r_radiall" in err

@@ -11,17 +11,25 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lnjac import compare, stats
+from lnjac.design import ALL_SITES
 from lnjac.sweep import companions, load
 
 HERE = Path(__file__).resolve().parent
 SHORT, LONG = "cost250", "cost1000"
+METHODS = "methods250"
+RATES, BEST = "rates", "best_rate"
+WIDTH, STEPS = "width", "step"
 INSIDE = "inside"
 PRIMARY = "center_scale"
+GROWN = ("r_mean", "r_radial", "radial_share", "enrichment_mean", "enrichment_radial_share", "sigma_mean")
+ALONG = (0, 1, 4, 16, 64, 256, 1024, 2000)
+"""Measured steps that the page shows."""
 SHOWN = ("center_scale", "projected", "ste", "scale")
 
 BLOCKS: dict[str, Callable[[], str]] = {}
@@ -36,8 +44,8 @@ def table(name: str, kind: str = "runs") -> pd.DataFrame:
     return load(companions(HERE / f"{name}.parquet")[kind])
 
 
-def study(name: str) -> compare.Study:
-    return compare.read([HERE / f"{name}.parquet"])
+def study(*names: str) -> compare.Study:
+    return compare.read([HERE / f"{name}.parquet" for name in names])
 
 
 def markdown(heads: list[str], lines: list[list[str]]) -> str:
@@ -48,8 +56,9 @@ def signed(value: float) -> str:
     return "–" if np.isnan(value) else f"{value:+.3f}"
 
 
-def interval(row: "pd.Series[float]") -> str:
-    return "–" if np.isnan(row["low"]) else f"{row['low']:+.3f} to {row['high']:+.3f}"
+def interval(found: Any) -> str:
+    """Of what has `low` and `high`."""
+    return "–" if np.isnan(found.low) else f"{found.low:+.3f} to {found.high:+.3f}"
 
 
 def p_value(value: float) -> str:
@@ -71,31 +80,28 @@ def provenance() -> str:
     return markdown(["table", "runs", "diverged", "precision", "corpus", "torch", "commit", "process hours"], lines)
 
 
-def losses(name: str) -> pd.DataFrame:
-    """Validation loss of the exact backward: a row for each method and attention mode, a column for each seed."""
-    runs = table(name)
-    runs = runs[(runs["ln_backward"] == "exact") & (runs["status"] == "done")]
-    return runs.pivot_table("val_loss_nats", ["method", "attn_mode"], "seed")
-
-
-def floor(name: str) -> str:
-    runs = table(name).iloc[0]
-    values = losses(name)
+def floor(*names: str) -> str:
+    """Validation loss of the exact backward by method, attention mode and precision, and its margin below frozen blocks."""
+    runs = pd.concat([table(name) for name in names])
+    done = runs[(runs["ln_backward"] == "exact") & (runs["status"] == "done")]
+    values = done.pivot_table("val_loss_nats", ["method", "attn_mode", "precision"], "seed")
+    frozen = values.loc["frozen"].droplevel("precision")
     lines = []
-    for (method, mode), seeds in values.iterrows():
+    for (method, mode, precision), seeds in values.iterrows():
         margin = ""
-        if method != "frozen" and ("frozen", mode) in values.index:
-            found = stats.paired((values.loc[("frozen", mode)] - seeds).to_numpy())
-            margin = f"{found.estimate:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
-        lines.append([f"`{method}`", mode, f"{seeds.mean():.3f}", margin, str(seeds.count())])
-    said = f"Unigram {runs['unigram_nats']:.3f}, bigram {runs['bigram_nats']:.3f} nats."
-    heads = ["method", "attention", "validation loss", "below frozen by (95 % interval)", "seeds"]
+        if method != "frozen":
+            found = stats.paired((frozen.loc[mode] - seeds).to_numpy())
+            margin = f"{found.estimate:+.3f} ({interval(found)})"
+        lines.append([f"`{method}`", mode, precision, f"{seeds.mean():.3f}", margin, str(seeds.count())])
+    baselines = runs.iloc[0]
+    said = f"Unigram {baselines['unigram_nats']:.3f}, bigram {baselines['bigram_nats']:.3f} nats."
+    heads = ["method", "attention", "precision", "validation loss", "below frozen by (95 % interval)", "seeds"]
     return f"{said}\n\n{markdown(heads, lines)}"
 
 
 @block
 def floor_short() -> str:
-    return floor(SHORT)
+    return floor(SHORT, METHODS)
 
 
 @block
@@ -113,14 +119,14 @@ def headline(name: str) -> str:
     lines = [[str(seed), *(signed(value) for value in (*costs.loc[seed], difference[seed]))] for seed in costs.index]
     means = [stats.paired(values.to_numpy()) for values in (costs["softmax"], costs["sigmoid"], difference)]
     lines.append(["**mean**", *(f"**{signed(float(one.estimate))}**" for one in means)])
-    lines.append(["95 % interval", *(f"{one.low:+.3f} to {one.high:+.3f}" for one in means)])
+    lines.append(["95 % interval", *map(interval, means)])
     lines.append(["p", *(p_value(float(one.p)) for one in means)])
     found = means[-1]
     more = "more" if found.estimate > 0 else "less"
     holds = "excludes" if found.low > 0 or found.high < 0 else "includes"
     said = (
         f"Under softmax attention `center_scale` cost {abs(found.estimate):.3f} nats {more} than under sigmoid "
-        f"(95 % interval {found.low:+.3f} to {found.high:+.3f}, p = {p_value(float(found.p))}, d_z = {found.effect:.1f}, "
+        f"(95 % interval {interval(found)}, p = {p_value(float(found.p))}, d_z = {found.effect:.1f}, "
         f"{found.n} seeds): the interval {holds} zero."
     )
     return f"{said}\n\n{markdown(['seed', 'cost under softmax', 'under sigmoid', 'difference'], lines)}"
@@ -136,22 +142,19 @@ def second() -> str:
     return headline(LONG)
 
 
-def all_costs(name: str) -> str:
-    found = compare.cost(study(name), by="attn_mode", where="method != 'frozen'", reference="sigmoid")
-    rows = found.costs.rows
-    wide = {}
-    for _, row in rows.iterrows():
-        wide[row.get("method", "fa"), row["a"], row["attn_mode"]] = row
+def all_costs(*names: str) -> str:
+    """Cost of every backward under each attention mode, and the difference of the two, by what else varies."""
+    found = compare.cost(study(*names), by="attn_mode", where="method != 'frozen'", reference="sigmoid")
     assert found.differences is not None
+    cells = [name for name in ("method", "precision") if name in found.differences.rows]
+    wide = {(*row[cells], row["a"], row["attn_mode"]): row for _, row in found.costs.rows.iterrows()}
     lines = []
     for _, row in found.differences.rows.iterrows():
-        method = row.get("method", "fa")
-        each = [wide[method, row["ln_backward"], mode] for mode in ("softmax", "sigmoid")]
+        each = [wide[(*row[cells], row["ln_backward"], mode)] for mode in ("softmax", "sigmoid")]
         lost = sum(int(one["diverged_a"]) for one in each)
         lines.append(
             [
-                f"`{method}`",
-                f"`{row['ln_backward']}`",
+                *(f"`{row[name]}`" for name in (*cells, "ln_backward")),
                 *(f"{signed(one['difference'])} ({interval(one)})" for one in each),
                 f"{signed(row['difference'])} ({interval(row)})",
                 p_value(row["p_adjusted"]),
@@ -159,13 +162,89 @@ def all_costs(name: str) -> str:
                 f"{lost}/{sum(int(one['runs_a']) for one in each)}",
             ]
         )
-    heads = ["method", "backward", "cost, softmax", "cost, sigmoid", "difference", "Holm p", "seeds", "diverged"]
+    heads = [*cells, "backward", "cost, softmax", "cost, sigmoid", "difference", "Holm p", "seeds", "diverged"]
     return markdown(heads, lines)
 
 
 @block
 def costs_short() -> str:
-    return all_costs(SHORT)
+    return all_costs(SHORT, METHODS)
+
+
+@block
+def costs_long() -> str:
+    return all_costs(LONG)
+
+
+@block
+def rates() -> str:
+    """Validation loss after 250 updates at each learning rate, on seeds that are not the study's; the best is bold."""
+    runs = table(RATES)
+    lost = runs["status"] == "diverged"
+    wide = runs[~lost].pivot_table("val_loss_nats", ["attn_mode", "ln_backward"], "optimizer.lr", sort=False)
+    wide = wide.sort_index(axis=1)
+    lines = []
+    for (mode, backward), row in wide.iterrows():
+        values = [f"**{x:.3f}**" if x == row.min() else "–" if np.isnan(x) else f"{x:.3f}" for x in row]
+        lines.append([mode, f"`{backward}`", *values])
+    seeds = " and ".join(map(str, sorted(runs["seed"].unique())))
+    said = f"{lost.sum()} of {len(runs)} runs diverged. Means over seeds {seeds}."
+    return f"{said}\n\n{markdown(['attention', 'backward', *(f'lr {lr:g}' for lr in wide)], lines)}"
+
+
+@block
+def costs_best_rate() -> str:
+    return all_costs(BEST)
+
+
+@block
+def width() -> str:
+    """Slope of log metric against log width after 250 updates, averaged over the norms of a run."""
+    found = compare.scaling(study(WIDTH), "model.n_embd", metrics=GROWN)
+    keys = ["metric", "attn_mode"]
+    slopes = found.slopes[found.slopes["site"] == ALL_SITES].set_index(keys)
+    points = found.points[found.points["site"] == ALL_SITES].pivot_table("mean", keys, "model.n_embd", sort=False)
+    lines = [
+        [
+            f"`{metric}`",
+            mode,
+            *(f"{value:.4g}" for value in row),
+            f"{slope.slope:+.2f} ({slope.low:+.2f} to {slope.high:+.2f})",
+        ]
+        for (metric, mode), row in points.iterrows()
+        for slope in [slopes.loc[(metric, mode)]]
+    ]
+    return markdown(["metric", "attention", *(f"width {int(x)}" for x in points), "slope (95 % interval)"], lines)
+
+
+@block
+def steps() -> str:
+    """The shares on the way to the last update, averaged over the norms of a run and over seeds."""
+    layers = table(STEPS, "layers")
+    layers = layers[layers["step"].isin(ALONG)]
+    per_run = layers.groupby(["attn_mode", "step", "seed"])[[*GROWN, "loss_nats"]].mean()
+    found = per_run.groupby(["attn_mode", "step"]).mean()
+    lines = [
+        [mode, str(step), *(f"{value:.4g}" for value in row[[*GROWN]]), f"{row['loss_nats']:.3f}"]
+        for (mode, step), row in found.iterrows()
+    ]
+    return markdown(["attention", "updates", *(f"`{name}`" for name in GROWN), "loss of the batch"], lines)
+
+
+@block
+def growth() -> str:
+    """Whether the shares grow more under softmax: log of the last over the first, paired by seed."""
+    layers = table(STEPS, "layers")
+    per_run = np.log(layers.groupby(["attn_mode", "seed", "step"])[[*GROWN]].mean()).unstack("step")
+    lines = []
+    for metric in GROWN:
+        grown = per_run[metric][max(ALONG)] - per_run[metric][min(ALONG)]
+        sides = [grown[mode] for mode in ("softmax", "sigmoid")]
+        each = [stats.paired(values.to_numpy()) for values in (*sides, sides[0] - sides[1])]
+        lines.append(
+            [f"`{metric}`", *(f"{one.estimate:+.3f} ({interval(one)})" for one in each), p_value(float(each[-1].p))]
+        )
+    return markdown(["log growth of", "softmax", "sigmoid", "difference", "p"], lines)
 
 
 @block
