@@ -63,6 +63,14 @@ def anew(sources: Sequence[Path], out: Path) -> dict[str, tuple[str, str]]:
     return rows_of(out.parent / "anew" / "all.parquet")
 
 
+def touched(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+def altered(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20] + b"x" * 20)
+
+
 def test_unchanged_runs_are_taken_from_the_sweeps_own_merge(folder: Path, out: Path, opened: list[str]):
     report = merge([folder], out)
     assert opened == []
@@ -80,7 +88,9 @@ def test_the_very_same_runs_are_copied_byte_for_byte(folder: Path, out: Path, mo
 
 
 @pytest.mark.parametrize("file", ["all.parquet", "all.swaps.parquet", "all.merge.json"])
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"x")], ids=["removed", "altered"])
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, altered, lambda path: path.write_bytes(b"")], ids=["removed", "altered", "empty"]
+)
 def test_a_damaged_merge_is_not_copied(folder: Path, out: Path, file: str, damage: Callable[[Path], Any]):
     expected = rows_of(folder / "all.parquet")
     damage(folder / file)
@@ -134,14 +144,6 @@ def test_some_of_a_sweeps_runs(folder: Path, out: Path, opened: list[str]):
     assert opened == []
     assert rows_of(folder / "some.parquet") == rows_of(out) == anew([folder], out)
     assert list(companions(folder / "some.parquet")) == ["layers", "runs", "curves"]
-
-
-def touched(path: Path) -> None:
-    os.utime(path, ns=(1, 1))
-
-
-def altered(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-20] + b"x" * 20)
 
 
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
