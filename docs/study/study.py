@@ -27,7 +27,8 @@ RATES, BEST = "rates", "best_rate"
 WIDTH, STEPS = "width", "step"
 INSIDE = "inside"
 PRIMARY = "center_scale"
-GROWN = ("r_mean", "r_radial", "radial_share", "enrichment_mean", "enrichment_radial_share", "sigma_mean")
+GROWN = ("r_mean", "radial_share", "sigma_mean")
+WIDENED = (*GROWN, "enrichment_mean", "enrichment_radial_share")
 ALONG = (0, 1, 4, 16, 64, 256, 1024, 2000)
 """Measured steps that the page shows."""
 SHOWN = ("center_scale", "projected", "ste", "scale")
@@ -107,6 +108,25 @@ def floor_short() -> str:
 @block
 def floor_long() -> str:
     return floor(LONG)
+
+
+@block
+def precision() -> str:
+    """The long runs, in bf16, as they passed the short ones' last update, against those, in fp32."""
+    short = table(SHORT)
+    curves = table(LONG, "curves")
+    passing = curves.loc[curves["step"] == short["steps"].iloc[0], ["run_id", "val_loss_nats"]]
+    long = table(LONG).drop(columns="val_loss_nats").merge(passing, on="run_id")
+    keys = ["method", "attn_mode", "ln_backward"]
+    fp32, bf16 = (
+        runs[runs["ln_backward.sites"] == "all"].pivot_table("val_loss_nats", keys, "seed") for runs in (short, long)
+    )
+    apart = (bf16 - fp32).dropna()
+    lines = [
+        [f"`{method}`", mode, f"`{backward}`", f"{row.mean():+.4f}", f"{row.abs().max():.4f}", str(row.count())]
+        for (method, mode, backward), row in apart.iterrows()
+    ]
+    return markdown(["method", "attention", "backward", "bf16 − fp32, mean", "largest", "seeds"], lines)
 
 
 def headline(name: str) -> str:
@@ -200,7 +220,7 @@ def costs_best_rate() -> str:
 @block
 def width() -> str:
     """Slope of log metric against log width after 250 updates, averaged over the norms of a run."""
-    found = compare.scaling(study(WIDTH), "model.n_embd", metrics=GROWN)
+    found = compare.scaling(study(WIDTH), "model.n_embd", metrics=WIDENED)
     keys = ["metric", "attn_mode"]
     slopes = found.slopes[found.slopes["site"] == ALL_SITES].set_index(keys)
     points = found.points[found.points["site"] == ALL_SITES].pivot_table("mean", keys, "model.n_embd", sort=False)
@@ -208,7 +228,7 @@ def width() -> str:
         [
             f"`{metric}`",
             mode,
-            *(f"{value:.4g}" for value in row),
+            *(f"{value:.3g}" for value in row),
             f"{slope.slope:+.2f} ({slope.low:+.2f} to {slope.high:+.2f})",
         ]
         for (metric, mode), row in points.iterrows()
@@ -225,7 +245,7 @@ def steps() -> str:
     per_run = layers.groupby(["attn_mode", "step", "seed"])[[*GROWN, "loss_nats"]].mean()
     found = per_run.groupby(["attn_mode", "step"]).mean()
     lines = [
-        [mode, str(step), *(f"{value:.4g}" for value in row[[*GROWN]]), f"{row['loss_nats']:.3f}"]
+        [mode, str(step), *(f"{value:.3g}" for value in row[[*GROWN]]), f"{row['loss_nats']:.3f}"]
         for (mode, step), row in found.iterrows()
     ]
     return markdown(["attention", "updates", *(f"`{name}`" for name in GROWN), "loss of the batch"], lines)
