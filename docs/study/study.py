@@ -214,7 +214,24 @@ def rates() -> str:
 
 @block
 def costs_best_rate() -> str:
-    return all_costs(BEST)
+    """Cost of each backward at its own rate, against the exact one's at its own, paired by seed."""
+    runs = table(BEST)
+    wide = runs.pivot_table("val_loss_nats", "seed", ["attn_mode", "ln_backward"])
+    lr = runs.groupby(["attn_mode", "ln_backward"])["optimizer.lr"].first()
+    modes = ("softmax", "sigmoid")
+    costs = {mode: wide[mode].drop(columns="exact").sub(wide[mode]["exact"], axis=0) for mode in modes}
+    apart = costs["softmax"] - costs["sigmoid"]
+    found = {name: stats.paired(apart[name].to_numpy()) for name in SHOWN}
+    adjusted = stats.adjusted(np.array([one.p for one in found.values()]), "holm")
+    lines = []
+    for (name, difference), p in zip(found.items(), adjusted, strict=True):
+        each = [stats.paired(costs[mode][name].to_numpy()) for mode in modes]
+        sides = [f"{one.estimate:+.3f} ({interval(one)})" for one in (*each, difference)]
+        rates = [f"{lr[mode, name]:g}" for mode in modes]
+        lines.append([f"`{name}`", *rates, *sides, p_value(float(p)), str(int(difference.n))])
+    rates = " and ".join(f"{lr[mode, 'exact']:g} under {mode}" for mode in modes)
+    heads = ["backward", *(f"lr, {mode}" for mode in modes), *(f"cost, {mode}" for mode in modes)]
+    return f"The exact backward: lr {rates}.\n\n{markdown([*heads, 'difference', 'Holm p', 'seeds'], lines)}"
 
 
 @block
