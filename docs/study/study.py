@@ -192,11 +192,6 @@ def costs_short() -> str:
 
 
 @block
-def costs_long() -> str:
-    return all_costs(LONG)
-
-
-@block
 def rates() -> str:
     """Validation loss after 250 updates at each learning rate, on seeds that are not the study's; the best is bold."""
     runs = table(RATES)
