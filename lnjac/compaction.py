@@ -48,7 +48,7 @@ def proof(source: Source) -> str:
     else:
         folder = os.fspath(source.path)
         with suppress(OSError), open(f"{folder}/{runs.STATUS}", "rb", buffering=0) as file:
-            status = file.read()  # none is a state like another
+            status = file.read()  # a folder without one is a state like another
         files = [f"{folder}/{file}" for file, listed in _FILES.items() if listed is None or listed in status]
     return hashlib.sha256(status + repr([_state(file) for file in files]).encode()).hexdigest()[:32]
 

@@ -457,7 +457,9 @@ class Record:
         healthy = val_loss is None or math.isfinite(val_loss)
         if done == 0 and config.diagnostics.feedback_draws:
             with self.clock.timing("diagnose"):
-                self._keep("mechanism", self.training.over_draws())
+                drawn = self.training.over_draws()
+            if drawn:  # none without random feedback, and then no table
+                self._keep("mechanism", drawn)
         if healthy and done in self.analysed_at:
             with self.clock.timing("diagnose"):
                 found = self.training.diagnose()

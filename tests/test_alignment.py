@@ -299,6 +299,12 @@ def test_draws_are_made_at_step_0_whatever_the_schedule_and_are_not_the_runs_own
     assert drawn.item() != pytest.approx(mine)
 
 
+def test_no_draws_no_table(tmp_path: Path) -> None:
+    words = ("method=bp", "steps=1", "eval.tokens=100", "diagnostics.feedback_draws=2", f"data.dir={tmp_path}/play")
+    assert train.run(config_of(*words), tmp_path / "run") == "done"
+    assert not (tmp_path / "run" / "mechanism.parquet").exists()
+
+
 @pytest.mark.parametrize(
     "switch", ["distributions=true", "alignment=true", "feedback_draws=2", "attention=true", "swap=true"]
 )
