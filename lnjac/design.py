@@ -190,8 +190,8 @@ def _rows(
         shown = [name for name in named if name in every]
         context = layers.assign(**{name: every[name].to_numpy()[layers["run"]] for name in shown})
         meant = chosen.holds(context)
-        of_their_runs = meant[layers["run"].isin(layers["run"][meant])]
-        in_part = bool(of_their_runs.groupby(layers["site"]).nunique().gt(1).any())
+        beside = meant[meant.groupby([layers["run"], layers["step"]]).transform("any")]  # of one measurement with them
+        in_part = bool(beside.groupby(layers["site"]).nunique().gt(1).any())
         layers = layers[meant]
     if at != "every":
         steps = sorted(layers["step"].unique().tolist())

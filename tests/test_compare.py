@@ -99,6 +99,8 @@ def test_no_mean_over_norms_that_differ_between_runs(tmp_path: Path):
     assert noted(found, f"{ALL_SITES}: no mean")
     one = compare(made, "attn_mode", metrics=["radial_share"], where="site == 'ln_f' and seed < 3")
     assert one.rows["difference"].notna().all()
+    late = compare(made, "attn_mode", metrics=["radial_share"], where="step > 0")  # every norm of a measurement
+    assert late.rows["difference"].tolist() == whole["difference"].tolist()
     assert made.doubts == []
 
 
