@@ -97,10 +97,10 @@ class Index:
 
     def is_of(self, proofs: Sequence[str]) -> bool:
         """Whether the runs of these proofs, in this order, are the runs it knows, and would give columns in this order."""
-        if len(proofs) != len(self.runs) or not all(proof in self.runs for proof in proofs):
+        if len(proofs) != len(self.runs) or set(proofs) != self.runs.keys():
             return False
         kinds = list(dict.fromkeys(self.runs[proof][1] for proof in proofs))
-        return kinds == sorted(kinds) and len(set(proofs)) == len(proofs)
+        return kinds == sorted(kinds)
 
     def report_of(self, layers: Path) -> str | None:
         """What the merge said of itself; None if that is not what was written."""

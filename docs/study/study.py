@@ -62,6 +62,11 @@ def interval(found: Any) -> str:
     return "–" if np.isnan(found.low) else f"{found.low:+.3f} to {found.high:+.3f}"
 
 
+def estimated(found: Any) -> str:
+    """Of what has `estimate`, `low` and `high`."""
+    return f"{signed(float(found.estimate))} ({interval(found)})"
+
+
 def p_value(value: float) -> str:
     return "–" if np.isnan(value) else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
 
@@ -92,7 +97,7 @@ def floor(*names: str) -> str:
         margin = ""
         if method != "frozen":
             found = stats.paired((frozen.loc[mode] - seeds).to_numpy())
-            margin = f"{found.estimate:+.3f} ({interval(found)})"
+            margin = estimated(found)
         lines.append([f"`{method}`", mode, precision, f"{seeds.mean():.3f}", margin, str(seeds.count())])
     baselines = runs.iloc[0]
     said = f"Unigram {baselines['unigram_nats']:.3f}, bigram {baselines['bigram_nats']:.3f} nats."
@@ -221,7 +226,7 @@ def costs_best_rate() -> str:
     lines = []
     for (name, difference), p in zip(found.items(), adjusted, strict=True):
         each = [stats.paired(costs[mode][name].to_numpy()) for mode in modes]
-        sides = [f"{one.estimate:+.3f} ({interval(one)})" for one in (*each, difference)]
+        sides = list(map(estimated, (*each, difference)))
         rates = [f"{lr[mode, name]:g}" for mode in modes]
         lines.append([f"`{name}`", *rates, *sides, p_value(float(p)), str(int(difference.n))])
     rates = " and ".join(f"{lr[mode, 'exact']:g} under {mode}" for mode in modes)
@@ -273,9 +278,7 @@ def growth() -> str:
         grown = per_run[metric][max(ALONG)] - per_run[metric][min(ALONG)]
         sides = [grown[mode] for mode in ("softmax", "sigmoid")]
         each = [stats.paired(values.to_numpy()) for values in (*sides, sides[0] - sides[1])]
-        lines.append(
-            [f"`{metric}`", *(f"{one.estimate:+.3f} ({interval(one)})" for one in each), p_value(float(each[-1].p))]
-        )
+        lines.append([f"`{metric}`", *map(estimated, each), p_value(float(each[-1].p))])
     return markdown(["log growth of", "softmax", "sigmoid", "difference", "p"], lines)
 
 
