@@ -79,13 +79,15 @@ class Call:
         x = self.x.detach().to(self.rstd.dtype)
         return (x if self.rms else center(x)) * self.rstd
 
-    def pull_back(self, g: Tensor, swap: Swap) -> Tensor:
-        return pull_back(g, self.z, self.rstd, swap, rms=self.rms).to(self.x.dtype)
+    def pull_back(self, g: Tensor) -> Tensor:
+        return pull_back(g, self.z, self.rstd, self.swap, rms=self.rms).to(self.x.dtype)
 
-    def change(self, swap: Swap) -> Tensor:
+    def change(self) -> Tensor:
         """(swapped − exact) pullback of the exact g."""
         assert self.g is not None
-        return self.pull_back(self.g, swap) - self.pull_back(self.g, EXACT)
+        z = self.z
+        swapped, exact = (pull_back(self.g, z, self.rstd, swap, rms=self.rms) for swap in (self.swap, EXACT))
+        return (swapped - exact).to(self.x.dtype)
 
 
 class _Switched(torch.autograd.Function):
@@ -101,7 +103,7 @@ class _Switched(torch.autograd.Function):
         call: Call = ctx.call
         if call.g is None:
             call.g = g
-        return call.pull_back(g, call.swap), None
+        return call.pull_back(g), None
 
 
 class _Recorder:
@@ -145,52 +147,46 @@ class Graph:
         with recording(model) as self.calls:
             value, tokens = loss(model, batch)
         self.loss, self.parameters = value * (tokens / total), parameters
-        found = self._pull(self.loss)
+        found = self._pull([self.loss])
         self.exact = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
     def swapped(self, sites: Collection[str], swaps: Sequence[Swap]) -> Iterator[Gradient]:
         """For each swap the gradient with it at these sites, exact elsewhere."""
         calls = [call for call in self.calls if call.site in sites and call.g is not None]
-        if not calls:
-            return iter([self.exact] * len(swaps))
         return self._at_one(calls[0], swaps) if len(calls) == 1 else self._together(calls, swaps)
 
     def _at_one(self, call: Call, swaps: Sequence[Swap]) -> Iterator[Gradient]:
         """At most five passes through the layers below serve all swaps."""
         assert call.g is not None
         parts = basis(call.g, call.z, call.rstd, rms=call.rms)
-        deltas = list(zip(*(self._pull(call.x, part.to(call.x.dtype)) for part in parts), strict=True))
+        deltas = list(zip(*(self._pull([call.x], [part.to(call.x.dtype)]) for part in parts), strict=True))
         for swap in swaps:
             c = coefficients(swap, rms=call.rms)
             yield [_changed(g, c, of_one) for g, of_one in zip(self.exact, deltas, strict=True)]
 
     def _together(self, calls: Sequence[Call], swaps: Sequence[Swap]) -> Iterator[Gradient]:
-        """A pass for each swap, from the topmost call's input where all that can change lies below it."""
-        top = calls[-1]
-        arrived = torch.autograd.grad(self.loss, top.x, retain_graph=True)[0] if self._is_gate(calls) else None
+        """A pass for each swap, of the change alone, through the layers below.
+
+        With g the exact gradient at a norm and δ what reaches it from the norms above that are changed too,
+        swapped(g + δ) − exact(g) = swapped(δ) + (swapped − exact)(g): its own pullback of δ, and a cotangent for its input.
+        """
         for swap in swaps:
-            if swap == EXACT:
+            if swap == EXACT or not calls:
                 yield self.exact
                 continue
             for call in calls:
                 call.swap = swap
             try:
-                found = self._pull(self.loss) if arrived is None else self._pull(top.x, arrived + top.change(swap))
+                found = self._pull([call.x for call in calls], [call.change() for call in calls])
             finally:
                 for call in calls:
                     call.swap = EXACT
-            yield [exact if g is None else g for exact, g in zip(self.exact, found, strict=True)]
+            yield [_changed(g, [1.0], [delta]) for g, delta in zip(self.exact, found, strict=True)]
 
-    def _pull(self, output: Tensor, cotangent: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """The parameters' gradients, None for those that the output does not depend on."""
-        found = torch.autograd.grad(output, self.parameters, cotangent, retain_graph=True, allow_unused=True)
+    def _pull(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None = None) -> tuple[Tensor | None, ...]:
+        """The parameters' gradients, None for those that the outputs do not depend on."""
+        found = torch.autograd.grad(outputs, self.parameters, cotangents, retain_graph=True, allow_unused=True)
         return tuple(None if g is None else g.contiguous() for g in found)
-
-    def _is_gate(self, calls: Sequence[Call]) -> bool:
-        """Whether the loss reaches the other calls, and all else below the last one's input, only through that input."""
-        gate = _edge(calls[-1].x)
-        below, beside = _reach(gate), _reach(_edge(self.loss), gate)
-        return not below & beside and all(_edge(call.x)[0] in below for call in calls[:-1])
 
 
 def _changed(g: Tensor, c: Sequence[float], deltas: Sequence[Tensor | None]) -> Tensor:
@@ -231,22 +227,3 @@ class Graphs:
 
 def add(one: Gradient, other: Gradient) -> Gradient:
     return [a + b for a, b in zip(one, other, strict=True)]
-
-
-Edge = tuple[Any, int]
-"""A node of an autograd graph, and which of its outputs."""
-
-
-def _edge(x: Tensor) -> Edge:
-    return torch.autograd.graph.get_gradient_edge(x)[:2]
-
-
-def _reach(start: Edge, without: Edge | None = None) -> set[Any]:
-    """The nodes that a backward pass from `start` visits; paths end at the edge `without`."""
-    seen, waiting = set[Any](), [start]
-    while waiting:
-        edge = waiting.pop()
-        if edge != without and edge[0] is not None and edge[0] not in seen:
-            seen.add(edge[0])
-            waiting += edge[0].next_functions
-    return seen

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import lnjac
 from lnjac import credit, jacobian, optim, runs, swap, switch, train
 from lnjac.config import Parts, compose
-from lnjac.norm import Factors, norms, set_backward
+from lnjac.norm import Factors, matches, norms, set_backward
 from lnjac.switch import EXACT, SURROGATES, Swap
 from lnjac.train import Training
 
@@ -351,24 +351,29 @@ def test_the_forward_value_is_the_ordinary_one_to_the_last_bit_and_the_gradient_
     assert float(off) < tolerance**2 * float(sum(g.square().sum() for g in expected))
 
 
-def test_a_swap_costs_at_most_the_layers_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    training = subject("method=bp")
+@pytest.mark.parametrize(
+    ("case", "layers_below"),
+    [
+        (("method=bp",), {"blocks.0.ln_1": 0, "blocks.1.ln_1": 4, "ln_f": 8, "*.ln_1": 4}),
+        (("method=bp", "model.tie=true"), {"*.ln_1": 4}),
+        (("method=bp", "model.qk_norm=true"), {"*.q_norm": 5}),
+        (("method=dfa",), {"*.ln_1": 0, "*.ln_2": 4}),  # each block's own attention
+    ],
+)
+def test_a_swap_costs_at_most_the_layers_below_it(
+    monkeypatch: pytest.MonkeyPatch, case: tuple[str, ...], layers_below: dict[str, int]
+) -> None:
+    training = subject(*case)
     graph = switch.Graph(training.model, ONE[0], training.loss, list(training.trained.values()), 24)
     passed: list[int] = []
     outer = credit._outer
     monkeypatch.setattr(credit, "_outer", lambda g, x: passed.append(1) or outer(g, x))  # once for each linear layer
     swaps = list(SURROGATES.values())
-
-    def cost(*sites: str) -> int:
+    for pattern, layers in layers_below.items():
+        sites = [site for site, _ in norms(training.model) if matches(site, [pattern])]
         passed.clear()
         assert len(list(graph.swapped(sites, swaps))) == len(swaps)
-        return len(passed)
-
-    assert cost("blocks.0.ln_1") == 0
-    assert cost("blocks.1.ln_1") == 5 * 4
-    assert cost("ln_f") == 5 * 8
-    once_above = 5  # block 1 and the head, for what arrives at the topmost site
-    assert cost("blocks.0.ln_1", "blocks.1.ln_1") == once_above + len(swaps) * 4
+        assert len(passed) == (len(swaps) if len(sites) > 1 else 5) * layers
 
 
 @given(st.lists(st.floats(0, 2), min_size=7, max_size=7))
