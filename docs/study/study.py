@@ -25,13 +25,14 @@ SHORT, LONG = "cost250", "cost1000"
 METHODS = "methods250"
 RATES, BEST = "rates", "best_rate"
 WIDTH, STEPS = "width", "step"
-INSIDE = "inside"
+INSIDE, DRAWS = "inside", "draws"
 PRIMARY = "center_scale"
 GROWN = ("r_mean", "radial_share", "sigma_mean")
 WIDENED = (*GROWN, "enrichment_mean", "enrichment_radial_share")
 ALONG = (0, 1, 4, 16, 64, 256, 1024, 2000)
 """Measured steps that the page shows."""
 SHOWN = ("center_scale", "projected", "ste", "scale")
+CELL = ["method", "attn_mode", "ln_backward"]
 
 BLOCKS: dict[str, Callable[[], str]] = {}
 
@@ -122,9 +123,8 @@ def precision() -> str:
     curves = table(LONG, "curves")
     passing = curves.loc[curves["step"] == short["steps"].iloc[0], ["run_id", "val_loss_nats"]]
     long = table(LONG).drop(columns="val_loss_nats").merge(passing, on="run_id")
-    keys = ["method", "attn_mode", "ln_backward"]
     fp32, bf16 = (
-        runs[runs["ln_backward.sites"] == "all"].pivot_table("val_loss_nats", keys, "seed") for runs in (short, long)
+        runs[runs["ln_backward.sites"] == "all"].pivot_table("val_loss_nats", CELL, "seed") for runs in (short, long)
     )
     apart = (bf16 - fp32).dropna()
     lines = [
@@ -197,41 +197,58 @@ def costs_short() -> str:
 
 
 @block
+def costs_long() -> str:
+    return all_costs(LONG)
+
+
+def losses_by_rate() -> pd.DataFrame:
+    """Mean validation loss of each cell at each rate of the grid, on its own seeds; infinite where a run diverged."""
+    runs = table(RATES)
+    loss = runs["val_loss_nats"].where(runs["status"] == "done", np.inf)
+    found = runs.assign(loss=loss).pivot_table("loss", CELL, "optimizer.lr", sort=False).sort_index(axis=1)
+    return found.loc[[method for method in ("fa", "bp", "dfa") if method in found.index]]
+
+
+@block
 def rates() -> str:
     """Validation loss after 250 updates at each learning rate, on seeds that are not the study's; the best is bold."""
-    runs = table(RATES)
-    lost = runs["status"] == "diverged"
-    wide = runs[~lost].pivot_table("val_loss_nats", ["attn_mode", "ln_backward"], "optimizer.lr", sort=False)
-    wide = wide.sort_index(axis=1)
+    runs, wide = table(RATES), losses_by_rate()
     lines = []
-    for (mode, backward), row in wide.iterrows():
+    for (method, mode, backward), row in wide.iterrows():
         values = [f"**{x:.3f}**" if x == row.min() else "–" if np.isnan(x) else f"{x:.3f}" for x in row]
-        lines.append([mode, f"`{backward}`", *values])
+        lines.append([f"`{method}`", mode, f"`{backward}`", *values])
     seeds = " and ".join(map(str, sorted(runs["seed"].unique())))
-    said = f"{lost.sum()} of {len(runs)} runs diverged. Means over seeds {seeds}."
-    return f"{said}\n\n{markdown(['attention', 'backward', *(f'lr {lr:g}' for lr in wide)], lines)}"
+    said = f"{(runs['status'] == 'diverged').sum()} of {len(runs)} runs diverged. Means over seeds {seeds}."
+    heads = ["method", "attention", "backward", *(f"lr {lr:g}" for lr in wide)]
+    return f"{said}\n\n{markdown(heads, lines)}"
 
 
 @block
 def costs_best_rate() -> str:
-    """Cost of each backward at its own rate, against the exact one's at its own, paired by seed."""
-    runs = table(BEST)
-    wide = runs.pivot_table("val_loss_nats", "seed", ["attn_mode", "ln_backward"])
-    lr = runs.groupby(["attn_mode", "ln_backward"])["optimizer.lr"].first()
+    """Cost of each backward at its own rate, against the exact one's at its own, paired by seed.
+
+    Where the default rate is the best, the runs are those of METHODS.
+    """
+    best = losses_by_rate().idxmin(axis=1)
+    runs = pd.concat([table(BEST), table(METHODS)])
+    runs = runs[runs["ln_backward.sites"] == "all"].merge(best.rename("optimizer.lr").reset_index())
+    wide = runs.pivot_table("val_loss_nats", "seed", CELL)
     modes = ("softmax", "sigmoid")
-    costs = {mode: wide[mode].drop(columns="exact").sub(wide[mode]["exact"], axis=0) for mode in modes}
-    apart = costs["softmax"] - costs["sigmoid"]
-    found = {name: stats.paired(apart[name].to_numpy()) for name in SHOWN}
-    adjusted = stats.adjusted(np.array([one.p for one in found.values()]), "holm")
+    costs = {}
+    for method in best.index.unique("method"):
+        for name in SHOWN:
+            each = [wide[method, mode, name] - wide[method, mode, "exact"] for mode in modes]
+            costs[method, name] = [stats.paired(values.to_numpy()) for values in (*each, each[0] - each[1])]
+    adjusted = stats.adjusted(np.array([float(difference.p) for *_, difference in costs.values()]), "holm")
     lines = []
-    for (name, difference), p in zip(found.items(), adjusted, strict=True):
-        each = [stats.paired(costs[mode][name].to_numpy()) for mode in modes]
-        sides = list(map(estimated, (*each, difference)))
-        rates = [f"{lr[mode, name]:g}" for mode in modes]
-        lines.append([f"`{name}`", *rates, *sides, p_value(float(p)), str(int(difference.n))])
-    rates = " and ".join(f"{lr[mode, 'exact']:g} under {mode}" for mode in modes)
-    heads = ["backward", *(f"lr, {mode}" for mode in modes), *(f"cost, {mode}" for mode in modes)]
-    return f"The exact backward: lr {rates}.\n\n{markdown([*heads, 'difference', 'Holm p', 'seeds'], lines)}"
+    for ((method, name), found), p in zip(costs.items(), adjusted, strict=True):
+        rates = [f"{best[method, mode, of]:g}" for of in (name, "exact") for mode in modes]
+        sides = map(estimated, found)
+        lines.append([f"`{method}`", f"`{name}`", *rates, *sides, p_value(float(p)), str(int(found[-1].n))])
+    heads = ["method", "backward", *(f"lr, {mode}" for mode in modes), *(f"exact's, {mode}" for mode in modes)]
+    said = f"{(runs['status'] == 'diverged').sum()} of {len(runs)} runs diverged."
+    heads += [*(f"cost, {mode}" for mode in modes), "difference", "Holm p", "seeds"]
+    return f"{said}\n\n{markdown(heads, lines)}"
 
 
 @block
@@ -342,6 +359,52 @@ def trajectory() -> str:
     return markdown(
         ["attention", "backward", "updates", "σ at ln_f", "radial share at ln_f", "loss of the batch"], lines
     )
+
+
+@block
+def attention_weights() -> str:
+    """What the attention layers do with their context, on the way: means over layers and seeds."""
+    rows = inside("mechanism")
+    rows = rows[rows["place"].str.endswith(".attn")]
+    wide = rows.pivot_table("value", ["attn_mode", "ln_backward", "step"], "quantity")
+    lines = [
+        [mode, f"`{backward}`", str(step), *(f"{row[name]:.3g}" for name in ("row_mass", "entropy", "saturation"))]
+        for (mode, backward, step), row in wide.iterrows()
+    ]
+    heads = ["attention", "backward", "updates", "row mass", "entropy, nats", "saturated weights"]
+    return markdown(heads, lines)
+
+
+@block
+def radial_paths() -> str:
+    """The radial part with the exact backward: Σ⟨g,z⟩ of ln_f, |Σ⟨g,z⟩| of the others by path; means over norms and seeds."""
+    rows = inside("mechanism")
+    rows = rows[(rows["ln_backward"] == "exact") & rows["quantity"].isin(["gz", "gz_q", "gz_k", "gz_v"])]
+    sizes = rows["value"].where(rows["place"] == "ln_f", rows["value"].abs())
+    rows = rows.assign(at=rows["place"].str.rpartition(".")[2] + rows["quantity"].str[2:], value=sizes)
+    wide = rows.pivot_table("value", ["attn_mode", "step"], "at")
+    shown = ["ln_f", "ln_2", "ln_1", "ln_1_q", "ln_1_k", "ln_1_v"]
+    lines = [[mode, str(step), *(f"{value:.3g}" for value in row[shown])] for (mode, step), row in wide.iterrows()]
+    return markdown(
+        ["attention", "updates", "ln_f", "size at ln_2", "at ln_1", "by queries", "by keys", "by values"], lines
+    )
+
+
+@block
+def enrichment_of_draws() -> str:
+    """A check: over other draws of the feedback, before the first update, mean and radial enrichment should average 1."""
+    rows = table(DRAWS, "mechanism").merge(table(DRAWS)[["run_id", "attn_mode", "seed"]], on="run_id")
+    wide = rows.pivot_table("value", ["attn_mode", "seed", "place"], "quantity")
+    draws = int(rows["n"].iloc[0])
+    lines = []
+    for metric in ("enrichment_mean", "enrichment_radial_share"):
+        value, stderr = (wide[f"{metric}_over_draws{end}"] for end in ("", "_stderr"))
+        off = ((value - 1) / stderr).abs()
+        for mode, norms in value.groupby("attn_mode"):
+            beyond = f"{(off[mode] > 2).sum()} of {len(norms)}"
+            lines.append([f"`{metric}`", mode, f"{norms.mean():.3f}", f"{off[mode].max():.1f}", beyond])
+    heads = ["metric", "attention", "mean", "farthest from 1, standard errors", "beyond two"]
+    return f"{draws} draws for each norm of each run.\n\n{markdown(heads, lines)}"
 
 
 @block
