@@ -369,7 +369,7 @@ def _about(values: Values) -> list[str]:
         found.append(
             f"within each of {len(values.cells)} cells of {', '.join(map(str, values.cells))}, which also vary"
         )
-    if ALL_SITES in values.sites:
+    if ALL_SITES in values.sites and np.isfinite(values.data[:, -1]).any():  # else withheld, which the doubts say
         found.append(f"{ALL_SITES}: the plain mean over the norms of a run")
     if n := int(values.diverged.sum()):
         lines = []
