@@ -167,9 +167,25 @@ def second() -> str:
     return headline(LONG)
 
 
+def costs_of(*names: str) -> compare.Costs:
+    return compare.cost(study(*names), by="attn_mode", where="method != 'frozen'", reference="sigmoid")
+
+
+def every_seed(*names: str) -> str:
+    """The cost that each seed paid for each backward."""
+    costs = costs_of(*names).costs.seeds()
+    keys = [name for name in ("method", "a", "attn_mode") if name in costs]
+    wide = costs.pivot_table("difference", keys, "seed", sort=False).sort_index(axis=1)
+    lines = []
+    for (*others, mode), row in wide.iterrows():
+        lines.append([*(f"`{name}`" for name in others), mode, *map(signed, row)])
+    heads = ["method"] * ("method" in keys) + ["backward", "attention", *(f"seed {seed}" for seed in wide)]
+    return markdown(heads, lines)
+
+
 def all_costs(*names: str) -> str:
     """Cost of every backward under each attention mode, and the difference of the two, by what else varies."""
-    found = compare.cost(study(*names), by="attn_mode", where="method != 'frozen'", reference="sigmoid")
+    found = costs_of(*names)
     assert found.differences is not None
     cells = [name for name in ("method", "precision") if name in found.differences.rows]
     wide = {(*row[cells], row["a"], row["attn_mode"]): row for _, row in found.costs.rows.iterrows()}
@@ -197,8 +213,18 @@ def costs_short() -> str:
 
 
 @block
+def seeds_short() -> str:
+    return every_seed(SHORT, METHODS)
+
+
+@block
 def costs_long() -> str:
     return all_costs(LONG)
+
+
+@block
+def seeds_long() -> str:
+    return every_seed(LONG)
 
 
 def losses_by_rate() -> pd.DataFrame:
