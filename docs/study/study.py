@@ -241,7 +241,8 @@ def rates() -> str:
     runs, wide = table(RATES), losses_by_rate()
     lines = []
     for (method, mode, backward), row in wide.iterrows():
-        values = [f"**{x:.3f}**" if x == row.min() else "–" if np.isnan(x) else f"{x:.3f}" for x in row]
+        values = ["–" if np.isnan(x) else "diverged" if np.isinf(x) else f"{x:.3f}" for x in row]
+        values = [f"**{value}**" if x == row.min() else value for value, x in zip(values, row, strict=True)]
         lines.append([f"`{method}`", mode, f"`{backward}`", *values])
     seeds = " and ".join(map(str, sorted(runs["seed"].unique())))
     said = f"{(runs['status'] == 'diverged').sum()} of {len(runs)} runs diverged. Means over seeds {seeds}."
