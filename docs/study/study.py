@@ -87,22 +87,33 @@ def provenance() -> str:
     return markdown(["table", "runs", "diverged", "precision", "corpus", "torch", "commit", "process hours"], lines)
 
 
-def floor(*names: str) -> str:
-    """Validation loss of the exact backward by method, attention mode and precision, and its margin below frozen blocks."""
+def backwards(rows: pd.DataFrame) -> "pd.Series[str]":
+    """Each row's backward, with the sites if it has not all."""
+    sites = rows["ln_backward.sites"]
+    return rows["ln_backward"] + ("@" + sites).where(sites != "all", "")
+
+
+def floor(*names: str, every: bool = False) -> str:
+    """Validation loss of the exact backward (or of every one) by method and mode, and its margin below frozen blocks."""
     runs = pd.concat([table(name) for name in names])
-    done = runs[(runs["ln_backward"] == "exact") & (runs["status"] == "done")]
-    values = done.pivot_table("val_loss_nats", ["method", "attn_mode", "precision"], "seed")
-    frozen = values.loc["frozen"].droplevel("precision")
+    runs = runs.assign(backward=backwards(runs))
+    done = runs[(runs["status"] == "done") & (every | (runs["backward"] == "exact"))]
+    values = done.pivot_table("val_loss_nats", ["method", "attn_mode", "backward", "precision"], "seed")
+    frozen = values.loc["frozen"].droplevel(["backward", "precision"])
     lines = []
-    for (method, mode, precision), seeds in values.iterrows():
+    for (method, mode, backward, precision), seeds in values.iterrows():
         margin = ""
         if method != "frozen":
             found = stats.paired((frozen.loc[mode] - seeds).to_numpy())
             margin = estimated(found)
-        lines.append([f"`{method}`", mode, precision, f"{seeds.mean():.3f}", margin, str(seeds.count())])
+        which = f"`{backward}`" if every else precision
+        lines.append([f"`{method}`", mode, which, f"{seeds.mean():.3f}", margin, str(seeds.count())])
+    heads = ["method", "attention", "backward" if every else "precision"]
+    heads += ["validation loss", "below frozen by (95 % interval)", "seeds"]
+    if every:
+        return markdown(heads, lines)
     baselines = runs.iloc[0]
     said = f"Unigram {baselines['unigram_nats']:.3f}, bigram {baselines['bigram_nats']:.3f} nats."
-    heads = ["method", "attention", "precision", "validation loss", "below frozen by (95 % interval)", "seeds"]
     return f"{said}\n\n{markdown(heads, lines)}"
 
 
@@ -114,6 +125,11 @@ def floor_short() -> str:
 @block
 def floor_long() -> str:
     return floor(LONG)
+
+
+@block
+def below_frozen() -> str:
+    return floor(LONG, every=True)
 
 
 @block
@@ -312,6 +328,26 @@ def steps() -> str:
     return markdown(["attention", "updates", *(f"`{name}`" for name in GROWN), "loss of the batch"], lines)
 
 
+def enrichment(name: str, along: str) -> str:
+    """Enrichment of the radial share at ln_f and over the norms of the blocks; means over seeds."""
+    layers = table(name, "layers")
+    layers = layers[layers["step"].isin([*ALONG, *table(name)["steps"]])]
+    layers = layers.assign(at=np.where(layers["site"] == "ln_f", "ln_f", "blocks"))
+    wide = layers.pivot_table("enrichment_radial_share", ["attn_mode", along], "at")[["ln_f", "blocks"]]
+    lines = [[mode, str(x), *(f"{value:.2f}" for value in row)] for (mode, x), row in wide.iterrows()]
+    return markdown(["attention", "width" if name == WIDTH else "updates", "at ln_f", "in the blocks"], lines)
+
+
+@block
+def enrichment_by_width() -> str:
+    return enrichment(WIDTH, "model.n_embd")
+
+
+@block
+def enrichment_by_step() -> str:
+    return enrichment(STEPS, "step")
+
+
 @block
 def growth() -> str:
     """Whether the shares grow more under softmax: log of the last over the first, paired by seed."""
@@ -329,11 +365,9 @@ def growth() -> str:
 @block
 def sigma_at_ln_f() -> str:
     """σ at ln_f after the last update, exact against center_scale, by attention mode and method."""
-    rows = table(SHORT, "layers")
+    rows = pd.concat([table(name, "layers") for name in (SHORT, METHODS)])
     rows = rows[(rows["site"] == "ln_f") & rows["ln_backward"].isin(["exact", PRIMARY])]
-    rows = rows.assign(
-        backward=rows["ln_backward"] + ("@" + rows["ln_backward.sites"]).where(rows["ln_backward.sites"] != "all", "")
-    )
+    rows = rows.assign(backward=backwards(rows))
     wide = rows.pivot_table(["sigma_mean", "radial_share"], ["method", "attn_mode", "backward"])
     lines = [
         [f"`{method}`", mode, f"`{backward}`", f"{row['sigma_mean']:.2f}", f"{row['radial_share']:.3f}"]
@@ -352,9 +386,12 @@ def inside(kind: str) -> pd.DataFrame:
 def swaps() -> str:
     """Runs trained with the exact backward, after the last update: what one swapped update would do, beside the cost."""
     rows = inside("swaps")
-    rows = rows[(rows["ln_backward"] == "exact") & (rows["step"] == rows["step"].max()) & (rows["level"] == "model")]
-    rows = rows[rows["place"].isin(["all", "ln_f"]) & rows["surrogate"].isin(SHOWN)]
-    found = rows.groupby(["place", "surrogate", "attn_mode"], sort=False)[["grad_cos", "precond_cos", "descent"]].mean()
+    rows = rows[(rows["ln_backward"] == "exact") & (rows["step"] == rows["step"].max())]
+    rows = rows[rows["place"].isin(["all", "ln_f"]) & rows["surrogate"].isin(["exact", *SHOWN])]
+    keys = ["place", "surrogate", "attn_mode"]
+    found = rows[rows["level"] == "model"].groupby(keys, sort=False)[["grad_cos", "precond_cos", "descent"]].mean()
+    blocks = rows[rows["part"].str.startswith("blocks.") & (rows["level"] == "block")]
+    found.insert(1, "blocks", blocks.groupby(keys)["grad_cos"].mean())
     costs = compare.cost(study(SHORT), where="method == 'fa'").costs.rows
     paid = {(row["a"], row["attn_mode"]): row["difference"] for _, row in costs.iterrows()}
     lines = []
@@ -362,7 +399,16 @@ def swaps() -> str:
         trained = surrogate if place == "all" else f"{surrogate}@ln_f"
         cost = paid.get((trained, mode), np.nan)
         lines.append([place, f"`{surrogate}`", mode, *(f"{value:.3f}" for value in row), signed(cost)])
-    heads = ["place", "backward", "attention", "cosine of gradient", "of P·gradient", "descent", "cost of training so"]
+    heads = [
+        "place",
+        "backward",
+        "attention",
+        "cosine of gradient",
+        "in a block",
+        "of P·gradient",
+        "descent",
+        "cost of training so",
+    ]
     return markdown(heads, lines)
 
 
@@ -406,15 +452,14 @@ def attention_weights() -> str:
 def radial_paths() -> str:
     """The radial part with the exact backward: Σ⟨g,z⟩ of ln_f, |Σ⟨g,z⟩| of the others by path; means over norms and seeds."""
     rows = inside("mechanism")
-    rows = rows[(rows["ln_backward"] == "exact") & rows["quantity"].isin(["gz", "gz_q", "gz_k", "gz_v"])]
+    rows = rows[(rows["ln_backward"] == "exact") & rows["quantity"].str.startswith("gz")]
     sizes = rows["value"].where(rows["place"] == "ln_f", rows["value"].abs())
     rows = rows.assign(at=rows["place"].str.rpartition(".")[2] + rows["quantity"].str[2:], value=sizes)
     wide = rows.pivot_table("value", ["attn_mode", "step"], "at")
-    shown = ["ln_f", "ln_2", "ln_1", "ln_1_q", "ln_1_k", "ln_1_v"]
-    lines = [[mode, str(step), *(f"{value:.3g}" for value in row[shown])] for (mode, step), row in wide.iterrows()]
-    return markdown(
-        ["attention", "updates", "ln_f", "size at ln_2", "at ln_1", "by queries", "by keys", "by values"], lines
-    )
+    shown = {"ln_f": "ln_f", "ln_f_from_logits": "ln_f, by W", "ln_2": "size at ln_2", "ln_1": "at ln_1"}
+    shown |= {"ln_1_q": "by queries", "ln_1_k": "by keys", "ln_1_v": "by values"}
+    lines = [[mode, str(step), *(f"{value:.3g}" for value in row[[*shown]])] for (mode, step), row in wide.iterrows()]
+    return markdown(["attention", "updates", *shown.values()], lines)
 
 
 @block
@@ -429,8 +474,14 @@ def enrichment_of_draws() -> str:
         off = ((value - 1) / stderr).abs()
         for mode, norms in value.groupby("attn_mode"):
             beyond = f"{(off[mode] > 2).sum()} of {len(norms)}"
-            lines.append([f"`{metric}`", mode, f"{norms.mean():.3f}", f"{off[mode].max():.1f}", beyond])
-    heads = ["metric", "attention", "mean", "farthest from 1, standard errors", "beyond two"]
+            mean = stats.paired(norms.groupby("seed").mean().to_numpy())
+            lines.append([f"`{metric}`", mode, f"{mean.estimate:.3f} ({mean.low:.3f} to {mean.high:.3f})", beyond])
+    heads = [
+        "metric",
+        "attention",
+        "mean over norms (95 % interval over seeds)",
+        "norms off by more than two standard errors",
+    ]
     return f"{draws} draws for each norm of each run.\n\n{markdown(heads, lines)}"
 
 
