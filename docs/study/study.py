@@ -183,8 +183,11 @@ def second() -> str:
     return headline(LONG)
 
 
-def costs_of(*names: str) -> compare.Costs:
-    return compare.cost(study(*names), by="attn_mode", where="method != 'frozen'", reference="sigmoid")
+TRAINED = "method != 'frozen'"
+
+
+def costs_of(*names: str, where: str = TRAINED) -> compare.Costs:
+    return compare.cost(study(*names), by="attn_mode", where=where, reference="sigmoid")
 
 
 def every_seed(*names: str) -> str:
@@ -199,9 +202,9 @@ def every_seed(*names: str) -> str:
     return markdown(heads, lines)
 
 
-def all_costs(*names: str) -> str:
+def all_costs(*names: str, where: str = TRAINED) -> str:
     """Cost of every backward under each attention mode, and the difference of the two, by what else varies."""
-    found = costs_of(*names)
+    found = costs_of(*names, where=where)
     assert found.differences is not None
     cells = [name for name in ("method", "precision") if name in found.differences.rows]
     wide = {(*row[cells], row["a"], row["attn_mode"]): row for _, row in found.costs.rows.iterrows()}
@@ -231,6 +234,11 @@ def costs_short() -> str:
 @block
 def seeds_short() -> str:
     return every_seed(SHORT, METHODS)
+
+
+@block
+def costs_frozen() -> str:
+    return all_costs(SHORT, where="method == 'frozen'")
 
 
 @block
