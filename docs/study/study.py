@@ -9,7 +9,7 @@ A test holds README's blocks equal to this output.
 import re
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -93,28 +93,27 @@ def backwards(rows: pd.DataFrame) -> "pd.Series[str]":
     return rows["ln_backward"] + ("@" + sites).where(sites != "all", "")
 
 
-def floor(*names: str, every: bool = False) -> str:
-    """Validation loss of the exact backward (or of every one) by method and mode, and its margin below frozen blocks."""
-    runs = pd.concat([table(name) for name in names])
-    runs = runs.assign(backward=backwards(runs))
-    done = runs[(runs["status"] == "done") & (every | (runs["backward"] == "exact"))]
-    values = done.pivot_table("val_loss_nats", ["method", "attn_mode", "backward", "precision"], "seed")
-    frozen = values.loc["frozen"].droplevel(["backward", "precision"])
+def below_control(runs: pd.DataFrame, column: str) -> str:
+    """Validation loss by method, mode and this column, and its margin below frozen blocks with the exact backward."""
+    done = runs[runs["status"] == "done"]
+    values = done.pivot_table("val_loss_nats", ["method", "attn_mode", column], "seed")
+    frozen = values.loc["frozen"].droplevel(column)
     lines = []
-    for (method, mode, backward, precision), seeds in values.iterrows():
-        margin = ""
-        if method != "frozen":
-            found = stats.paired((frozen.loc[mode] - seeds).to_numpy())
-            margin = estimated(found)
-        which = f"`{backward}`" if every else precision
+    for (method, mode, level), seeds in values.iterrows():
+        margin = "" if method == "frozen" else estimated(stats.paired((frozen.loc[mode] - seeds).to_numpy()))
+        which = f"`{level}`" if column == "backward" else level
         lines.append([f"`{method}`", mode, which, f"{seeds.mean():.3f}", margin, str(seeds.count())])
-    heads = ["method", "attention", "backward" if every else "precision"]
-    heads += ["validation loss", "below frozen by (95 % interval)", "seeds"]
-    if every:
-        return markdown(heads, lines)
+    return markdown(
+        ["method", "attention", column, "validation loss", "below frozen by (95 % interval)", "seeds"], lines
+    )
+
+
+def floor(*names: str) -> str:
+    """The exact backward's losses, beside those of the corpus's own statistics."""
+    runs = pd.concat([table(name) for name in names])
     baselines = runs.iloc[0]
     said = f"Unigram {baselines['unigram_nats']:.3f}, bigram {baselines['bigram_nats']:.3f} nats."
-    return f"{said}\n\n{markdown(heads, lines)}"
+    return f"{said}\n\n{below_control(runs[runs['ln_backward'] == 'exact'], 'precision')}"
 
 
 @block
@@ -129,7 +128,8 @@ def floor_long() -> str:
 
 @block
 def below_frozen() -> str:
-    return floor(LONG, every=True)
+    runs = table(LONG)
+    return below_control(runs.assign(backward=backwards(runs)), "backward")
 
 
 @block
@@ -186,6 +186,7 @@ def second() -> str:
 TRAINED = "method != 'frozen'"
 
 
+@cache
 def costs_of(*names: str, where: str = TRAINED) -> compare.Costs:
     return compare.cost(study(*names), by="attn_mode", where=where, reference="sigmoid")
 
@@ -256,7 +257,7 @@ def losses_by_rate() -> pd.DataFrame:
     runs = table(RATES)
     loss = runs["val_loss_nats"].where(runs["status"] == "done", np.inf)
     found = runs.assign(loss=loss).pivot_table("loss", CELL, "optimizer.lr", sort=False).sort_index(axis=1)
-    return found.loc[[method for method in ("fa", "bp", "dfa") if method in found.index]]
+    return found.loc[["fa", "bp", "dfa"]]
 
 
 @block
@@ -322,12 +323,15 @@ def width() -> str:
     return markdown(["metric", "attention", *(f"width {int(x)}" for x in points), "slope (95 % interval)"], lines)
 
 
+def on_the_way() -> pd.DataFrame:
+    layers = table(STEPS, "layers")
+    return layers[layers["step"].isin(ALONG)]
+
+
 @block
 def steps() -> str:
     """The shares on the way to the last update, averaged over the norms of a run and over seeds."""
-    layers = table(STEPS, "layers")
-    layers = layers[layers["step"].isin(ALONG)]
-    per_run = layers.groupby(["attn_mode", "step", "seed"])[[*GROWN, "loss_nats"]].mean()
+    per_run = on_the_way().groupby(["attn_mode", "step", "seed"])[[*GROWN, "loss_nats"]].mean()
     found = per_run.groupby(["attn_mode", "step"]).mean()
     lines = [
         [mode, str(step), *(f"{value:.3g}" for value in row[[*GROWN]]), f"{row['loss_nats']:.3f}"]
@@ -336,24 +340,22 @@ def steps() -> str:
     return markdown(["attention", "updates", *(f"`{name}`" for name in GROWN), "loss of the batch"], lines)
 
 
-def enrichment(name: str, along: str) -> str:
+def enrichment(layers: pd.DataFrame, along: str, head: str) -> str:
     """Enrichment of the radial share at ln_f and over the norms of the blocks; means over seeds."""
-    layers = table(name, "layers")
-    layers = layers[layers["step"].isin([*ALONG, *table(name)["steps"]])]
     layers = layers.assign(at=np.where(layers["site"] == "ln_f", "ln_f", "blocks"))
     wide = layers.pivot_table("enrichment_radial_share", ["attn_mode", along], "at")[["ln_f", "blocks"]]
     lines = [[mode, str(x), *(f"{value:.2f}" for value in row)] for (mode, x), row in wide.iterrows()]
-    return markdown(["attention", "width" if name == WIDTH else "updates", "at ln_f", "in the blocks"], lines)
+    return markdown(["attention", head, "at ln_f", "in the blocks"], lines)
 
 
 @block
 def enrichment_by_width() -> str:
-    return enrichment(WIDTH, "model.n_embd")
+    return enrichment(table(WIDTH, "layers"), "model.n_embd", "width")
 
 
 @block
 def enrichment_by_step() -> str:
-    return enrichment(STEPS, "step")
+    return enrichment(on_the_way(), "step", "updates")
 
 
 @block
@@ -400,7 +402,7 @@ def swaps() -> str:
     found = rows[rows["level"] == "model"].groupby(keys, sort=False)[["grad_cos", "precond_cos", "descent"]].mean()
     blocks = rows[rows["part"].str.startswith("blocks.") & (rows["level"] == "block")]
     found.insert(1, "blocks", blocks.groupby(keys)["grad_cos"].mean())
-    costs = compare.cost(study(SHORT), where="method == 'fa'").costs.rows
+    costs = costs_of(SHORT).costs.rows
     paid = {(row["a"], row["attn_mode"]): row["difference"] for _, row in costs.iterrows()}
     lines = []
     for (place, surrogate, mode), row in found.iterrows():
