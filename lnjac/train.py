@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lnjac import config as configs
 from lnjac.alignment import Alignment, over_draws
 from lnjac.analyse import examine
 from lnjac.config import ConfigError, Device, Precision, RunConfig, Split
-from lnjac.credit import is_feedback
+from lnjac.credit import ONEDNN, is_feedback
 from lnjac.data import Corpus
 from lnjac.interruption import held_back
 from lnjac.mechanism import Mechanism
@@ -62,6 +63,8 @@ def admit(config: RunConfig, *, here: bool = True) -> Corpus:
         ]
     if problems:
         raise ConfigError("\n".join(problems))
+    if here and config.precision is Precision.bf16 and _device(config).type == "cpu" and not _computes_bf16():
+        _warn("precision=bf16 is emulated by this CPU, about ten times slower than fp32: use precision=fp32")
     corpus: Corpus = config.data.load()
     if problems := configs.check_corpus(config, len(corpus.train), len(corpus.val)):
         raise ConfigError("\n".join(problems))
@@ -77,6 +80,15 @@ def _hardware_problems(config: RunConfig) -> list[str]:
     if config.precision is Precision.bf16 and _device(config).type == "cuda" and not torch.cuda.is_bf16_supported():
         return ["precision=bf16 is not supported by this GPU: use precision=fp32"]
     return []
+
+
+def _computes_bf16() -> bool:
+    """Whether oneDNN has bf16 products for this CPU (from AVX-512 on, in x86); where torch has no oneDNN, nobody knows."""
+    return not ONEDNN or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+_warn = cache(log.warning)
+"""Once a process: a sweep checks all its jobs before it starts the first."""
 
 
 def _device(config: RunConfig) -> torch.device:

@@ -244,6 +244,23 @@ def test_more_threads_than_cores_are_refused() -> None:
         train.admit(compose("threads=100000"))
 
 
+@pytest.mark.parametrize("emulated", [True, False])
+def test_emulated_bf16_is_said_once(
+    emulated: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(train, "_computes_bf16", lambda: not emulated)
+    train._warn.cache_clear()
+    for seed in (1, 2):
+        train.admit(compose("device=cpu", f"seed={seed}"))
+    assert not caplog.records
+    train.admit(compose("device=cpu", "precision=bf16"), here=False)
+    assert not caplog.records
+    for seed in (1, 2):
+        train.admit(compose("device=cpu", "precision=bf16", f"seed={seed}"))
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * emulated
+    train._warn.cache_clear()
+
+
 def test_sites_must_be_named() -> None:
     with pytest.raises(ConfigError, match=r"ln_backward\.sites is empty"):
         train.admit(compose("ln_backward=ste", "ln_backward.sites=[]"))
