@@ -246,7 +246,7 @@ def test_a_killed_worker_costs_only_its_own_run(tmp_path: Path) -> None:
     process = started(tmp_path, *LONG, "seed=1,2,3")
     wait_for(lambda: workers(tmp_path))
     os.kill(workers(tmp_path)[0], signal.SIGKILL)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "1 of 3 jobs failed" in err
     assert "killed by SIGKILL" in err
@@ -267,7 +267,7 @@ def test_a_sweep_told_to_stop_merges_and_goes_on_later(tmp_path: Path, number: i
     logs = merged.parent.glob
     wait_for(lambda: sum("step 30/300" in path.read_text() for path in logs("*/run.log")) >= 3)
     os.kill(process.pid, number)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "interrupted" in err
     assert "Traceback" not in out + err
@@ -284,7 +284,7 @@ def test_ctrl_c_while_starting_is_one_line(tmp_path: Path, after_s: float) -> No
     process = started(tmp_path, *LONG, "seed=1,2,3")
     time.sleep(after_s)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to every process of the command
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "Traceback" not in out + err
     assert err.count("interrupted") == 1
@@ -343,7 +343,7 @@ def test_in_a_stack_each_job_fails_and_resumes_for_itself(tmp_path: Path) -> Non
     out = tmp_path / "multirun" / "A"
     wait_for(lambda: any("step 90/300" in path.read_text() for path in out.glob("*/run.log")))
     os.kill(process.pid, signal.SIGINT)
-    process.communicate(timeout=300)
+    process.communicate(timeout=60)
     (cut,) = (path.parent for path in out.glob(f"*/{runs.CHECKPOINT}"))
     dry = command("-m", *words, "dry_run=true", cwd=tmp_path)
     assert "(1 interrupted)" in dry.stdout
@@ -369,7 +369,7 @@ def test_in_a_stack_each_job_fails_and_resumes_for_itself(tmp_path: Path) -> Non
 def test_two_sweeps_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
     both = [started(tmp_path, *TINY, "seed=1,2", "hydra/launcher=basic") for _ in range(2)]
     for process in both:
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
     merged = list((tmp_path / "multirun").rglob("all.parquet"))
     assert len(merged) == 2
@@ -387,7 +387,7 @@ def test_a_full_disk_is_one_clear_line_and_earlier_rows_stay(tmp_path: Path) -> 
         "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')"  # fmt: skip
     full = subprocess.run(
         [sys.executable, "-c", code, str(ROOT / "run.py"), *words, "seed=1,2"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert full.returncode != 0
     assert "1 of 2 jobs failed" in full.stderr
