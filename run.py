@@ -7,20 +7,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
 
 log = logging.getLogger("lnjac")
 
 
 def task(cfg: "DictConfig") -> str:
     """One job, in whatever process a launcher runs it."""
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import CompactHydraException  # shown as its text alone, without a traceback
+    from hydra.types import RunMode
 
     from lnjac import config, train
 
@@ -46,9 +43,6 @@ def task(cfg: "DictConfig") -> str:
         raise
 
 
-main = hydra.main(version_base="1.3", config_path="conf", config_name="config")(task)
-
-
 def interrupt(signum: int, frame: Any) -> None:
     """SIGTERM ends as Ctrl-C does: a checkpoint, the status, the merge."""
     raise KeyboardInterrupt
@@ -57,7 +51,9 @@ def interrupt(signum: int, frame: Any) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        main()
+        import hydra  # half a second in which Ctrl-C may come, too
+
+        hydra.main(version_base="1.3", config_path="conf", config_name="config")(task)()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # die of the signal, so that a shell's loop ends too

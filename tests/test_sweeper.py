@@ -291,6 +291,14 @@ def test_ctrl_c_while_starting_is_one_line(tmp_path: Path, after_s: float) -> No
 
 
 @pytest.mark.slow
+def test_ctrl_c_while_hydra_is_imported_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "hydra.py").write_text("raise KeyboardInterrupt\n")
+    done = command("-m", *LONG, "seed=1,2,3", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == "interrupted\n"
+
+
+@pytest.mark.slow
 def test_sigkill_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """Twenty times the whole sweep is killed outright, then the same command runs until it is done."""
     words = ("model=tiny", "steps=150", "eval.tokens=500", "threads=1", "sweep=A", "checkpoint.every=0.2",
