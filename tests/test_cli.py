@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from lnjac import runs, tables
 from lnjac.tables import Column
@@ -50,14 +51,17 @@ def test_reading_code_never_imports_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_help_waits_for_no_heavy_import_and_module_runs():
-    words = [sys.executable, "-X", "importtime", "-m", "lnjac", "--help"]
+@pytest.mark.parametrize(("command", "said", "slow"), [
+    (["-m", "lnjac"], "merge", {"hydra", "omegaconf"}),
+    ([ROOT / "run.py"], "attn_mode: linear, relu, sigmoid, softmax", set()),
+])  # fmt: skip
+def test_help_waits_for_no_heavy_import(command: list[str], said: str, slow: set[str]):
+    words = [sys.executable, "-X", "importtime", *command, "--help"]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
-    assert "merge" in done.stdout
-    assert "columns" not in done.stdout
+    assert said in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "lnjac.cli" in imported
-    assert not imported & {"torch", "pandas", "scipy", "statsmodels", "hydra", "omegaconf", "matplotlib", "altair"}
+    assert "json" in imported
+    assert not imported & {"torch", "pandas", "scipy", "statsmodels", "matplotlib", "altair", *slow}
 
 
 def test_a_user_error_is_one_line_and_exit_code_1(tmp_path: Path):

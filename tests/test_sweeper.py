@@ -102,9 +102,8 @@ def test_the_same_sweep_again_runs_what_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["local", "basic"])
-def test_a_damaged_run_is_named_and_made_again(tmp_path: Path, launcher: str) -> None:
-    words = ("-m", *TINY, "seed=1,2,3,4,5", "sweep=A", f"hydra/launcher={launcher}")
+def test_a_damaged_run_is_named_and_made_again(tmp_path: Path) -> None:
+    words = ("-m", *TINY, "seed=1,2,3,4,5", "sweep=A", "hydra/launcher=basic")
     command(*words, cwd=tmp_path)
     out = tmp_path / "multirun" / "A"
     before, by_seed = science(out / "all.parquet"), folders(out)
@@ -321,27 +320,28 @@ def test_sigkill_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_stacked_sweep_writes_what_a_plain_one_does(tmp_path: Path, processes: int) -> None:
-    words = (*TINY[:1], "steps=50", *TINY[2:], "seed=1,2,3,4", "optimizer.lr=0.001,0.003", "diagnostics=trajectory")
+def test_a_stacked_sweep_writes_what_a_plain_one_does(tmp_path: Path) -> None:
+    words = (*TINY[:1], "steps=50", *TINY[2:], "seed=1,2", "optimizer.lr=0.001,0.003", "diagnostics=trajectory")
     plain = command("-m", *words, "sweep=plain", "hydra/launcher=local", cwd=tmp_path)
     assert plain.returncode == 0, plain.stderr
-    engine = ("hydra/launcher=stacked", f"hydra.launcher.jobs={processes}")
-    stacked = command("-m", *words, "sweep=stacked", *engine, cwd=tmp_path)
-    assert stacked.returncode == 0, stacked.stderr
-    assert f"8 jobs in {processes} stack" in stacked.stdout
     root = tmp_path / "multirun"
-    assert set(pd.read_parquet(root / "stacked/all.runs.parquet")["stacked"]) == {8 // processes}
     assert set(pd.read_parquet(root / "plain/all.runs.parquet")["stacked"]) == {1}
-    for one, other in zip(*(science(root / name / "all.parquet") for name in ("plain", "stacked")), strict=True):
-        rounding = [name for name in one if name == "jacobian_residual"]
-        pd.testing.assert_frame_equal(one.drop(columns=rounding), other.drop(columns=rounding), rtol=1e-4)
-    for log in root.glob("stacked/*/run.log"):
-        assert "step 50/50" in log.read_text()
-        assert log.read_text().count("written to") == 1
-    assert {path.name for path in root.glob("plain/*-*")} == {path.name for path in root.glob("stacked/*-*")}
-    again = command("-m", *words, "sweep=stacked", *engine, cwd=tmp_path)
-    assert "8 jobs: 0 to do (8 done)" in again.stdout
+    for processes in (1, 2):
+        name = f"stacked{processes}"
+        engine = ("hydra/launcher=stacked", f"hydra.launcher.jobs={processes}")
+        stacked = command("-m", *words, f"sweep={name}", *engine, cwd=tmp_path)
+        assert stacked.returncode == 0, stacked.stderr
+        assert f"4 jobs in {processes} stack" in stacked.stdout
+        assert set(pd.read_parquet(root / name / "all.runs.parquet")["stacked"]) == {4 // processes}
+        for one, other in zip(*(science(root / which / "all.parquet") for which in ("plain", name)), strict=True):
+            rounding = one.columns.intersection(["jacobian_residual"])
+            pd.testing.assert_frame_equal(one.drop(columns=rounding), other.drop(columns=rounding), rtol=1e-4)
+        for log in root.glob(f"{name}/*/run.log"):
+            assert "step 50/50" in log.read_text()
+            assert log.read_text().count("written to") == 1
+        assert {path.name for path in root.glob("plain/*-*")} == {path.name for path in root.glob(f"{name}/*-*")}
+    again = command("-m", *words, f"sweep={name}", *engine, cwd=tmp_path)
+    assert "4 jobs: 0 to do (4 done)" in again.stdout
 
 
 @pytest.mark.slow
