@@ -404,7 +404,7 @@ def test_a_bad_value_exits_without_traceback(tmp_path: Path, bad: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_told_to_stop_keeps_a_checkpoint_and_no_half_written_file(tmp_path: Path, number: int) -> None:
     (tmp_path / "data").symlink_to(ROOT / "data")
-    words = ["model=tiny", "steps=400", "batch_size=64", "threads=1", "hydra.run.dir=out"]
+    words = ["model=tiny", "steps=200", "batch_size=64", "threads=1", "hydra.run.dir=out"]
     line = [sys.executable, str(ROOT / "run.py"), *words]
     process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
@@ -425,7 +425,7 @@ def test_a_run_told_to_stop_keeps_a_checkpoint_and_no_half_written_file(tmp_path
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "goes on from the checkpoint" in log.read_text()
-    assert lnjac.load_run(tmp_path / "out").run["steps_done"][0] == 400
+    assert lnjac.load_run(tmp_path / "out").run["steps_done"][0] == 200
 
 
 @pytest.mark.slow
@@ -439,7 +439,7 @@ def test_one_run_is_not_told_what_is_said_of_sweeps(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_backprop_on_shakespeare_learns_what_a_plain_reference_learns(tmp_path: Path) -> None:
-    """The bare bp run and a nanoGPT-style script of its own, from one start and on the same batches, 100 updates."""
+    """The bare bp run and a nanoGPT-style script of its own, from one start and on the same batches, 60 updates."""
     source = ROOT / "../shared/data/tinyshakespeare/input.txt"
     if not source.exists():
         pytest.skip("needs tiny Shakespeare in ../shared/data/tinyshakespeare")
@@ -449,11 +449,11 @@ def test_backprop_on_shakespeare_learns_what_a_plain_reference_learns(tmp_path: 
     plain = reference.GPT(corpus.vocab_size, 4, 4, 128, 64)
     plain.load_state_dict(ours.model.state_dict())
     batches = iter(train.Training(config, corpus).batches.next, None)
-    reference.train(plain, batches, 100, lr=1e-3, weight_decay=0.01)
-    while ours.updates < 100:
+    reference.train(plain, batches, 60, lr=1e-3, weight_decay=0.01)
+    while ours.updates < 60:
         ours.update()
     loss = reference.validation_loss(plain, corpus.val, 64)
-    assert 2.4 < loss < 2.6
+    assert 2.4 < loss < 2.8
     assert ours.validation_loss() == pytest.approx(loss, abs=0.001)
 
 

@@ -84,19 +84,20 @@ def test_a_sweep_checks_runs_and_merges(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_same_sweep_again_runs_what_is_missing(tmp_path: Path) -> None:
-    command("-m", *TINY, "seed=1,2", "sweep=A", cwd=tmp_path)
+    words = ("-m", *TINY, "sweep=A", "hydra/launcher=basic")
+    command(*words, "seed=1,2", cwd=tmp_path)
     out = tmp_path / "multirun" / "A"
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/*.parquet")}
-    dry = command("-m", *TINY, "seed=1,2,3,3", "sweep=A", "dry_run=true", cwd=tmp_path)
+    dry = command(*words, "seed=1,2,3,3", "dry_run=true", cwd=tmp_path)
     assert dry.returncode == 0, dry.stderr
     for words in ("1 of 4 jobs are the same run", "3 jobs: 1 to do (2 done)", "of computing", "nothing was started"):
         assert words in dry.stdout
     assert len(folders(out)) == 2
-    again = command("-m", *TINY, "seed=1,2,3,3", "sweep=A", cwd=tmp_path)
+    again = command(*words, "seed=1,2,3,3", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
     assert set(pd.read_parquet(out / "all.runs.parquet")["seed"]) == {1, 2, 3}
-    whole = command("-m", *TINY, "seed=1,2,3", "sweep=A", cwd=tmp_path)
+    whole = command(*words, "seed=1,2,3", cwd=tmp_path)
     assert "3 jobs: 0 to do (3 done)" in whole.stdout
     assert whole.returncode == 0
 
@@ -229,7 +230,7 @@ def wait_for(condition: object, seconds: float = 60) -> None:
 
 LONG = (
     "model=tiny",
-    "steps=300",
+    "steps=150",
     "eval.tokens=500",
     "threads=1",
     "sweep=A",
@@ -264,7 +265,7 @@ def test_a_sweep_told_to_stop_merges_and_goes_on_later(tmp_path: Path, number: i
     process = started(tmp_path, *LONG, "seed=1,2,3,4")
     merged = tmp_path / "multirun/A/all.runs.parquet"
     logs = merged.parent.glob
-    wait_for(lambda: sum("step 30/300" in path.read_text() for path in logs("*/run.log")) >= 3)
+    wait_for(lambda: sum("step 15/150" in path.read_text() for path in logs("*/run.log")) >= 3)
     os.kill(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -346,10 +347,10 @@ def test_a_stacked_sweep_writes_what_a_plain_one_does(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_in_a_stack_each_job_fails_and_resumes_for_itself(tmp_path: Path) -> None:
-    words = ("model=tiny", "steps=300", "eval.tokens=500", "threads=1", "sweep=A", "seed=1,2,3")
+    words = ("model=tiny", "steps=150", "eval.tokens=500", "threads=1", "sweep=A", "seed=1,2,3")
     process = started(tmp_path, *words, "hydra/launcher=local", "hydra.launcher.jobs=1")
     out = tmp_path / "multirun" / "A"
-    wait_for(lambda: any("step 90/300" in path.read_text() for path in out.glob("*/run.log")))
+    wait_for(lambda: any("step 45/150" in path.read_text() for path in out.glob("*/run.log")))
     os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
     (cut,) = (path.parent for path in out.glob(f"*/{runs.CHECKPOINT}"))
