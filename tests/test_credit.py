@@ -640,6 +640,15 @@ def test_dfa_is_the_pullback_of_each_part(inject: str, error: str, cut_head: boo
     assert_equal({n: found[n] for n in above}, {n: truth[n] for n in above})
 
 
+def test_a_surrogate_at_ln_f_reaches_no_block_under_dfa() -> None:
+    """Only the rounding of ln_f's own gradient differs, by which docs/study judges the costs of so unstable a method."""
+    exact = gradients(perturb(build("method=dfa")))
+    found = gradients(perturb(build("method=dfa", "ln_backward=center_scale", "ln_backward.sites=[ln_f]")))
+    assert_close(found, exact)
+    others = [name for name in found if not name.startswith("ln_f")]
+    assert_equal({n: found[n] for n in others}, {n: exact[n] for n in others})
+
+
 def test_dfa_error_is_the_derivative_of_the_loss_by_the_logits() -> None:
     logits = build("method=bp")(IDX)[0].detach().requires_grad_()
     F.cross_entropy(logits.view(-1, VOCAB), TARGETS.view(-1)).backward()
