@@ -90,8 +90,8 @@ def test_the_same_sweep_again_runs_what_is_missing(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/*.parquet")}
     dry = command(*words, "seed=1,2,3,3", "dry_run=true", cwd=tmp_path)
     assert dry.returncode == 0, dry.stderr
-    for words in ("1 of 4 jobs are the same run", "3 jobs: 1 to do (2 done)", "of computing", "nothing was started"):
-        assert words in dry.stdout
+    for said in ("1 of 4 jobs are the same run", "3 jobs: 1 to do (2 done)", "of computing", "nothing was started"):
+        assert said in dry.stdout
     assert len(folders(out)) == 2
     again = command(*words, "seed=1,2,3,3", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
