@@ -103,8 +103,9 @@ def test_the_same_sweep_again_runs_what_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_damaged_run_is_named_and_made_again(tmp_path: Path) -> None:
-    words = ("-m", *TINY, "seed=1,2,3,4,5", "sweep=A", "hydra/launcher=basic")
+@pytest.mark.parametrize("launcher", ["local", "basic"])
+def test_a_damaged_run_is_named_and_made_again(tmp_path: Path, launcher: str) -> None:
+    words = ("-m", *TINY, "seed=1,2,3,4,5", "sweep=A", f"hydra/launcher={launcher}")
     command(*words, cwd=tmp_path)
     out = tmp_path / "multirun" / "A"
     before, by_seed = science(out / "all.parquet"), folders(out)
