@@ -6,7 +6,6 @@ This folder has no __init__.py: it is part of Hydra's plugin namespace, and Hydr
 its own imports stay light.
 """
 
-import copy
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -21,9 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus, configure_log
 from hydra.errors import CompactHydraException, HydraException  # Hydra shows its text alone, without a traceback
-from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.lnjac_launchers import Engine, reason
 
@@ -51,42 +48,6 @@ class Job:
     @property
     def name(self) -> str:
         return " ".join(self.overrides)
-
-
-class Composer:
-    """Composes a sweep's jobs as Hydra does, which takes 0.1 s each, but once for all that differ in plain values alone."""
-
-    def __init__(self, context: HydraContext, master: DictConfig) -> None:
-        self.load, self.repository = context.config_loader.load_sweep_config, context.config_loader.repository  # type: ignore[attr-defined]
-        self.parser = OverridesParser.create(config_loader=context.config_loader)
-        self.master = master
-        self.known: dict[tuple[str, ...], DictConfig] = {}
-
-    def compose(self, words: Sequence[str]) -> DictConfig:
-        overrides = self.parser.parse_overrides(list(words))
-        plain = [override for override in overrides if self._is_plain(override)]
-        rest = tuple(str(override.input_line) for override in overrides if override not in plain)
-        if rest not in self.known:
-            self.known[rest] = self.load(self.master, list(rest))
-        config = copy.deepcopy(self.known[rest])
-        try:
-            for override in plain:
-                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
-        except OmegaConfBaseException:
-            return self.load(self.master, list(words))  # Hydra says in its own words what is wrong
-        ours = [override for override in overrides if not override.is_hydra_override()]
-        config.hydra.overrides.task = [override.input_line for override in ours]
-        names = config.hydra.job.config.override_dirname
-        config.hydra.job.override_dirname = get_overrides_dirname(
-            overrides=ours, kv_sep=names.kv_sep, item_sep=names.item_sep, exclude_keys=names.exclude_keys
-        )
-        OmegaConf.copy_cache(from_config=self.master, to_config=config)
-        return config
-
-    def _is_plain(self, override: Override) -> bool:
-        """Whether it gives a value to a key of ours that is there: it chooses no group's member, adds and removes nothing."""
-        changes = override.is_add() or override.is_force_add() or override.is_delete() or override.package is not None
-        return not (changes or override.is_hydra_override() or self.repository.group_exists(override.key_or_group))
 
 
 class LnjacSweeper(BasicSweeper):
@@ -161,10 +122,11 @@ class LnjacSweeper(BasicSweeper):
         assert self.hydra_context is not None
         log.info("checking %d jobs", len(grid))
         here = not getattr(self.launcher, "elsewhere", False)
-        composer = Composer(self.hydra_context, self.config)
+        loader, master = self.hydra_context.config_loader, self.config
+        composer = configs.Composer(loader, lambda words: loader.load_sweep_config(master, words))
         jobs, bad = [], []
         for overrides in grid:
-            composed = composer.compose(overrides)
+            composed = self._composed(composer, overrides)
             try:
                 config = configs.build(composed)
                 sha256 = train.admit(config, here=here).sha256
@@ -179,6 +141,20 @@ class LnjacSweeper(BasicSweeper):
                 f"{len(bad)} of {len(grid)} jobs cannot run; none was started:\n" + "\n".join(bad)
             )
         return jobs
+
+    def _composed(self, composer: Any, words: list[str]) -> DictConfig:
+        """The job's config, with what Hydra notes in it of how it was asked for."""
+        assert self.config is not None
+        overrides = composer.parse(words)
+        config: DictConfig = composer.compose(overrides)
+        ours = [override for override in overrides if not override.is_hydra_override()]
+        config.hydra.overrides.task = [override.input_line for override in ours]
+        names = config.hydra.job.config.override_dirname
+        config.hydra.job.override_dirname = get_overrides_dirname(
+            overrides=ours, kv_sep=names.kv_sep, item_sep=names.item_sep, exclude_keys=names.exclude_keys
+        )
+        OmegaConf.copy_cache(from_config=self.config, to_config=config)
+        return config
 
     def _distinct(self, jobs: Sequence[Job]) -> list[Job]:
         distinct = {job.folder: job for job in reversed(jobs)}

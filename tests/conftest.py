@@ -13,9 +13,16 @@ from lnjac import cli
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow ones first, so that at the end no process runs a long one while the others have nothing left."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The slow ones first, in every process: none shall run a long one at the end, when the others have nothing left.
+
+    `--dist worksteal` gives each process as long a piece of the list, and then the rest of another's.
+    """
+    n = getattr(config, "workerinput", {}).get("workercount", 1)
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    fast = [item for item in items if item not in slow]
+    cuts = [len(fast) * i // n for i in range(n + 1)]
+    items[:] = [item for i in range(n) for item in (*slow[i::n], *fast[cuts[i] : cuts[i + 1]])]
 
 
 @pytest.fixture(scope="session", autouse=True)

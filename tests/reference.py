@@ -91,12 +91,13 @@ def train(model: GPT, batches: Iterator[tuple[Tensor, Tensor]], steps: int, *, l
 @torch.no_grad()
 def validation_loss(model: GPT, tokens: np.ndarray, block_size: int) -> float:
     """Nats per token over non-overlapping windows: tokens 1, 2, … are predicted once each; the last window may be short."""
-    total = 0.0
-    last = len(tokens) - 1
-    for start in range(0, last, block_size):
-        window = torch.from_numpy(np.asarray(tokens[start : min(start + block_size, last) + 1], dtype=np.int64))[None]
-        total += float(cross_entropy(model(window[:, :-1]), window[:, 1:]).double()) * (window.shape[1] - 1)
-    return total / last
+    flat = torch.from_numpy(tokens.astype(np.int64))
+    inputs, targets = flat[:-1], flat[1:]
+    whole = len(inputs) // block_size * block_size
+    batches = [*zip(*(part[:whole].view(-1, block_size).split(64) for part in (inputs, targets)), strict=True)]
+    if whole < len(inputs):
+        batches.append((inputs[None, whole:], targets[None, whole:]))
+    return sum(float(cross_entropy(model(i), t).double()) * i.numel() for i, t in batches) / len(inputs)
 
 
 def random_batches(tokens: np.ndarray, batch_size: int, block_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,10 +2,15 @@
 
 import dataclasses
 import math
+import re
+import shutil
 from enum import Enum
+from pathlib import Path
 from typing import Any, Optional
 
 import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra.errors import HydraException
 
 from lnjac import config, runs, train
@@ -78,6 +83,29 @@ def test_every_bad_value_is_said_at_once() -> None:
     assert all(f"{key}=" in text for key in ("seed", "steps", "optimizer.lr"))
     text = problems("steps=-1", "batch_size=0", "model.n_embd=130")
     assert len(text.splitlines()) == 3
+
+
+@pytest.mark.parametrize("overrides", [
+    (), ("method=kp", "attn_mode=sigmoid", "attn_mode.bias=-2.0"), ("steps=${batch_size}", "model.n_embd=64"),
+    ("+experiment=original", "data=text", "data.files=[a,b]"), ("model=tiny", "ln_backward=ste", "ln_backward.sites=ln_f"),
+])  # fmt: skip
+def test_configs_are_composed_as_hydra_composes_them(overrides: tuple[str, ...]) -> None:
+    for _ in range(2):  # the second time from what is known
+        ours = compose(*overrides)
+        with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
+            assert ours == build(hydra_compose("config", list(overrides)))
+        ours.batch_size = -1  # which the next one does not see
+
+
+def test_an_edited_file_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    conf = shutil.copytree(config.CONF, tmp_path / "conf")
+    monkeypatch.setattr(config, "CONF", conf)
+    assert compose("optimizer=sgd").optimizer.momentum != 0.25
+    file = conf / "optimizer" / "sgd.yaml"
+    file.write_text(re.sub("momentum: .*", "momentum: 0.25", file.read_text()))
+    assert compose("optimizer=sgd").optimizer.momentum == 0.25
+    shutil.copy(file, conf / "optimizer" / "mine.yaml")
+    assert compose("optimizer=mine").optimizer.momentum == 0.25
 
 
 @pytest.mark.parametrize("override", ["attn_mode=softmx", "attn_mod=softmax", "attn_mode.bias=1"])

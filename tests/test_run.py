@@ -404,7 +404,7 @@ def test_a_bad_value_exits_without_traceback(tmp_path: Path, bad: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_told_to_stop_keeps_a_checkpoint_and_no_half_written_file(tmp_path: Path, number: int) -> None:
     (tmp_path / "data").symlink_to(ROOT / "data")
-    words = ["model=tiny", "steps=200", "batch_size=64", "threads=1", "hydra.run.dir=out"]
+    words = ["model=tiny", "steps=200", "batch_size=64", "eval.tokens=500", "threads=1", "hydra.run.dir=out"]
     line = [sys.executable, str(ROOT / "run.py"), *words]
     process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:

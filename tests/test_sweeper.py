@@ -16,14 +16,13 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 from hydra import initialize_config_dir
-from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
-from hydra.types import HydraContext, RunMode
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from test_run import TINY, command
 
 from lnjac import runs, sweep
-from lnjac.config import CONF
+from lnjac.config import CONF, Composer
 from lnjac.tables import VOLATILE
 
 PROCESSES = "hydra.launcher.jobs=2"
@@ -38,17 +37,17 @@ PROCESSES = "hydra.launcher.jobs=2"
 ])  # fmt: skip
 def test_jobs_are_composed_as_hydra_composes_them(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    composer = importlib.import_module("hydra_plugins.lnjac_sweeper").Composer
+    sweeper = importlib.import_module("hydra_plugins.lnjac_sweeper").LnjacSweeper(max_batch_size=None)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         loader = GlobalHydra.instance().hydra.config_loader
-        master = loader.load_configuration("config", [], RunMode.MULTIRUN)
-        ours = composer(HydraContext(config_loader=loader, callbacks=Callbacks(master)), master)
+        sweeper.config = master = loader.load_configuration("config", [], RunMode.MULTIRUN)
+        composer = Composer(loader, lambda words: loader.load_sweep_config(master, words))
         for _ in range(2):  # the second time from what is known
-            one, other = ours.compose(words), loader.load_sweep_config(master, words)
+            one, other = sweeper._composed(composer, words), loader.load_sweep_config(master, words)
             plain = [OmegaConf.to_container(config, resolve=False) for config in (one, other)]
             assert plain[0] == plain[1]
         with pytest.raises(Exception, match="sed"):
-            ours.compose([*words, "sed=1"])
+            composer.compose(composer.parse([*words, "sed=1"]))
 
 
 def folders(sweep_folder: Path) -> dict[int, Path]:
