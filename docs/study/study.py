@@ -22,6 +22,7 @@ from lnjac.sweep import companions, load
 
 HERE = Path(__file__).resolve().parent
 SHORT, LONG = "cost250", "cost1000"
+LONG_BF16 = "cost1000_bf16"
 METHODS = "methods250"
 RATES, BEST = "rates", "best_rate"
 WIDTH, STEPS = "width", "step"
@@ -132,6 +133,16 @@ def below_frozen() -> str:
     return below_control(runs.assign(backward=backwards(runs)), "backward")
 
 
+def between_precisions(bf16: pd.DataFrame, fp32: pd.DataFrame) -> str:
+    """Validation losses of runs that differ in precision alone, seed by seed."""
+    apart = bf16.pivot_table("val_loss_nats", CELL, "seed") - fp32.pivot_table("val_loss_nats", CELL, "seed")
+    lines = [
+        [f"`{method}`", mode, f"`{backward}`", f"{row.mean():+.4f}", f"{row.abs().max():.4f}", str(row.count())]
+        for (method, mode, backward), row in apart.dropna(how="all").iterrows()
+    ]
+    return markdown(["method", "attention", "backward", "bf16 − fp32, mean", "largest", "seeds"], lines)
+
+
 @block
 def precision() -> str:
     """The long runs, in bf16, as they passed the short ones' last update, against those, in fp32."""
@@ -139,15 +150,14 @@ def precision() -> str:
     curves = table(LONG, "curves")
     passing = curves.loc[curves["step"] == short["steps"].iloc[0], ["run_id", "val_loss_nats"]]
     long = table(LONG).drop(columns="val_loss_nats").merge(passing, on="run_id")
-    fp32, bf16 = (
-        runs[runs["ln_backward.sites"] == "all"].pivot_table("val_loss_nats", CELL, "seed") for runs in (short, long)
-    )
-    apart = (bf16 - fp32).dropna()
-    lines = [
-        [f"`{method}`", mode, f"`{backward}`", f"{row.mean():+.4f}", f"{row.abs().max():.4f}", str(row.count())]
-        for (method, mode, backward), row in apart.iterrows()
-    ]
-    return markdown(["method", "attention", "backward", "bf16 − fp32, mean", "largest", "seeds"], lines)
+    return between_precisions(*(runs[runs["ln_backward.sites"] == "all"] for runs in (long, short)))
+
+
+@block
+def precision_long() -> str:
+    """bp's long runs made in both."""
+    fp32 = table(LONG)
+    return between_precisions(table(LONG_BF16), fp32[fp32["ln_backward.sites"] == "all"])
 
 
 def headline(name: str) -> str:
