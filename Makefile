@@ -10,7 +10,8 @@ sweep: $(VENV)/.installed
 	$(PY) run.py -m attn_mode=softmax,sigmoid seed=1,2,3 $(ARGS)
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal  # small tensors: a second thread would mostly wait
+	@# Small tensors: a second thread would mostly wait. Some two hundred Pythons start: they keep what they compile.
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 # On a real Slurm and a real Ray: where `sinfo` finds no cluster, ../shared/slurm starts one on this machine.
 test-slurm: $(VENV)/.installed-slurm

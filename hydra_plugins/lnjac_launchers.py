@@ -85,6 +85,9 @@ class Engine(Launcher):
         """Run the jobs; yields the index and outcome of each as it ends, in any order. Closing it stops what runs."""
         raise NotImplementedError
 
+    def prepare(self) -> None:
+        """Begin what takes a while: called when a sweep makes sense, and its jobs are about to be checked."""
+
     def call(self) -> "Call":
         return Call(self.hydra_context, self.task_function)
 
@@ -206,9 +209,8 @@ class LocalLauncher(Engine):
             raise CompactHydraException(f"hydra.launcher.stack={stack} must be true, false or auto")
         self.jobs, self.stack = jobs, stack
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
-        if _cores() > 1 and self.jobs != 1 and config.dry_run is not True:
+    def prepare(self) -> None:
+        if _cores() > 1 and self.jobs != 1:
             _warm_up()
 
     def map(self, configs: Sequence[DictConfig]) -> Outcomes:
@@ -227,6 +229,7 @@ class LocalLauncher(Engine):
             yield from self._in_turn(configs, tasks)
             return
         log.info("%s, in %d processes of %s", said, processes, _count(threads, "thread"))
+        _warm_up()  # if it has not begun
         yield from _Pool(self.call(), processes, threads).map(configs, tasks)
 
     def _in_turn(self, configs: Sequence[DictConfig], tasks: Sequence[Sequence[int]]) -> Outcomes:

@@ -115,11 +115,13 @@ class LnjacSweeper(BasicSweeper):
 
     def _admitted(self, grid: Sequence[list[str]], folder: Path) -> list[Job]:
         """Compose and check every job; raises with all bad ones listed before anything is started."""
+        assert self.config is not None
+        assert self.hydra_context is not None
+        if isinstance(self.launcher, Engine) and self.config.dry_run is not True:
+            self.launcher.prepare()
         from lnjac import config as configs
         from lnjac import plan, train
 
-        assert self.config is not None
-        assert self.hydra_context is not None
         log.info("checking %d jobs", len(grid))
         here = not getattr(self.launcher, "elsewhere", False)
         loader, master = self.hydra_context.config_loader, self.config
