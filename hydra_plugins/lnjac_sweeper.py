@@ -117,7 +117,7 @@ class LnjacSweeper(BasicSweeper):
         """Compose and check every job; raises with all bad ones listed before anything is started."""
         assert self.config is not None
         assert self.hydra_context is not None
-        if isinstance(self.launcher, Engine) and self.config.dry_run is not True:
+        if isinstance(self.launcher, Engine) and not self.config.dry_run:
             self.launcher.prepare()
         from lnjac import config as configs
         from lnjac import plan, train

@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     n = getattr(config, "workerinput", {}).get("workercount", 1)
     slow = [item for item in items if item.get_closest_marker("slow")]
-    fast = [item for item in items if item not in slow]
+    fast = [item for item in items if not item.get_closest_marker("slow")]
     cuts = [len(fast) * i // n for i in range(n + 1)]
     items[:] = [item for i in range(n) for item in (*slow[i::n], *fast[cuts[i] : cuts[i + 1]])]
 

@@ -134,8 +134,11 @@ def below_frozen() -> str:
 
 
 def between_precisions(bf16: pd.DataFrame, fp32: pd.DataFrame) -> str:
-    """Validation losses of runs that differ in precision alone, seed by seed."""
-    apart = bf16.pivot_table("val_loss_nats", CELL, "seed") - fp32.pivot_table("val_loss_nats", CELL, "seed")
+    """Validation losses of runs that differ in precision alone, seed by seed, with a surrogate at all norms or at none."""
+    losses = [
+        runs[runs["ln_backward.sites"] == "all"].pivot_table("val_loss_nats", CELL, "seed") for runs in (bf16, fp32)
+    ]
+    apart = losses[0] - losses[1]
     lines = [
         [f"`{method}`", mode, f"`{backward}`", f"{row.mean():+.4f}", f"{row.abs().max():.4f}", str(row.count())]
         for (method, mode, backward), row in apart.dropna(how="all").iterrows()
@@ -150,14 +153,13 @@ def precision() -> str:
     curves = table(LONG, "curves")
     passing = curves.loc[curves["step"] == short["steps"].iloc[0], ["run_id", "val_loss_nats"]]
     long = table(LONG).drop(columns="val_loss_nats").merge(passing, on="run_id")
-    return between_precisions(*(runs[runs["ln_backward.sites"] == "all"] for runs in (long, short)))
+    return between_precisions(long, short)
 
 
 @block
 def precision_long() -> str:
     """bp's long runs made in both."""
-    fp32 = table(LONG)
-    return between_precisions(table(LONG_BF16), fp32[fp32["ln_backward.sites"] == "all"])
+    return between_precisions(table(LONG_BF16), table(LONG))
 
 
 def headline(name: str) -> str:
