@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+# Modules are compiled as they are imported, and kept: pip would compile all that is installed, for longer than installing takes.
+PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt --editable
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: sweep test test-slurm test-ray lint format docs benchmark clean
 
@@ -10,8 +13,8 @@ sweep: $(VENV)/.installed
 	$(PY) run.py -m attn_mode=softmax,sigmoid seed=1,2,3 $(ARGS)
 
 test: lint
-	@# Small tensors: a second thread would mostly wait. Some two hundred Pythons start: they keep what they compile.
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+	@# Small tensors: a second thread would mostly wait.
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 # On a real Slurm and a real Ray: where `sinfo` finds no cluster, ../shared/slurm starts one on this machine.
 test-slurm: $(VENV)/.installed-slurm
@@ -47,15 +50,15 @@ $(PY):
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(PY)
-	$(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable .
+	$(PIP_INSTALL) .
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(PY)
-	$(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP_INSTALL) '.[dev]'
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-slurm $(VENV)/.installed-ray: $(VENV)/.installed-%: $(VENV)/.installed-dev
-	$(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev,$*]'
+	$(PIP_INSTALL) '.[dev,$*]'
 	@touch $@
 
 clean:
