@@ -264,6 +264,18 @@ def seeds_long() -> str:
     return every_seed(LONG)
 
 
+@block
+def projected_long() -> str:
+    """Validation losses on the way of bp's long runs with `projected` under sigmoid attention, and σ at ln_f at their end."""
+    runs = table(LONG).query("method == 'bp' and attn_mode == 'sigmoid' and ln_backward == 'projected'")
+    curves = table(LONG, "curves").dropna(subset="val_loss_nats").merge(runs[["run_id", "seed"]], on="run_id")
+    wide = curves[curves["step"] > 0].pivot_table("val_loss_nats", "seed", "step")
+    layers = table(LONG, "layers").query("site == 'ln_f'").set_index("run_id")["sigma_mean"]
+    sigma = layers[runs["run_id"]].set_axis(runs["seed"])
+    lines = [[str(seed), *(f"{loss:.3f}" for loss in row), f"{sigma[seed]:.3g}"] for seed, row in wide.iterrows()]
+    return markdown(["seed", *(f"{step} updates" for step in wide), "σ at ln_f"], lines)
+
+
 def losses_by_rate() -> pd.DataFrame:
     """Mean validation loss of each cell at each rate of the grid, on its own seeds; infinite where a run diverged."""
     runs = table(RATES)
