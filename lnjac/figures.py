@@ -243,7 +243,7 @@ def _config(palette: Palette) -> dict[str, Any]:
             "gridColor": palette.line,
             "domainColor": palette.muted,
             "tickColor": palette.muted,
-            "labelLimit": 200,
+            "labelLimit": 260,
             "titleLimit": 320,
         },
         "legend": text | {"titleFontWeight": "normal", "orient": "top", "gradientLength": 400, "labelLimit": 260},
