@@ -267,11 +267,10 @@ def seeds_long() -> str:
 @block
 def projected_long() -> str:
     """Validation losses on the way of bp's long runs with `projected` under sigmoid attention, and σ at ln_f at their end."""
-    runs = table(LONG).query("method == 'bp' and attn_mode == 'sigmoid' and ln_backward == 'projected'")
-    curves = table(LONG, "curves").dropna(subset="val_loss_nats").merge(runs[["run_id", "seed"]], on="run_id")
-    wide = curves[curves["step"] > 0].pivot_table("val_loss_nats", "seed", "step")
-    layers = table(LONG, "layers").query("site == 'ln_f'").set_index("run_id")["sigma_mean"]
-    sigma = layers[runs["run_id"]].set_axis(runs["seed"])
+    chosen = "method == 'bp' and attn_mode == 'sigmoid' and ln_backward == 'projected'"
+    curves = table(LONG, "curves").query("step > 0").merge(table(LONG).query(chosen)[["run_id", "seed"]])
+    wide = curves.pivot_table("val_loss_nats", "seed", "step")
+    sigma = table(LONG, "layers").query(f"{chosen} and site == 'ln_f'").set_index("seed")["sigma_mean"]
     lines = [[str(seed), *(f"{loss:.3f}" for loss in row), f"{sigma[seed]:.3g}"] for seed, row in wide.iterrows()]
     return markdown(["seed", *(f"{step} updates" for step in wide), "σ at ln_f"], lines)
 
