@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -81,9 +82,9 @@ class Engine(Launcher):
                 )
         return [returned[i] for i in range(len(configs))]
 
+    @abstractmethod
     def map(self, configs: Sequence[DictConfig]) -> Outcomes:
         """Run the jobs; yields the index and outcome of each as it ends, in any order. Closing it stops what runs."""
-        raise NotImplementedError
 
     def prepare(self) -> None:
         """Begin what takes a while: called when a sweep makes sense, and its jobs are about to be checked."""
