@@ -65,7 +65,7 @@ class PlainGPT(nn.Module):
         self.head = FeedbackLinear(d, vocab, bias=False)
 
     def forward(self, idx, targets):
-        h = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
+        h = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
         for block in self.blocks:
             h = block(h)
         logits = self.head(self.ln_f(h))
@@ -75,17 +75,19 @@ class PlainGPT(nn.Module):
 class PlainTraining:
     """Model, AdamW at 1e-3, and batches stacked from random slices."""
 
-    def __init__(self, tokens: torch.Tensor, vocab: int, width: int = 128, block: int = 64, batch: int = 32) -> None:
+    def __init__(
+        self, tokens: torch.Tensor, vocab: int, width: int = 128, block: int = 64, batch: int = 32, device: str = "cpu"
+    ) -> None:
         torch.manual_seed(1337)
-        self.tokens, self.block, self.batch = tokens, block, batch
-        self.model = PlainGPT(vocab, d=width, block=block)
+        self.tokens, self.block, self.batch, self.device = tokens, block, batch, device
+        self.model = PlainGPT(vocab, d=width, block=block).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
 
     def update(self) -> float:
         starts = torch.randint(len(self.tokens) - self.block - 1, (self.batch,))
         idx = torch.stack([self.tokens[i : i + self.block] for i in starts])
         targets = torch.stack([self.tokens[i + 1 : i + 1 + self.block] for i in starts])
-        loss = self.model(idx, targets)
+        loss = self.model(idx.to(self.device), targets.to(self.device))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
