@@ -41,7 +41,6 @@ benchmark: $(VENV)/.installed
 	$(PY) benchmarks/attention.py
 	$(PY) benchmarks/diagnostic.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/products.py
-	OMP_NUM_THREADS=1 $(PY) benchmarks/stacked.py
 	for sweep in default bf16 widths; do $(PY) benchmarks/sweeps.py $$sweep 1; done
 
 $(PY):

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [OUT [SECONDS]]
 
-OUT gets gpu.json and the tests' log (default: a new temporary folder); SECONDS bounds the whole (default 480): what does not fit is
-named and left out. Without a GPU it runs at small sizes on the CPU, to show that the script itself works.
+OUT gets gpu.json and the tests' log (default: a new temporary folder); SECONDS bounds the whole (default 480): what does not
+fit is named and left out. Without a GPU it runs at small sizes on the CPU, to show that the script itself works.
 """
 
 import json
@@ -22,7 +22,7 @@ import torch
 from plain import PlainTraining
 from torch.profiler import ProfilerActivity, profile
 
-from lnjac import analyse, gpt, stack, train
+from lnjac import analyse, gpt, train
 from lnjac.config import compose
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,68 +60,19 @@ def ms(call: Callable[[], object], rounds: int = 30, warmup: int = 5) -> float:
     return round(statistics.median(times), 3)
 
 
-def trainings(runs: int, *words: str) -> list[train.Training]:
+@contextmanager
+def launched_one_by_one() -> Iterator[None]:
+    """Within the context updates are not replayed as a CUDA graph."""
+    before, train.captured = train.captured, lambda passes, *_: passes
+    try:
+        yield
+    finally:
+        train.captured = before
+
+
+def training(*words: str) -> train.Training:
     config = compose(f"device={DEVICE}", *SMALL, *words)
-    corpus = train.admit(config)
-    made = []
-    for seed in range(runs):
-        config = compose(f"device={DEVICE}", f"seed={seed}", *SMALL, *words)
-        made.append(train.Training(config, corpus))
-    return made
-
-
-class Graphed:
-    """A run's or a stack's update with forward and backward pass, and the optimizer's step, each captured as a CUDA graph."""
-
-    def __init__(self, training: train.Training | stack.Stack) -> None:
-        self.training, self.stacked = training, isinstance(training, stack.Stack)
-        for optimizer in self.optimizers():
-            for group in optimizer.param_groups:
-                group["capturable"], group["lr"] = True, torch.tensor(group["lr"], device="cuda")
-        self.batch = tuple(part.to("cuda") for part in self.draw())
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.forward_backward()
-                self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        if not self.stacked:
-            self.training.model.zero_grad(set_to_none=True)
-        self.passes, self.steps = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.passes):
-            self.loss = self.forward_backward(first=False)
-        with torch.cuda.graph(self.steps):
-            self.step()
-
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [own.optimizer for own in self.training.steps] if self.stacked else [self.training.optimizer]
-
-    def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.training.draw() if self.stacked else self.training.batches.next()
-
-    def forward_backward(self, first: bool = True) -> torch.Tensor:
-        if self.stacked:
-            losses = self.training.losses(self.batch)
-            self.training._backward(losses)
-            return losses.detach()
-        if first:
-            self.training.model.zero_grad(set_to_none=True)
-        loss, _ = self.training.loss(self.training.model, self.batch)
-        loss.backward()
-        return loss.detach()
-
-    def step(self) -> None:
-        for optimizer in self.optimizers():
-            optimizer.step()
-
-    def update(self) -> Any:
-        for mine, new in zip(self.batch, self.draw(), strict=True):
-            mine.copy_(new, non_blocking=True)
-        self.passes.replay()
-        value = self.loss.tolist()  # the host looks at the loss before the step
-        self.steps.replay()
-        return value
+    return train.Training(config, train.admit(config))
 
 
 # Parts
@@ -138,52 +89,34 @@ def tests(out: Path) -> None:
 
 
 def updates() -> None:
-    """Milliseconds of one update of one run."""
+    """Milliseconds of one update of the bare default and of model=baby: plain, launched one by one, replayed."""
     corpus = train.admit(compose(f"device={DEVICE}"))
     tokens = torch.from_numpy(corpus.train.astype("int64"))
-    say("plain_ms", ms(PlainTraining(tokens, corpus.vocab_size, device=DEVICE).update, 60))
+    plain = PlainTraining(tokens, corpus.vocab_size, device=DEVICE)
+    say("plain_ms", ms(plain.update, 60))
+    baby = ["model=baby", "batch_size=64"] if CUDA else []
     for precision in ("fp32", "bf16"):
-        say(f"solo_{precision}_ms", ms(trainings(1, f"precision={precision}")[0].update, 60))
-        if CUDA:
-            say(f"solo_graph_{precision}_ms", ms(Graphed(trainings(1, f"precision={precision}")[0]).update, 60))
-    for precision in ("fp32", "bf16"):
-        for runs in (16, 64, 256) if CUDA else (2,):
-            with guarded(f"stack_{runs}_{precision}"):
-                whole = stack.Stack(trainings(runs, f"precision={precision}"))
-                whole.update()
-                say(f"stack_{runs}_{precision}_ms_a_run", round(ms(whole.update, 10, 1) / runs, 4))
-                if CUDA and runs <= 64:
-                    say(f"stack_{runs}_graph_{precision}_ms_a_run", round(ms(Graphed(whole).update, 10, 1) / runs, 4))
-            del whole
-            if CUDA:
-                torch.cuda.empty_cache()
-    if CUDA:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        with guarded("tf32"):
-            say("solo_graph_tf32_ms", ms(Graphed(trainings(1)[0]).update, 60))
-            say("stack_64_tf32_ms_a_run", round(ms(stack.Stack(trainings(64)).update, 10, 2) / 64, 4))
-        torch.backends.cuda.matmul.allow_tf32 = False
-    say("plain_again_ms", ms(PlainTraining(tokens, corpus.vocab_size, device=DEVICE).update, 60))
+        for name, words in (("default", []), ("baby", baby)):
+            with launched_one_by_one():
+                say(f"{name}_{precision}_launched_ms", ms(training(f"precision={precision}", *words).update, 20))
+            say(f"{name}_{precision}_ms", ms(training(f"precision={precision}", *words).update, 60))
+    say("plain_again_ms", ms(plain.update, 60))
 
 
 def processes() -> None:
     """Updates a second of several processes on one GPU, each with a run of its own, counted in one window of time."""
     seconds = 4 if CUDA else 2
-    wanted = {("solo", "fp32"): (4, 8, 16), ("graph", "fp32"): (4, 8, 16), ("graph", "bf16"): (8,)}
-    for (kind, precision), numbers in (wanted if CUDA else {("solo", "fp32"): (2,)}).items():
-        for n in numbers:
-            with tempfile.TemporaryDirectory() as folder:
-                line = [sys.executable, __file__, "--worker", kind, precision, folder, str(n), str(seconds)]
-                workers = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for _ in range(n)]
-                done = sum(int(worker.communicate()[0].split()[-1]) for worker in workers)
-            say(f"processes_{n}_{kind}_{precision}_updates_per_s", round(done / seconds))
+    for n in (4, 8) if CUDA else (2,):
+        with tempfile.TemporaryDirectory() as folder:
+            line = [sys.executable, __file__, "--worker", folder, str(n), str(seconds)]
+            workers = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for _ in range(n)]
+            done = sum(int(worker.communicate()[0].split()[-1]) for worker in workers)
+        say(f"processes_{n}_updates_per_s", round(done / seconds))
 
 
-def worker(kind: str, precision: str, folder: str, n: int, seconds: float) -> None:
+def worker(folder: str, n: int, seconds: float) -> None:
     """Wait until all workers are ready, update for so many seconds, print the number of updates."""
-    training = trainings(1, f"precision={precision}", *(["threads=1"]))[0]
-    torch.set_num_threads(1)
-    update = Graphed(training).update if kind == "graph" else training.update
+    update = training("threads=1").update
     for _ in range(5):
         update()
     Path(folder, str(os.getpid())).touch()
@@ -200,13 +133,8 @@ def sweeps(left: Callable[[], float]) -> None:
     """Seconds of whole sweeps of the bare default, from command to merged table."""
     n = 64 if CUDA else 2
     seeds = ",".join(map(str, range(n)))
-    kinds = {
-        "one_run": ["seed=1"],
-        "processes_8": ["-m", f"seed={seeds}", "hydra/launcher=local", "hydra.launcher.jobs=8"],
-        "stacked": ["-m", f"seed={seeds}", "hydra/launcher=stacked"],
-        "stacked_4": ["-m", f"seed={seeds}", "hydra/launcher=stacked", "hydra.launcher.jobs=4"],
-        "processes_16": ["-m", f"seed={seeds}", "hydra/launcher=local", "hydra.launcher.jobs=16"],
-    }
+    kinds = {"one_run": ["seed=1"]}
+    kinds |= {f"{jobs}_processes": ["-m", f"seed={seeds}", f"hydra.launcher.jobs={jobs}"] for jobs in (8, 4, 16)}
     for kind, words in kinds.items():
         if left() < 60:
             say(f"sweep_{kind}_s", "left out: no time")
@@ -220,7 +148,11 @@ def sweeps(left: Callable[[], float]) -> None:
             if ran.returncode:
                 say(f"sweep_{kind}_failed", (ran.stdout + ran.stderr)[-600:])
             elif kind in ("one_run", "stacked", "processes_8"):
-                said = [line for line in (ran.stdout + ran.stderr).splitlines() if "validation loss" in line or "at " in line]
+                said = [
+                    line
+                    for line in (ran.stdout + ran.stderr).splitlines()
+                    if "validation loss" in line or "at " in line
+                ]
                 say(f"sweep_{kind}_said", said[-1:] and said[-1][:200])
                 say(f"sweep_{kind}_parts", _parts(Path(folder)))
 
@@ -235,69 +167,32 @@ def _parts(folder: Path) -> dict[str, float]:
 
 
 def where_the_time_goes() -> None:
-    """The kernels of an update, alone and stacked, and the floor for these shapes."""
+    """The kernels of an update, and the floor for these shapes."""
+    one = training()
+    one.update()
     if not CUDA:
         return
-    a = torch.randn(8192, 8192, device="cuda")
-    say("fp32_product_tflops", round(2 * 8192**3 / ms(lambda: a @ a, 10) / 1e9, 1))
-    b = a.bfloat16()
-    say("bf16_product_tflops", round(2 * 8192**3 / ms(lambda: b @ b, 10) / 1e9, 1))
-    big = torch.empty(2**29, device="cuda")
-    other = torch.empty_like(big)
-    say("copy_tb_s", round(2 * big.nbytes / ms(lambda: other.copy_(big), 10) / 1e9, 2))
-    del big, other
-    for runs in (1, 64):
-        products = []
-        for d_in, d_out in [(128, 384), (128, 128), (128, 512), (512, 128)] * 4 + [(128, 64)]:
-            x, w, g = (torch.randn(runs, *shape, device="cuda") for shape in ((2048, d_in), (d_in, d_out), (2048, d_out)))
-            products += [(x, w), (g, w.mT), (g.mT, x)]
-        say(f"linear_products_alone_{runs}_ms_a_run", round(ms(lambda p=products: [a @ b for a, b in p], 20) / runs, 4))
-    for name, made in (
-        ("solo", lambda: trainings(1)[0]),
-        ("stack_64", lambda: stack.Stack(trainings(64))),
-    ):
-        one = made()
-        one.update()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-            for _ in range(5):
-                one.update()
-            sync()
-        events = sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)
-        total = sum(event.self_device_time_total for event in events)
-        say(f"{name}_kernels_ms_an_update", round(total / 5e3, 3))
-        say(f"{name}_launches_an_update", sum(e.count for e in events if e.key in ("cudaLaunchKernel", "cuLaunchKernelEx", "cudaLaunchKernelExC", "cuLaunchKernel")) / 5)
-        say(f"{name}_top", [f"{e.self_device_time_total / total:.0%} {e.count / 5:.0f}x {e.key[:70]}" for e in events[:10]])
-
-
-def finishing() -> None:
-    """What a run costs besides its updates."""
-    training = trainings(1)[0]
-    training.update()
-    for name, call in (("validation", training.validation_loss), ("diagnose", training.diagnose)):
+    products = []
+    for d_in, d_out in [(128, 384), (128, 128), (128, 512), (512, 128)] * 4 + [(128, 64)]:
+        x, w, g = (torch.randn(*shape, device="cuda") for shape in ((2048, d_in), (d_in, d_out), (2048, d_out)))
+        products += [(x, w), (g, w.mT), (g.mT, x)]
+    say("linear_products_alone_ms", ms(lambda: [a @ b for a, b in products], 20))
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(5):
+            one.update()
+        sync()
+    events = sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    say("kernels_ms_an_update", round(total / 5e3, 3))
+    top = [f"{e.self_device_time_total / total:.0%} {e.count / 5:.0f}x {e.key[:70]}" for e in events[:10]]
+    say("top_kernels", top)
+    for name, call in (("validation", one.validation_loss), ("diagnose", one.diagnose)):
         call()
         say(f"{name}_ms", ms(call, 5, 1))
 
 
-def baby() -> None:
-    """model=baby in bf16: (64, 256), 10.7 M parameters."""
-    words = ["model=baby", "batch_size=64", "precision=bf16"] if CUDA else []
-    one = trainings(1, *words)[0]
-    say("baby_bf16_ms", ms(one.update, 20))
-    say("baby_fp32_ms", ms(trainings(1, *words, *(["precision=fp32"] if CUDA else []))[0].update, 10))
-    if CUDA:
-        say("baby_bf16_graph_ms", ms(Graphed(one).update, 20))
-        no_dropout = [*words, "model.dropout=0"]
-        for runs in (4, 16):
-            with guarded(f"baby_stack_{runs}"):
-                whole = stack.Stack(trainings(runs, *no_dropout))
-                whole.update()
-                say(f"baby_stack_{runs}_bf16_ms_a_run", round(ms(whole.update, 5, 1) / runs, 3))
-            del whole
-            torch.cuda.empty_cache()
-
-
 def probe() -> None:
-    """Analysis of our GPT at GPT-2's shape, random weights, (8, 1024): time and memory against a forward and backward pass."""
+    """Analysis of our GPT at GPT-2's shape, random weights, (8, 1024), against a forward and backward pass: time, memory."""
     words = ["model.n_layer=12", "model.n_head=12", "model.n_embd=768", "model.block_size=1024"] if CUDA else SMALL
     config = compose(f"device={DEVICE}", "method=bp", *words)
     model = gpt.build(config, 50304 if CUDA else 64).to(DEVICE)
@@ -350,12 +245,10 @@ def main(out: Path, seconds: float) -> None:
     parts: list[tuple[str, Callable[[], None]]] = [
         ("tests", lambda: tests(out)),
         ("updates", updates),
-        ("finishing", finishing),
+        ("probe", probe),
+        ("where the time goes", where_the_time_goes),
         ("sweeps", lambda: sweeps(left)),
         ("processes", processes),
-        ("where the time goes", where_the_time_goes),
-        ("baby", baby),
-        ("probe", probe),
     ]
     for name, part in parts:
         if left() < 20:
@@ -372,6 +265,9 @@ def main(out: Path, seconds: float) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        worker(sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]), float(sys.argv[6]))
+        worker(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
     else:
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()), float(sys.argv[2]) if len(sys.argv) > 2 else 480.0)
+        main(
+            Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()),
+            float(sys.argv[2]) if len(sys.argv) > 2 else 480.0,
+        )

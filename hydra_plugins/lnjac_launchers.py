@@ -13,8 +13,8 @@ import threading
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Generator, Sequence
+from contextlib import closing, suppress
 from importlib import import_module
 from multiprocessing import connection as connections
 from pathlib import Path
@@ -100,71 +100,19 @@ class Call:
         self.hydra_context, self.task_function = hydra_context, task_function
         self.cwd = Path.cwd()  # what relative paths are relative to, on whatever machine
 
-    def __call__(self, config: DictConfig, task: TaskFunction | None = None) -> JobReturn:
-        """Run one job; `task` stands in for the task function."""
+    def __call__(self, config: DictConfig) -> JobReturn:
+        """Run one job."""
         os.chdir(self.cwd)
         setup_globals()  # what Hydra keeps of its own in a process
         version.setbase(config.hydra.runtime.version_base)
         JobRuntime.instance().set("name", config.hydra.job.name)
         return run_job(
             hydra_context=self.hydra_context,
-            task_function=task or self.task_function,
+            task_function=self.task_function,
             config=config,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
-
-    def together(self, configs: Sequence[DictConfig]) -> list[JobReturn]:
-        """Jobs of one stack, in this process: trained as one model, then each finished as a job of its own."""
-        if len(configs) == 1:
-            return [self(configs[0])]
-        with ExitStack() as held:
-            if finish := self._train_stack(configs, held):
-                return [self(config, task) for config, task in zip(configs, finish, strict=True)]
-        return [self(config) for config in configs]
-
-    def _train_stack(self, configs: Sequence[DictConfig], held: ExitStack) -> list[TaskFunction]:
-        """What finishes each job after the stack's training; nothing if they are to run alone. `held` keeps their folders."""
-        from lnjac import config as lnjac_config
-        from lnjac import stack, train
-
-        folders = [_folder(config) for config in configs]
-        own = [held.enter_context(ExitStack()) for _ in configs]
-        with _logging_to([folder / f"{configs[0].hydra.job.name}.log" for folder in folders]):
-            try:
-                settings = [lnjac_config.build(config) for config in configs]
-                held.enter_context(train.execution(settings[0]))
-                jobs = {}
-                for i, (setting, folder) in enumerate(zip(settings, folders, strict=True)):
-                    # a refusal, say of a folder in use by another command, is said when the job is run alone
-                    with suppress(lnjac_config.ConfigError):
-                        jobs[i] = own[i].enter_context(train.Job(setting, folder, train.admit(setting)))
-                fresh = [i for i, job in jobs.items() if not (job.found or job.resumed)]
-                if len(fresh) < 2:
-                    return []
-                ended = dict(zip(fresh, stack.train_stacked([jobs[i] for i in fresh]), strict=True))
-            except Exception:
-                log.exception("the stack failed: its runs are made one by one")
-                return []
-
-        def finish(i: int) -> TaskFunction:
-            if i not in ended:  # by itself, as it goes on from a checkpoint, or is another command's
-                own[i].close()
-                return self.task_function
-
-            def task(config: DictConfig) -> str:
-                with own[i]:
-                    try:
-                        if isinstance(outcome := ended[i], Exception):
-                            raise outcome
-                        return jobs[i].finish(outcome)
-                    except Exception:
-                        log.exception("the run failed")
-                        raise
-
-            return task
-
-        return [finish(i) for i in range(len(configs))]
 
     def checkpoint(self, config: DictConfig) -> Any:
         """What submitit resubmits: the same job, which finds its own checkpoint."""
@@ -180,35 +128,17 @@ def _folder(config: DictConfig) -> Path:
     return Path(config.hydra.sweep.dir, config.hydra.sweep.subdir)
 
 
-@contextmanager
-def _logging_to(files: Sequence[Path]) -> Iterator[None]:
-    """What is logged meanwhile concerns several runs: it goes into the log of each."""
-    handlers = []
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(file))
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
-    for handler in handlers:
-        root.addHandler(handler)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            root.removeHandler(handler)
-            handler.close()
+GPU_PROCESSES = 8
+"""Processes that share a GPU by default: more train no faster there (benchmarks/README.md), and each takes memory."""
 
 
 class LocalLauncher(Engine):
     """Worker processes, each with its share of the cores; they outlive their jobs, so that torch starts once in each."""
 
-    def __init__(self, jobs: int | None, stack: bool | str) -> None:
+    def __init__(self, jobs: int | None) -> None:
         if jobs is not None and not (isinstance(jobs, int) and jobs >= 1):
             raise CompactHydraException(f"hydra.launcher.jobs={jobs} must be at least 1, or null for one per core")
-        if stack not in (True, False, "auto"):
-            raise CompactHydraException(f"hydra.launcher.stack={stack} must be true, false or auto")
-        self.jobs, self.stack = jobs, stack
+        self.jobs = jobs
 
     def prepare(self) -> None:
         if _cores() > 1 and self.jobs != 1:
@@ -216,55 +146,30 @@ class LocalLauncher(Engine):
 
     def map(self, configs: Sequence[DictConfig]) -> Outcomes:
         gpu = _gpu(configs)
-        processes = self.jobs or (1 if gpu else max(1, _cores() // max((c.threads or 1 for c in configs), default=1)))
-        tasks = [[i] for i in range(len(configs))]
-        if self.stack is True or (self.stack == "auto" and gpu):
-            tasks = _stacks(configs, processes)
-        processes = min(processes, len(tasks))
+        fit = max(1, _cores() // max((c.threads or 1 for c in configs), default=1))
+        processes = min(self.jobs or (min(fit, GPU_PROCESSES) if gpu else fit), len(configs))
         threads = max(1, _cores() // processes)
-        said = _count(len(configs), "job")
-        if len(tasks) < len(configs):
-            said += f" in {_count(len(tasks), 'stack')}"
+        said, where = _count(len(configs), "job"), ", on the GPU" if gpu else ""
         if processes == 1:
-            log.info("%s, one after the other in this process%s", said, ", on the GPU" if gpu else "")
-            yield from self._in_turn(configs, tasks)
+            log.info("%s, one after the other in this process%s", said, where)
+            yield from self._in_turn(configs)
             return
-        log.info("%s, in %d processes of %s", said, processes, _count(threads, "thread"))
+        log.info("%s, in %d processes of %s%s", said, processes, _count(threads, "thread"), where)
         _warm_up()  # if it has not begun
-        yield from _Pool(self.call(), processes, threads).map(configs, tasks)
+        yield from _Pool(self.call(), processes, threads).map(configs)
 
-    def _in_turn(self, configs: Sequence[DictConfig], tasks: Sequence[Sequence[int]]) -> Outcomes:
-        for members in tasks:
-            returned = self.call().together([configs[i] for i in members])
+    def _in_turn(self, configs: Sequence[DictConfig]) -> Outcomes:
+        call = self.call()
+        for i, config in enumerate(configs):
+            returned = call(config)
             configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-            yield from zip(members, returned, strict=True)
+            yield i, returned
 
 
 def _gpu(configs: Sequence[DictConfig]) -> bool:
     import torch
 
     return torch.cuda.is_available() and all(config.device != "cpu" for config in configs)
-
-
-def _stacks(configs: Sequence[DictConfig], processes: int) -> list[list[int]]:
-    """The jobs in groups that can be trained as one model, each small enough for memory and for every process to get one."""
-    from lnjac import config as lnjac_config
-    from lnjac import stack
-
-    alike: dict[str, list[int]] = {}
-    first: dict[str, Any] = {}
-    for i, composed in enumerate(configs):
-        config = lnjac_config.build(composed)
-        key = stack.key(config) or f"alone {i}"
-        first.setdefault(key, config)
-        alike.setdefault(key, []).append(i)
-    groups = []
-    for key, members in alike.items():
-        fit = stack.most(first[key], first[key].data.load().vocab_size) // processes  # as many stacks at once
-        size = max(1, min(fit, -(-len(members) // processes)))
-        n = -(-len(members) // size)  # groups as equal as can be
-        groups += [members[k * len(members) // n : (k + 1) * len(members) // n] for k in range(n)]
-    return groups
 
 
 def _cores() -> int:
@@ -292,19 +197,19 @@ def _warm_up() -> None:
 
 
 class _Worker:
-    """A process that runs one task at a time, a job or a stack of them; `task` are the indices of its present jobs."""
+    """A process that runs one job at a time; `job` is the index of its present one."""
 
     def __init__(self, context: Any, call: Call, threads: int) -> None:
-        self.task: Sequence[int] = ()
+        self.job = -1
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, call, threads), daemon=True)
         self.process.start()
         theirs.close()
 
-    def start(self, task: Sequence[int], configs: Sequence[DictConfig]) -> None:
-        self.task = task
-        with suppress(OSError):  # it died since its last task: seen when its answer is read
-            self.connection.send([configs[i] for i in task])
+    def start(self, job: int, config: DictConfig) -> None:
+        self.job = job
+        with suppress(OSError):  # it died since its last job: seen when its answer is read
+            self.connection.send(config)
 
     def stop(self) -> None:
         self.connection.close()
@@ -318,8 +223,8 @@ class _Pool:
     def __init__(self, call: Call, processes: int, threads: int) -> None:
         self.context, self.call, self.processes, self.threads = _processes(), call, processes, threads
 
-    def map(self, configs: Sequence[DictConfig], tasks: Sequence[Sequence[int]]) -> Outcomes:
-        waiting = deque(tasks)
+    def map(self, configs: Sequence[DictConfig]) -> Outcomes:
+        waiting = deque(range(len(configs)))
         idle: list[_Worker] = []
         busy: list[_Worker] = []
         try:
@@ -327,18 +232,17 @@ class _Pool:
                 while waiting and len(busy) < self.processes:
                     worker = idle.pop() if idle else _Worker(self.context, self.call, self.threads)
                     busy.append(worker)
-                    worker.start(waiting.popleft(), configs)
+                    worker.start(job := waiting.popleft(), configs[job])
                 ready = connections.wait([worker.connection for worker in busy])
                 for worker in [worker for worker in busy if worker.connection in ready]:
                     busy.remove(worker)
-                    task, worker.task = worker.task, ()
                     try:
                         returned = worker.connection.recv()
                         idle.append(worker)
                     except (EOFError, OSError):
                         worker.process.join()
-                        returned = [lost(configs[i], _death(worker.process.exitcode)) for i in task]
-                    yield from zip(task, returned, strict=True)
+                        returned = lost(configs[worker.job], _death(worker.process.exitcode))
+                    yield worker.job, returned
         finally:
             for worker in busy:
                 worker.process.terminate()  # it saves a checkpoint and says `interrupted`
@@ -357,11 +261,10 @@ def _work(connection: Any, call: Call, threads: int) -> None:
 
         torch.set_num_threads(threads)
         while True:
-            jobs = call.together(connection.recv())
-            for job in jobs:
-                if job.status != JobStatus.COMPLETED:  # not every error can travel as it is
-                    job.return_value = Failure(reason(job))
-            connection.send(jobs)
+            job = call(connection.recv())
+            if job.status != JobStatus.COMPLETED:  # not every error can travel as it is
+                job.return_value = Failure(reason(job))
+            connection.send(job)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -79,8 +79,7 @@ def _by_onednn(a: Tensor) -> bool:
 class _Linear(torch.autograd.Function):
     """y = x·Wᵀ + b, whose input gradient is g·B (Lillicrap et al. 2016); x: (…, in), W and B: (out, in).
 
-    It does without `needs_input_grad`. Under `torch.func.vmap` it becomes one batched product, whose backward is ordinary
-    autograd's outside the vmap.
+    It does without `needs_input_grad`, which under torch.compile silently gave plain backprop.
     """
 
     @staticmethod
@@ -98,15 +97,6 @@ class _Linear(torch.autograd.Function):
         x, back = ctx.saved_tensors
         g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         return product(g, back).view(x.shape), _outer(g, flat), g.sum(0) if ctx.has_bias else None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Tensor | None) -> tuple[Tensor, int]:
-        runs = [
-            operand if operand is None else lead(operand, dim, info.batch_size)
-            for operand, dim in zip(operands, in_dims, strict=True)
-        ]
-        out: Tensor = _StackedLinear.apply(*runs)  # type: ignore[no-untyped-call]
-        return out, 0
 
 
 @dataclass
@@ -136,48 +126,6 @@ class _Either(torch.autograd.Function):
 def _outer(g: Tensor, x: Tensor) -> Tensor:
     """gᵀ·x: (n, out), (n, in) -> (out, in). oneDNN copies a transposed first operand: let it be the smaller one."""
     return product(g.t(), x) if g.shape[1] <= x.shape[1] else product(x.t(), g).t()
-
-
-class _StackedLinear(torch.autograd.Function):
-    """_Linear of R runs at once; x: (R, …, in), W and B: (R, out, in), b: (R, out)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, back: Tensor) -> Tensor:
-        ctx.save_for_backward(x, back)
-        ctx.has_bias = bias is not None
-        flat = x.reshape(len(x), -1, x.shape[-1])
-        return _products(flat, weight.mT, bias).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        x, back = ctx.saved_tensors
-        g = grad.reshape(len(grad), -1, grad.shape[-1])
-        flat = x.reshape(len(x), -1, x.shape[-1])
-        grad_weight = (
-            torch.stack([_outer(*run) for run in zip(g, flat, strict=True)]) if _run_by_run(g, back) else g.mT @ flat
-        )
-        return _products(g, back).view(x.shape), grad_weight, g.sum(1) if ctx.has_bias else None, None
-
-
-RUN_BY_RUN = 2**20
-"""Multiplications in one run's product from which oneDNN's, which has no batched one, beats torch's batched product."""
-
-
-def _run_by_run(a: Tensor, b: Tensor) -> bool:
-    return _by_onednn(a) and a.shape[1] * a.shape[2] * b.shape[2] >= RUN_BY_RUN
-
-
-def _products(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a·b + bias of each run: (R, n, k), (R, k, m), (R, m) -> (R, n, m)."""
-    if _run_by_run(a, b):
-        biases = [None] * len(a) if bias is None else bias
-        return torch.stack([product(*run) for run in zip(a, b, biases, strict=True)])
-    return a @ b if bias is None else torch.baddbmm(bias.unsqueeze(1), a, b)
-
-
-def lead(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """A vmapped operand with its run dimension, `size` long, at the front; dim None: one value for all."""
-    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 class Linear(nn.Module):

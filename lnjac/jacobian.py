@@ -20,7 +20,10 @@ from lnjac import tables
 from lnjac.tables import ENERGIES, RSTD_POWERS, SIGMA_QUANTILES
 
 CHUNK_ELEMENTS = 1 << 16
-"""Elements taken to float64 at a time: half a megabyte, so that the passes over a chunk stay in cache."""
+"""Elements taken to float64 at a time on a CPU: half a megabyte, so that the passes over a chunk stay in cache."""
+
+ACCELERATOR_CHUNK_ELEMENTS = 1 << 22
+"""The same on an accelerator, where launching a kernel costs more than its work on a small chunk."""
 
 ROUNDING_SQ = (64 * torch.finfo(torch.float64).eps) ** 2
 """A pullback this much shorter than what it was made from, squared, is rounding noise without a direction."""
@@ -172,8 +175,8 @@ def concatenate(parts: Sequence[Tokens]) -> Tokens:
 
 def _chunks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The tensors, (…, d) each, as matching float64 pieces of (rows, d); None stays None."""
-    d = next(a.shape[-1] for a in tensors if a is not None)
-    rows = max(1, CHUNK_ELEMENTS // d)
+    d, device = next((a.shape[-1], a.device.type) for a in tensors if a is not None)
+    rows = max(1, (CHUNK_ELEMENTS if device == "cpu" else ACCELERATOR_CHUNK_ELEMENTS) // d)
     pieces = [repeat(None) if a is None else a.detach().reshape(-1, d).split(rows) for a in tensors]  # type: ignore[no-untyped-call]
     for chunk in zip(*pieces, strict=False):  # as long as the tensors; None repeats
         yield tuple(None if a is None else a.double() for a in chunk)
@@ -235,9 +238,9 @@ def sums(tokens: Tokens, *, rms: bool = False) -> Sums:
     found["sum_sigma"] = tokens.sigma.sum()
     found["sum_rho"] = tokens.rho.sum()
     found["sum_residual_sq"] = tokens.residual_sq.sum()
-    found["n_tokens"] = torch.tensor(tokens.sigma.numel())
     found["n_zero"] = (~tokens.measurable).sum()
-    return {name: value.item() for name, value in found.items()}
+    values = torch.stack([value.double() for value in found.values()]).tolist()  # the device is waited for once
+    return {**dict(zip(found, values, strict=True)), "n_tokens": tokens.sigma.numel()}
 
 
 def add(parts: Sequence[Sums]) -> Sums:

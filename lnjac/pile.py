@@ -127,10 +127,11 @@ def _units(pile: Pile) -> "pd.DataFrame":
     only at last by path: so neither the order of the sources nor whether they were merged before has a say.
     """
     stack = pile.stack("runs")
-    table = stack.rows.select([*OWNER, *VOLATILE]).take(np.argsort(stack.units))
+    volatile = [name for name in VOLATILE if name in stack.rows.column_names]
+    table = stack.rows.select([*OWNER, *volatile]).take(np.argsort(stack.units))
     paths = [str(source.path) for source in pile.sources]
     table = table.append_column("path", pa.array(paths, pa.string()))
-    by = dict.fromkeys(["started_at", *OWNER, *VOLATILE, "path"])
+    by = dict.fromkeys(["started_at", *OWNER, *volatile, "path"])
     order = pc.sort_indices(table, sort_keys=[(column, "ascending") for column in by]).to_numpy()
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))

@@ -116,7 +116,7 @@ def _timed(path: Path) -> "pd.DataFrame | None":
     return done.assign(
         shape=[shape(dict(zip(config.columns, row, strict=True))) for row in config.itertuples(index=False)],
         per_update_s=done["train_s"] / done["steps_done"],
-        rest_s=done["eval_s"] + done["diagnostics_s"],  # not wall_s, which for a stacked run is the whole stack's
+        rest_s=done["eval_s"] + done["diagnostics_s"],
     )[["shape", "per_update_s", "rest_s"]]
 
 

@@ -212,7 +212,6 @@ RUNS = [
     Column("wall_s", "float64", "s", "wall time from start to the writing of the rows"),
     Column("started_at", "string", "UTC", "when the run began"),
     Column("resumed_at", "int64", "updates", "updates of the checkpoint that it last went on from; 0: none"),
-    Column("stacked", "int64", "runs", "runs that trained as one stacked model with this one, itself included"),
     Column("commit", "string", "", "git commit of the code; null outside a checkout"),
     Column("dirty", "bool", "", "whether tracked files of the package differed from that commit"),
     Column("lnjac_version", "string", "", "version of this package"),
@@ -426,12 +425,15 @@ KEYS = {
 }
 """What makes a row of each table unique."""
 
-VOLATILE = tuple(
-    column.name
-    for column in RUNS
-    if column.unit in ("s", "tokens/s", "UTC")
-    or column.name in ("resumed_at", "stacked", "commit", "dirty", "device", "threads", "deterministic")
-    or column.name.endswith("_version")
+VOLATILE = (
+    "stacked",  # of earlier files: how many runs trained as one model
+    *(
+        column.name
+        for column in RUNS
+        if column.unit in ("s", "tokens/s", "UTC")
+        or column.name in ("resumed_at", "commit", "dirty", "device", "threads", "deterministic")
+        or column.name.endswith("_version")
+    ),
 )
 """Columns in which two runs of the same science may differ."""
 

@@ -26,6 +26,7 @@ from lnjac.analyse import examine
 from lnjac.config import ConfigError, Device, Precision, RunConfig, Split
 from lnjac.credit import ONEDNN, is_feedback
 from lnjac.data import Corpus
+from lnjac.graph import Passes, captured
 from lnjac.interruption import held_back
 from lnjac.mechanism import Mechanism
 from lnjac.norm import norms, unmatched
@@ -136,6 +137,7 @@ class Training:
         self.batches = data.Batches(
             corpus.train, config.batch_size, config.model.block_size, stream(config.seed, "batches")
         )
+        self.passes: Passes | None = None  # captured at the first update
         self.updates = 0
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -161,11 +163,11 @@ class Training:
         lr = config.optimizer.lr_at(self.updates, config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss, _ = self.loss(self.model, self.batches.next())
-        if not math.isfinite(value := loss.item()):
+        batch = self.batches.next()
+        if self.passes is None:
+            self.passes = captured(self._passes, batch, self.model.parameters(), self.device)
+        if not math.isfinite(value := self.passes(batch).item()):
             return value
-        self.model.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
         if config.optimizer.grad_clip is not None:
             trained = [parameter for name, parameter in self.trained.items() if not is_feedback(name)]
             nn.utils.clip_grad_norm_(trained, config.optimizer.grad_clip)
@@ -173,6 +175,12 @@ class Training:
         self.optimizer.step()
         self.updates += 1
         return value
+
+    def _passes(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        self.model.zero_grad(set_to_none=True)
+        loss, _ = self.loss(self.model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the coming updates depend on: weights, feedback, optimizer and generators; tensors, and plain values."""
@@ -319,7 +327,7 @@ class Job:
         self.config, self.corpus = config, corpus
         self.identity = {"run_id": configs.run_id(config, corpus.sha256), "diag_id": configs.diag_id(config)}
         self.started_at, self.clock = runs.now(), Clock()
-        self.stacked, self.resumed = 1, 0
+        self.resumed = 0
         self.found: str | None = None
         self.checkpoint = Path(folder) / runs.CHECKPOINT
         self.tracker = tracking.Guarded(config.tracker)
@@ -438,7 +446,6 @@ class Job:
             "wall_s": clock.wall(),
             "started_at": self.started_at,
             "resumed_at": self.resumed,
-            "stacked": self.stacked,
             **_environment(config, training),
         }
         _write(self.out, training, self.identity, {**self.record.rows, "runs": [result]})

@@ -18,7 +18,6 @@ from lnjac.analyse import analyse, fresh_grads
 from lnjac.capture import capture
 from lnjac.config import RunConfig, check, compose
 from lnjac.norm import norms
-from lnjac.stack import Stack
 from lnjac.tables import DIAG_ID, RUN_ID, TENSORS
 from lnjac.train import Training
 
@@ -339,29 +338,6 @@ def test_training_does_not_notice(method: str) -> None:
     assert outcomes[0][0] == outcomes[1][0]
     for name, value in outcomes[0][1].items():
         assert torch.equal(value, outcomes[1][1][name]), name
-
-
-@pytest.mark.parametrize("method", ["kp", "dfa"])
-def test_a_stack_does_not_notice(method: str) -> None:
-    """Its runs' weights and feedback are views of the stack's: what is restored must be written into them."""
-    base = compose(*SMALL, f"method={method}", "diagnostics=alignment", "diagnostics.attention=true")
-    outcomes = []
-    for watched in (False, True):
-        runs_ = [Training(dataclasses.replace(base, seed=seed), corpus()) for seed in (1, 2)]
-        both, losses = Stack(runs_), []
-        for _ in range(3):
-            if watched:
-                rows = [training.diagnose() for training in runs_]
-            losses.append(both.update()[0])
-        outcomes.append((losses, [weights(training.model) for training in runs_]))
-    assert outcomes[0][0] == outcomes[1][0]
-    for quiet, seen in zip(outcomes[0][1], outcomes[1][1], strict=True):
-        assert all(torch.equal(value, seen[name]) for name, value in quiet.items())
-    alone = Training(dataclasses.replace(base, seed=2), corpus())
-    for _ in range(2):
-        alone.update()
-    expected, found = ({row["name"]: row["cos"] for row in r["tensors"]} for r in (alone.diagnose(), rows[1]))
-    assert found == pytest.approx(expected, abs=1e-4)
 
 
 def test_grads_and_rules_are_left_as_they_were() -> None:

@@ -321,60 +321,6 @@ def test_sigkill_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_stacked_sweep_writes_what_a_plain_one_does(tmp_path: Path) -> None:
-    words = (*TINY[:1], "steps=50", *TINY[2:], "seed=1,2", "optimizer.lr=0.001,0.003", "diagnostics=trajectory")
-    plain = command("-m", *words, "sweep=plain", "hydra/launcher=local", cwd=tmp_path)
-    assert plain.returncode == 0, plain.stderr
-    root = tmp_path / "multirun"
-    assert set(pd.read_parquet(root / "plain/all.runs.parquet")["stacked"]) == {1}
-    for processes in (1, 2):
-        name = f"stacked{processes}"
-        engine = ("hydra/launcher=stacked", f"hydra.launcher.jobs={processes}")
-        stacked = command("-m", *words, f"sweep={name}", *engine, cwd=tmp_path)
-        assert stacked.returncode == 0, stacked.stderr
-        assert f"4 jobs in {processes} stack" in stacked.stdout
-        assert set(pd.read_parquet(root / name / "all.runs.parquet")["stacked"]) == {4 // processes}
-        for one, other in zip(*(science(root / which / "all.parquet") for which in ("plain", name)), strict=True):
-            rounding = one.columns.intersection(["jacobian_residual"])
-            pd.testing.assert_frame_equal(one.drop(columns=rounding), other.drop(columns=rounding), rtol=1e-4)
-        for log in root.glob(f"{name}/*/run.log"):
-            assert "step 50/50" in log.read_text()
-            assert log.read_text().count("written to") == 1
-        assert {path.name for path in root.glob("plain/*-*")} == {path.name for path in root.glob(f"{name}/*-*")}
-    again = command("-m", *words, f"sweep={name}", *engine, cwd=tmp_path)
-    assert "4 jobs: 0 to do (4 done)" in again.stdout
-
-
-@pytest.mark.slow
-def test_in_a_stack_each_job_fails_and_resumes_for_itself(tmp_path: Path) -> None:
-    words = ("model=tiny", "steps=150", "eval.tokens=500", "threads=1", "sweep=A", "seed=1,2,3")
-    process = started(tmp_path, *words, "hydra/launcher=local", "hydra.launcher.jobs=1")
-    out = tmp_path / "multirun" / "A"
-    wait_for(lambda: any("step 45/150" in path.read_text() for path in out.glob("*/run.log")))
-    os.kill(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
-    (cut,) = (path.parent for path in out.glob(f"*/{runs.CHECKPOINT}"))
-    dry = command("-m", *words, "dry_run=true", cwd=tmp_path)
-    assert "(1 interrupted)" in dry.stdout
-    stacked = ("-m", *words, "hydra/launcher=stacked", "hydra.launcher.jobs=1")
-    assert command(*stacked, cwd=tmp_path).returncode == 0
-    table = pd.read_parquet(out / "all.runs.parquet").set_index("run_id")
-    assert table.loc[cut.name.split("-")[0], ["stacked", "resumed_at"]].tolist()[0] == 1
-    assert "goes on from the checkpoint" in (cut / "run.log").read_text()
-    assert sorted(table["stacked"]) == [1, 2, 2]
-    by_seed = folders(out)
-    for seed in (1, 2, 3):
-        shutil.rmtree(by_seed[seed])
-    (by_seed[2] / "layers.parquet").mkdir(parents=True)  # os.replace cannot put a file over a folder
-    failed = command(*stacked, cwd=tmp_path)
-    assert failed.returncode != 0
-    assert "1 of 3 jobs failed" in failed.stderr
-    assert "IsADirectoryError" in failed.stderr
-    assert "Traceback" in (by_seed[2] / "run.log").read_text()
-    assert set(pd.read_parquet(out / "all.runs.parquet")["seed"]) == {1, 3}
-
-
-@pytest.mark.slow
 def test_two_sweeps_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
     both = [started(tmp_path, *TINY, "seed=1,2", "hydra/launcher=basic") for _ in range(2)]
     for process in both:

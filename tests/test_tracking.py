@@ -17,7 +17,6 @@ import yaml
 from conftest import ROOT
 from test_conformance import SMALL, corpus, members
 from test_run import TINY, command
-from test_stack import stacked
 
 import lnjac
 from lnjac import runs, sweep, tracking, train
@@ -132,15 +131,6 @@ def test_curves_go_on_without_duplicates(saved: int | None, tmp_path: Path, monk
     assert len(list(event_folder(tmp_path).iterdir())) == (2 if saved else 1)
     assert shown(tmp_path) == expected(tmp_path, DRAWN)
     assert len(accumulated(tmp_path).Tensors("config")) == 1
-
-
-@needs_tensorboard
-def test_runs_of_a_stack_are_each_shown(tmp_path: Path) -> None:
-    base = to_dict(compose(*SMALL, *TENSORBOARD, f"tracker.columns=[{','.join(DRAWN)}]"))
-    stacked([build(base | {"seed": seed}) for seed in (1, 2)], tmp_path)
-    for i in (0, 1):
-        assert shown(tmp_path / f"stacked{i}") == expected(tmp_path / f"stacked{i}", DRAWN)
-    assert shown(tmp_path / "stacked0") != shown(tmp_path / "stacked1")
 
 
 @needs_tensorboard
