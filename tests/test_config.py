@@ -1,6 +1,7 @@
 """Typed configuration: every bad value is said, with its remedy; the run identity means what it says."""
 
 import dataclasses
+import json
 import math
 import re
 import shutil
@@ -170,6 +171,16 @@ def test_diag_id_changes_with_diagnostics_alone() -> None:
     bare = diag_id(compose())
     assert all(diag_id(compose(o)) == bare for o in SCIENCE)
     assert diag_id(compose("diagnostics.grad_at=output")) != bare
+
+
+IDENTITIES = json.loads((Path(__file__).parent / "golden" / "identities.json").read_text())
+
+
+@pytest.mark.parametrize("case", IDENTITIES, ids=lambda case: " ".join(case["overrides"]) or "bare")
+def test_no_identity_ever_changes(case: dict[str, Any]) -> None:
+    """The ids are those that finished runs have; only a new NUMERICS_VERSION may give others."""
+    c = compose(*case["overrides"])
+    assert (run_id(c, "0" * 64), diag_id(c)) == (case["run_id"], case["diag_id"])
 
 
 def test_columns_are_typed_scalars_without_paths_or_execution() -> None:
