@@ -49,7 +49,7 @@ def changed(base: dict[str, Any], own: list[str]) -> dict[str, Any]:
         name, _, value = override.partition("=")
         match name.split("."):
             case ["optimizer"]:
-                values[name] = yaml.safe_load((ROOT / "conf" / "optimizer" / f"{value}.yaml").read_text())
+                values[name] = to_dict(compose(f"optimizer={value}"))["optimizer"]
             case ["optimizer", field]:
                 values["optimizer"][field] = yaml.safe_load(value)
             case _:
@@ -267,8 +267,8 @@ class PerRun(optim.AdamW):
 @pytest.mark.parametrize("method", ["fa", "kp"])
 def test_a_plugin_optimizer_gets_each_runs_own_parameters(method: str, tmp_path: Path) -> None:
     plugin = "optimizer._target_=test_stack.PerRun"
-    varied = [["seed=1"], ["seed=2", "optimizer.lr=0.01", "optimizer.grad_clip=0.1"]]
-    these = configs("precision=fp64", "steps=6", f"method={method}", plugin, varied=varied)
+    varied = [["seed=1", plugin], ["seed=2", plugin, "optimizer.lr=0.01", "optimizer.grad_clip=0.1"]]
+    these = configs("precision=fp64", "steps=6", f"method={method}", varied=varied)
     assert_stacking_changes_nothing(these, tmp_path, 1e-9)
 
 
