@@ -21,14 +21,15 @@ def task(cfg: "DictConfig") -> str:
 
     from lnjac import config, train
 
+    job = HydraConfig.get()
     try:
-        settings = config.build(cfg)
+        settings = config.build(cfg, job.runtime.choices)
         corpus = train.admit(settings)
-        job = HydraConfig.get()
         if job.mode == RunMode.RUN and (meant := [word for word in job.overrides.task if word.startswith("sweep=")]):
             raise config.ConfigError(f"{meant[0]} names the folder of a sweep, and this is one run: add -m")
         if cfg.dry_run:
-            return "dry_run: the config is sound; nothing was started"
+            log.info("dry_run: the config is sound; nothing was started")
+            return "dry_run"
         return train.run(settings, Path(job.runtime.output_dir), corpus)
     except config.ConfigError as error:
         raise CompactHydraException(str(error)) from None
@@ -36,25 +37,49 @@ def task(cfg: "DictConfig") -> str:
         log.exception("the run failed")
         raise
     except KeyboardInterrupt:
-        if HydraConfig.get().mode == RunMode.RUN:
-            log.warning(
-                "interrupted: the same command with hydra.run.dir=%s goes on", HydraConfig.get().runtime.output_dir
-            )
+        if job.mode == RunMode.RUN:
+            log.warning("interrupted: %s", after_interruption(Path(job.runtime.output_dir)))
         raise
+
+
+def after_interruption(folder: Path) -> str:
+    """Say how an interrupted run is continued: from its checkpoint only if it has one."""
+    from lnjac import runs
+
+    if runs.read_status(folder).get("status") in runs.FINISHED:
+        return f"the run is finished, in {folder}"
+    same = f"the same command with hydra.run.dir={folder}"
+    if (folder / runs.CHECKPOINT).exists():
+        return f"{same} goes on from the checkpoint"
+    return f"there is no checkpoint yet, so {same} starts from the beginning"
 
 
 def interrupt(signum: int, frame: Any) -> None:
     """SIGTERM ends as Ctrl-C does: a checkpoint, the status, the merge."""
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(signum)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, interrupt)
+    full = "HYDRA_FULL_ERROR" in os.environ
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands every error on, and those that a user can mend are printed here
     try:
         import hydra  # half a second in which Ctrl-C may come, too
+        from hydra.errors import CompactHydraException
 
-        hydra.main(version_base="1.3", config_path="conf", config_name="config")(task)()
-    except KeyboardInterrupt:
+        from lnjac.config import ConfigError, broken_yaml, spelled
+
+        try:
+            with broken_yaml():
+                sys.argv[1:] = spelled(sys.argv[1:])
+                hydra.main(version_base="1.3", config_path="conf", config_name="config")(task)()
+        except (CompactHydraException, ConfigError) as error:
+            if full:
+                raise
+            print(*filter(None, (str(error), error.__cause__ and str(error.__cause__))), sep="\n", file=sys.stderr)
+            sys.exit(1)
+    except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # die of the signal, so that a shell's loop ends too
-        os.kill(os.getpid(), signal.SIGINT)
+        number = stop.args[0] if stop.args else signal.SIGINT
+        signal.signal(number, signal.SIG_DFL)  # die of the signal, so that a shell's loop ends too
+        os.kill(os.getpid(), number)

@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import FloatRange, Override, RangeSweep
 from hydra.core.utils import JobReturn, JobStatus, configure_log
 from hydra.errors import CompactHydraException, HydraException  # Hydra shows its text alone, without a traceback
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -99,12 +100,19 @@ class LnjacSweeper(BasicSweeper):
 
     def _grid(self, arguments: Sequence[str]) -> list[list[str]]:
         assert self.hydra_context is not None
+        from lnjac.config import spelled
+
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        overrides = parser.parse_overrides(spelled([*self._parse_config(), *arguments]))
         if whole := [o.get_key_element() for o in overrides if o.is_sweep_override() and _is_whole(o)]:
             raise CompactHydraException(
                 f"{whole[0].lstrip('+')} is said of a whole sweep, so it cannot take several values: run one sweep for each"
             )
+        for override in overrides:
+            if isinstance(swept := override.value(), RangeSweep) and isinstance(swept.range(), FloatRange):
+                # with the decimals that were typed: Hydra counts in binary, and 0.1 + 0.1 + 0.1 would not be 0.3
+                for name in ("start", "stop", "step"):
+                    setattr(swept, name, Decimal(str(getattr(swept, name))))
         try:
             batches = self.split_arguments(overrides, None)
         except HydraException as error:  # interval() and the like: there is no grid of them
@@ -128,8 +136,8 @@ class LnjacSweeper(BasicSweeper):
         composer = configs.Composer(loader, lambda words: loader.load_sweep_config(master, words))
         jobs, bad = [], []
         for overrides in grid:
-            composed = self._composed(composer, overrides)
             try:
+                composed = self._composed(composer, overrides)
                 config = configs.build(composed)
                 sha256 = train.admit(config, here=here).sha256
             except configs.ConfigError as error:

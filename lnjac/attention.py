@@ -4,6 +4,7 @@ A mode is a dataclass with `weights`; conf/attn_mode/*.yaml names it and gives i
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass
-class Attention:
+class Attention(ABC):
     """Base of every mode: o = weights(QKᵀ/√d_h)·V."""
 
     name: str
@@ -25,9 +26,9 @@ class Attention:
         weights = self.weights(scores, causal_mask(scores), block_size)
         return F.dropout(weights, dropout) @ v
 
+    @abstractmethod
     def weights(self, scores: Tensor, mask: Tensor, block_size: int) -> Tensor:
         """scores: (B, heads, T, T), mask: (T, T), true where a query may look -> weights, zero where it may not."""
-        raise NotImplementedError(f"{type(self).__name__} is an abstract attention mode: define weights()")
 
 
 def causal_mask(scores: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ The yaml files under `conf/` hold every value, so no field here has a default: w
 A group whose members bring their own code (attention mode, method, LayerNorm backward, optimizer, corpus, tracker)
 names a dataclass by `_target_`; that dataclass is its schema, its config columns and its behaviour. Such a class may define
 `resolve(config)`, to replace values that depend on the rest, and `problems(config)`, to reject what it cannot do.
+Its field `name` is the label that rows carry: the member that was chosen, which is the name of its yaml file.
 """
 
 import copy
@@ -11,16 +12,20 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
+import inspect
 import json
 import math
+import re
+import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lnjac.tables import Column
 
@@ -207,7 +212,7 @@ class Checkpoints:
 
     def problems(self, config: "RunConfig") -> Iterator[str]:
         if self.every is not None and not self.every >= 0:
-            yield f"checkpoint.every={self.every} must not be negative; null: no checkpoints"
+            yield f"checkpoint.every={self.every} must be 0 seconds or more, or null for no checkpoints"
 
 
 @dataclass
@@ -238,7 +243,31 @@ class RunConfig:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if _is_group(f)}
 
 
-PLUGIN_GROUPS = ("attn_mode", "method", "ln_backward", "optimizer", "data", "tracker")
+PLUGIN_GROUPS = {
+    "attn_mode": "lnjac.attention.Attention",
+    "method": "lnjac.credit.Method",
+    "ln_backward": "lnjac.norm.Backward",
+    "optimizer": "lnjac.optim.Optimizer",
+    "data": "lnjac.data.Source",
+    "tracker": "lnjac.tracking.Tracker",
+}
+"""The groups whose members bring their own code, each with the class whose methods a member must offer."""
+
+GROUPS = ("model", "diagnostics", *PLUGIN_GROUPS)
+"""The groups with members: one yaml file for each in conf/GROUP."""
+
+
+class Hooks(Protocol):
+    """Methods that a member of any of these groups may have besides; each is given the whole config."""
+
+    def resolve(self, config: RunConfig) -> None:
+        """Replace values that depend on the rest of the config."""
+
+    def problems(self, config: RunConfig) -> Iterable[str]:
+        """Yield a line, with its remedy, for everything that the run cannot do."""
+
+    def warnings(self, config: RunConfig) -> Iterable[str]:
+        """Yield a line for everything that the run can do and its user should know."""
 
 
 def compose(*overrides: str) -> RunConfig:
@@ -261,8 +290,8 @@ def _composer(folder: Path, changed_ns: int) -> "Composer":
 
     def load(words: list[str]) -> "DictConfig":
         config = loader.load_configuration("config", words, RunMode.RUN)
-        with open_dict(config):
-            del config["hydra"]  # large to copy, and complete only once a job runs
+        with open_dict(config):  # the rest is large to copy, and complete only once a job runs
+            config["hydra"] = {"runtime": {"choices": config.hydra.runtime.choices}}
         return config
 
     return Composer(loader, load)
@@ -277,12 +306,16 @@ class Composer:
     def __init__(self, loader: Any, load: "Callable[[list[str]], DictConfig]") -> None:
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
-        self.load, self.repository = load, loader.repository
+        self._load, self.repository = load, loader.repository
         self.parser = OverridesParser.create(config_loader=loader)
         self.known: dict[tuple[str, ...], DictConfig] = {}
 
+    def load(self, words: list[str]) -> "DictConfig":
+        with broken_yaml():
+            return self._load(words)
+
     def parse(self, words: Sequence[str]) -> "list[Override]":
-        return self.parser.parse_overrides(list(words))
+        return self.parser.parse_overrides(spelled(words))
 
     def compose(self, overrides: "Sequence[Override]") -> "DictConfig":
         from omegaconf import OmegaConf
@@ -306,10 +339,65 @@ class Composer:
         return not (changes or override.is_hydra_override() or self.repository.group_exists(override.key_or_group))
 
 
-def build(node: "Mapping[str, Any] | DictConfig") -> RunConfig:
-    """Turn a composed config (or the plain mapping that `to_dict` gave) into dataclasses.
+def spelled(words: Iterable[str]) -> list[str]:
+    """Quote each member's name that Hydra would read as a number, a boolean or null: `attn_mode=1e3` names 1e3.yaml.
 
-    Raises ConfigError with a line for every unknown, missing or ill-typed value.
+    Raises ConfigError for a class that is given apart from its member, whose label its rows would carry.
+    """
+    folders = "|".join(path.name for path in CONF.iterdir() if path.is_dir())
+    found = []
+    for word in words:
+        if named := re.match(rf"[+~]*({folders})(\._target_\b|=\{{.*\b_target_\b)", word):
+            raise ConfigError(
+                f"{word}: rows would carry the label of another class: name this one in a file conf/{named[1]}/NAME.yaml "
+                f"and choose it by {named[1]}=NAME"
+            )
+        chosen = re.fullmatch(rf"(\+?(?:{folders})(?:@[^=]*)?=)([^'\"\\]*)", word)
+        if chosen and not re.search(r"\b(range|interval)\(", chosen[2]):
+            word = chosen[1] + re.sub(r"[^,()\[\]{}\s=]+", _quoted, chosen[2])
+        found.append(word)
+    return found
+
+
+def _quoted(member: "re.Match[str]") -> str:
+    try:
+        float(member[0])
+    except ValueError:
+        if member[0].lower() not in ("true", "false", "null"):
+            return member[0]
+    return f"'{member[0]}'"
+
+
+@contextmanager
+def broken_yaml() -> Iterator[None]:
+    """Turn the error of a yaml file that cannot be read into a ConfigError of one line, which names the file."""
+    from yaml import MarkedYAMLError, YAMLError
+
+    try:
+        yield
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{mark.name}, line {mark.line + 1}" if mark else "a yaml file"
+        raise ConfigError(f"{where}: {error.problem or error.context}: mend this yaml file") from None
+    except YAMLError as error:
+        raise ConfigError(" ".join(str(error).split()) + ": mend this yaml file") from None
+    except UnicodeDecodeError as error:
+        calls = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "load_config"]
+        if not calls:  # raised by a job
+            raise
+        path = calls[-1].f_locals["config_path"]  # the error itself does not know which file it was
+        raise ConfigError(f"{path}.yaml is not UTF-8 ({error.reason}): save it as UTF-8") from None
+
+
+def build(node: "Mapping[str, Any] | DictConfig", choices: Mapping[str, Any] | None = None) -> RunConfig:
+    """Turn a composed config (or the plain mapping that `to_dict` gave, with its labels) into dataclasses.
+
+    Args:
+        node: with Hydra's own part, or without it as in a job's task.
+        choices: the member chosen of each group, `hydra.runtime.choices`; read from `node` where Hydra's part is in it.
+
+    Raises:
+        ConfigError: a line for every unknown, missing or ill-typed value, and for a class that its group cannot use.
     """
     from omegaconf import DictConfig, OmegaConf  # 0.1 s that commands which only read tables do without
     from omegaconf.errors import OmegaConfBaseException
@@ -318,19 +406,30 @@ def build(node: "Mapping[str, Any] | DictConfig") -> RunConfig:
     values: dict[str, Any] = {}
     try:
         for key in map(str, node):
-            if key in ("hydra", *SWEEP):  # Hydra's own part is complete only once a job runs
+            if key == "hydra":  # Hydra's own part is complete only once a job runs
+                choices = node[key]["runtime"]["choices"]
+                continue
+            if key in SWEEP:
                 continue
             value = "???" if isinstance(node, DictConfig) and OmegaConf.is_missing(node, key) else node[key]
             values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from None
+        raise ConfigError(f"{key}: {_first_line(error)}") from None
+    if choices is not None:
+        problems += _label(values, choices)
     parts: dict[str, Any] = {}
     for group in PLUGIN_GROUPS:
         if isinstance(value := values.get(group), Mapping):
             try:
-                parts[group] = _fill(_class(group, value), value, f"{group}.", problems)
+                parts[group] = _fill(cls := _class(group, value), value, f"{group}.", problems)
+                problems += [f"{group}={value.get('name')}: {said}" for said in _unfit(cls, Hooks, required=False)]
             except ConfigError as error:
                 problems.append(str(error))
+            values[group] = None
+        elif group in values and value != "???":
+            problems.append(
+                f"{group}={value}: give {group}=NAME, of a file conf/{group}/NAME.yaml with `key: value` lines"
+            )
             values[group] = None
     config: RunConfig = _fill(RunConfig, values, "", problems)
     if problems:
@@ -340,7 +439,24 @@ def build(node: "Mapping[str, Any] | DictConfig") -> RunConfig:
     for part in parts.values():
         if hasattr(part, "resolve"):
             part.resolve(config)
+    for group, base in PLUGIN_GROUPS.items():  # of what `resolve` has put there
+        part = getattr(config, group)
+        problems += [f"{group}={part.name}: {said}" for said in _unfit(part.__class__, _named(base), required=True)]
+    if problems:
+        raise ConfigError("\n".join(problems))
     return config
+
+
+def _label(values: Mapping[str, Any], choices: Mapping[str, Any]) -> Iterator[str]:
+    """Fill in each group's label, the member that was chosen; yields a line for a group that has none or another one."""
+    for group in GROUPS:
+        if not isinstance(value := values.get(group), dict):
+            continue
+        if not isinstance(member := choices.get(group), str):
+            yield f"{group} has no chosen member to label its rows by: give {group}=NAME, of a file conf/{group}/NAME.yaml"
+        elif value.setdefault("name", member) != member:
+            said = f"{group}.name={value['name']}: rows are labelled by the chosen member, {member}"
+            yield f"{said}: leave the key name out of conf/{group}/{member}.yaml and of the command"
 
 
 def check(config: RunConfig) -> list[str]:
@@ -449,15 +565,69 @@ def _is_group(field: "dataclasses.Field[Any]") -> bool:
 
 
 def _class(group: str, node: Mapping[str, Any]) -> type:
+    """The dataclass that a member names. Raises ConfigError for one that cannot be imported, made or checked against."""
     target = str(node.get("_target_", ""))
-    module, _, name = target.rpartition(".")
     try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        raise ConfigError(f"{group}._target_={target!r} names no class: write package.module.Class") from None
-    if not dataclasses.is_dataclass(cls):
-        raise ConfigError(f"{group}._target_={target!r} is not a dataclass, so it has no schema to check against")
+        cls = _named(target)
+        if not dataclasses.is_dataclass(cls):
+            raise ConfigError("is not a dataclass, so it has no schema to check against: decorate it by @dataclass")
+        if abstract := getattr(cls, "__abstractmethods__", None):
+            raise ConfigError(f"is abstract: define {', '.join(sorted(abstract))}, or name a subclass")
+        if "name" not in (fields := [field.name for field in dataclasses.fields(cls)]):
+            raise ConfigError(f"has no field for its label, only {', '.join(fields) or 'none'}: add `name: str`")
+    except ConfigError as error:
+        raise ConfigError(f"{group}._target_={target!r} {error}") from None
     return typing.cast(type, cls)
+
+
+def _named(target: str) -> Any:
+    """The object that a dotted name means. Raises ConfigError, which says what of the name cannot be found."""
+    module, _, name = target.rpartition(".")
+    if not module or not name:
+        raise ConfigError("names no class: write package.module.Class")
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module}.".startswith(f"{missing}."):
+            raise ConfigError(
+                f"names a module that is not there, {missing}: correct it, or put its folder on PYTHONPATH"
+            ) from None
+        raise ConfigError(
+            f"names a module that cannot be imported: {type(error).__name__}: {_first_line(error)}"
+        ) from None
+    if not hasattr(found, name):
+        close = difflib.get_close_matches(name, vars(found), 1)
+        raise ConfigError(f"names no class of {module}" + (f": did you mean {close[0]}?" if close else ": correct it"))
+    return getattr(found, name)
+
+
+@lru_cache
+def _unfit(cls: type, base: type, *, required: bool) -> list[str]:
+    """A line for each method of `base` that a member's class has not, if it is required, or that takes other arguments."""
+    found = []
+    for name, declared in inspect.getmembers(base, inspect.isfunction):
+        if name.startswith("_") or not (required or hasattr(cls, name)):
+            continue
+        asked = list(inspect.signature(declared).parameters.values())[1:]
+        call = f"{name}({', '.join(parameter.name for parameter in asked)})"
+        if not callable(own := getattr(cls, name, None)):
+            found.append(f"{cls.__qualname__} has no method {call}")
+        elif not _takes(cls, name, asked):
+            found.append(f"{cls.__qualname__}.{name}{inspect.signature(own)} cannot be called as {call}")
+    return found
+
+
+def _takes(cls: type, name: str, asked: Sequence[inspect.Parameter]) -> bool:
+    """Whether a class's method can be called with these arguments: by place, but for those that have only a name."""
+    bound = isinstance(inspect.getattr_static(cls, name), (staticmethod, classmethod))
+    by_name = [parameter.name for parameter in asked if parameter.kind is parameter.KEYWORD_ONLY]
+    by_place = len(asked) - len(by_name) + (not bound)
+    try:
+        inspect.signature(getattr(cls, name)).bind(*[None] * by_place, **dict.fromkeys(by_name))
+    except TypeError:
+        return False
+    return True
 
 
 def _fill(cls: type, node: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
@@ -465,9 +635,12 @@ def _fill(cls: type, node: Mapping[str, Any], prefix: str, problems: list[str]) 
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    schema = OmegaConf.structured(cls)
+    try:
+        schema, hints = OmegaConf.structured(cls), _hints(cls)
+    except Exception as error:  # of a stranger's annotations
+        problems.append(f"{prefix.rstrip('.')}: {cls.__qualname__} cannot be a schema: {_first_line(error)}")
+        return None
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = _hints(cls)
     before = len(problems)
     given = {str(key): value for key, value in node.items() if key != "_target_"}
     for key, value in given.items():
@@ -489,12 +662,21 @@ def _fill(cls: type, node: Mapping[str, Any], prefix: str, problems: list[str]) 
             schema[key] = value
         except OmegaConfBaseException as error:
             problems.append(f"{prefix}{key}={value}: {_first_line(error)}")
+            continue
+        if not OmegaConf.is_missing(schema, key) and isinstance(schema[key], int) and abs(schema[key]) >= 2**63:
+            problems.append(f"{prefix}{key}={value} does not fit into 64 bits: it must lie between -2^63 and 2^63 - 1")
     problems += [
         f"{prefix}{key} has no value: give {prefix}{key}=..."
         for key, field in fields.items()
         if given.get(key) == "???" or (key not in given and _required(field))
     ]
-    return None if len(problems) > before else OmegaConf.to_object(schema)
+    if len(problems) > before:
+        return None
+    try:
+        return OmegaConf.to_object(schema)
+    except Exception as error:  # of a stranger's __post_init__
+        problems.append(f"{prefix.rstrip('.')}: {type(error).__name__}: {_first_line(error)}")
+        return None
 
 
 def _required(field: "dataclasses.Field[Any]") -> bool:
@@ -502,7 +684,7 @@ def _required(field: "dataclasses.Field[Any]") -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _plain(value: Any) -> Any:

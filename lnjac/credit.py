@@ -209,7 +209,7 @@ def draw(shape: tuple[int, ...], std: float, distribution: Distribution, generat
 
 def _scale_problems(scale: float) -> Iterator[str]:
     if not (scale > 0 and math.isfinite(scale)):
-        yield f"method.scale={scale} must be positive: it multiplies the feedback's spread"
+        yield f"method.scale={scale} must be positive and finite: it multiplies the feedback's spread"
 
 
 def is_feedback(parameter: str) -> bool:

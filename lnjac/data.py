@@ -16,11 +16,12 @@ import pickletools
 import sys
 import urllib.error
 import urllib.request
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +65,16 @@ class Corpus:
 
 
 # The corpora: one dataclass here and one yaml under conf/data for each
+
+
+class Source(Protocol):
+    """Where a corpus comes from, as conf/data/*.yaml has it; one with `resolve` may put another in its place."""
+
+    name: str
+
+    @abstractmethod
+    def load(self) -> Corpus:
+        """The corpus, verified; raises ConfigError where it cannot be had."""
 
 
 @dataclass

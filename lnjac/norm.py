@@ -5,6 +5,7 @@ torch.compile, vmap and forward mode: the backward's linear map is symmetric (`l
 to x itself, with z and σ held constant, gives an expression whose gradient is that very map.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Backward(Protocol):
     name: str
     sites: list[str]
 
+    @abstractmethod
     def surrogate(self, x: Tensor, eps: float, *, rms: bool) -> Tensor | None:
         """An expression with the wanted gradient with respect to x: (…, d) -> (…, d); None for the exact backward."""
 

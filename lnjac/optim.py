@@ -1,6 +1,7 @@
 """Optimizers and their learning-rate schedules (conf/optimizer/*.yaml)."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -19,7 +20,7 @@ class Decay(str, Enum):
 
 
 @dataclass
-class Optimizer:
+class Optimizer(ABC):
     """Base of every optimizer: lr rises over `warmup_steps`, then decays to lr·final_lr_ratio at the last update."""
 
     name: str
@@ -36,8 +37,9 @@ class Optimizer:
     Counts for the class that says it, not for its subclasses: they may do otherwise.
     """
 
+    @abstractmethod
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        raise NotImplementedError(f"{type(self).__name__} is an abstract optimizer: define build()")
+        """A torch optimizer of these parameter groups."""
 
     def preconditioner(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor | None:
         """P, of the parameter's shape: without momentum the optimizer, in its present state, would step by −lr·P⊙g.
@@ -62,7 +64,7 @@ class Optimizer:
 
     def problems(self, config: Any) -> Iterator[str]:
         if not (self.lr > 0 and math.isfinite(self.lr)):
-            yield f"optimizer.lr={self.lr} must be positive"
+            yield f"optimizer.lr={self.lr} must be positive and finite: try 1e-3"
         if not 0 <= self.weight_decay < math.inf:
             yield f"optimizer.weight_decay={self.weight_decay} must not be negative or infinite"
         if not 0 <= self.warmup_steps <= max(config.steps, 0):

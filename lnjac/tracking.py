@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,14 +58,18 @@ class Tracker(Protocol):
 
     name: str
 
+    @abstractmethod
     def start(self, run: TrackedRun) -> None: ...
 
+    @abstractmethod
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """After update number `step`: what is known of train_loss_nats, val_loss_nats and lr."""
 
+    @abstractmethod
     def layers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """What was measured at this step: a row for each norm, by the names of the columns of layers."""
 
+    @abstractmethod
     def end(self, status: str) -> None:
         """The run's status: done, diverged, failed or interrupted."""
 

@@ -1,5 +1,7 @@
 """What every test shares: one thread (small tensors gain nothing from more), the repository's root, the command."""
 
+import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lnjac import cli
+from lnjac import cli, config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,6 +42,21 @@ def _interruptible() -> None:
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture
+def add_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Put a yaml file into a copy of conf/ that `compose` then reads: (group, text, name), or as its first comment has it."""
+    conf = tmp_path / "conf"
+
+    def add(group: str, text: str, name: str = "") -> str:
+        if not conf.exists():
+            monkeypatch.setattr(config, "CONF", shutil.copytree(config.CONF, conf))
+        name = name or re.findall(rf"^# conf/{group}/(\w+)\.yaml", text)[0]
+        (conf / group / f"{name}.yaml").write_text(text)
+        return name
+
+    return add
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """Typed configuration: every bad value is said, with its remedy; the run identity means what it says."""
 
 import dataclasses
+import json
 import math
 import re
 import shutil
+import sys
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any, Optional
@@ -93,7 +96,7 @@ def test_configs_are_composed_as_hydra_composes_them(overrides: tuple[str, ...])
     for _ in range(2):  # the second time from what is known
         ours = compose(*overrides)
         with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
-            assert ours == build(hydra_compose("config", list(overrides)))
+            assert ours == build(hydra_compose("config", list(overrides), return_hydra_config=True))
         ours.batch_size = -1  # which the next one does not see
 
 
@@ -126,11 +129,184 @@ def test_too_long_a_block_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) ->
     assert "block_size <= 10" in said
 
 
-def test_missing_group_target_is_said() -> None:
-    plain = to_dict(compose())
-    plain["attn_mode"]["_target_"] = "lnjac.attention.Sofmax"
-    with pytest.raises(ConfigError, match="names no class"):
-        build(plain)
+@pytest.mark.parametrize(
+    "override", ["seed=18446744073709551616", "steps=9223372036854775808", "eval.tokens=9223372036854775808"]
+)
+def test_a_number_too_large_for_a_table_is_one_line(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train.admit(compose(override))
+    assert str(caught.value).startswith(f"{override} does not fit into 64 bits")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+# ---------------------------------------------------------------- members and their labels
+
+SIGMOID = "_target_: lnjac.attention.Sigmoid\nbias: null\n"
+
+
+@pytest.mark.parametrize("name", ["nan", "1e3", "1_0", "-inf", "007", "true", "NULL", "plain"])
+def test_any_name_of_a_file_is_a_label(name: str, add_member: Callable[..., str]) -> None:
+    add_member("attn_mode", SIGMOID, name)
+    for word in (f"attn_mode={name}", f"attn_mode='{name}'"):
+        assert compose(word).attn_mode.name == name
+
+
+def test_a_label_is_the_chosen_members_name_and_never_typed(add_member: Callable[..., str]) -> None:
+    add_member("attn_mode", SIGMOID, "mine")
+    add_member("attn_mode", SIGMOID + "name: typed\n", "typed")
+    assert compose("attn_mode=typed").attn_mode.name == "typed"
+    add_member("attn_mode", SIGMOID + "name: softmax\n", "typed")
+    said = "attn_mode.name=softmax: rows are labelled by the chosen member, typed: leave the key name out of conf"
+    assert said in problems("attn_mode=typed")
+    assert "labelled by the chosen member, mine" in problems("attn_mode=mine", "+attn_mode.name=softmax")
+    with pytest.raises((ConfigError, HydraException)):
+        compose("attn_mode=mine", "attn_mode.name=softmax")
+    target = "attn_mode._target_=lnjac.attention.Sigmoid"
+    assert "rows would carry the label of another class: name this one in a file conf/attn_mode" in problems(target)
+    whole = ["~attn_mode", "+attn_mode.bias=0", "+attn_mode.name=softmax"]
+    assert "attn_mode has no chosen member to label its rows by: give attn_mode=NAME" in problems(*whole)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("_target_: [\n", "mine.yaml, line 2: expected the node content, but found '<stream end>'"),
+        ("bias: 1\nbias: 2\n", "mine.yaml, line 2: found duplicate key bias"),
+        ("bias:\t1\n\tname: 1\n", "mine.yaml, line 1: found character"),
+        ("bias: \x01\n", "mine.yaml"),
+        ("bias: ${zzz}\n", "attn_mode: Interpolation key 'zzz' not found"),
+        (
+            "- a\n- b\n",
+            "attn_mode=['a', 'b']: give attn_mode=NAME, of a file conf/attn_mode/NAME.yaml with `key: value` lines",
+        ),
+        ("", "attn_mode._target_='' names no class: write package.module.Class"),
+    ],
+)
+def test_a_broken_yaml_is_one_line_that_names_it(text: str, said: str, add_member: Callable[..., str]) -> None:
+    add_member("attn_mode", text, "mine")
+    found = problems("attn_mode=mine")
+    assert said in found
+    assert len(found.splitlines()) == 1
+
+
+def test_a_yaml_that_is_not_utf8_is_named(add_member: Callable[..., str]) -> None:
+    add_member("attn_mode", SIGMOID, "mine")
+    (config.CONF / "attn_mode" / "mine.yaml").write_bytes(b"name: caf\xe9\n")
+    assert problems("attn_mode=mine").startswith("attn_mode/mine.yaml is not UTF-8")
+
+
+CODE = """
+from dataclasses import dataclass
+from lnjac.attention import Attention, Softmax
+from lnjac.norm import Backward
+
+class Bare:
+    name = "bare"
+
+@dataclass
+class Unnamed:
+    bias: float = 1.0
+
+@dataclass
+class Unfinished(Attention):
+    pass
+
+@dataclass
+class Silent(Backward):
+    name: str
+
+@dataclass
+class Narrow(Attention):
+    def weights(self, scores):
+        return scores.softmax(-1)
+
+@dataclass
+class Duck:
+    name: str
+    def weights(self, scores, mask, block_size):
+        return scores.softmax(-1)
+
+@dataclass
+class Strict(Softmax):
+    def problems(self):
+        yield "never"
+
+@dataclass
+class Raising(Softmax):
+    def __post_init__(self):
+        raise ValueError("bias and gain exclude each other")
+
+@dataclass
+class Odd(Softmax):
+    path: complex
+
+@dataclass
+class Static(Attention):
+    @staticmethod
+    def weights(scores, mask, block_size):
+        return scores.masked_fill(~mask, -1e9).softmax(-1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (
+            "nomodule.X",
+            "attn_mode._target_='nomodule.X' names a module that is not there, nomodule: correct it, or put its",
+        ),
+        ("lnjac.nomodule.X", "names a module that is not there, lnjac.nomodule"),
+        ("needy.X", "names a module that cannot be imported: ModuleNotFoundError: No module named 'nosuchpackage'"),
+        ("slip.X", "names a module that cannot be imported: SyntaxError: "),
+        ("lnjac.attention.Sofmax", "names no class of lnjac.attention: did you mean Softmax?"),
+        ("Softmax", "names no class: write package.module.Class"),
+        ("lnjac.attention.Attention", "is abstract: define weights, or name a subclass"),
+        ("code.Unfinished", "is abstract: define weights"),
+        ("code.Bare", "is not a dataclass"),
+        ("code.Unnamed", "has no field for its label, only bias: add `name: str`"),
+        (
+            "code.Narrow",
+            "attn_mode=mine: Narrow.weights(self, scores) cannot be called as weights(scores, mask, block_size)",
+        ),
+        ("code.Duck", "attn_mode=mine: Duck has no method attend(q, k, v, block_size, dropout)"),
+        ("code.Strict", "attn_mode=mine: Strict.problems(self) cannot be called as problems(config)"),
+        ("code.Raising", "attn_mode: ValueError: bias and gain exclude each other"),
+        ("code.Odd", "attn_mode: Odd cannot be a schema: "),
+    ],
+)
+def test_a_class_that_its_group_cannot_use_is_found_by_the_check(
+    target: str, said: str, tmp_path: Path, add_member: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign(tmp_path, monkeypatch)
+    add_member("attn_mode", f"_target_: {target.replace('code.', 'strangers_code.')}\n", "mine")
+    found = problems("attn_mode=mine")
+    assert said in found
+    assert len(found.splitlines()) == 1
+
+
+def foreign(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger's modules on the path."""
+    for name, text in {"strangers_code": CODE, "needy": "import nosuchpackage", "slip": "def ("}.items():
+        (folder / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def test_each_group_asks_for_its_own_methods(
+    tmp_path: Path, add_member: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign(tmp_path, monkeypatch)
+    for group, target, said in (
+        ("ln_backward", "strangers_code.Silent", "is abstract: define surrogate"),
+        ("optimizer", "lnjac.optim.Optimizer", "is abstract: define build"),
+        ("method", "lnjac.tracking.Untracked", "Untracked has no method install(model, seed)"),
+        ("tracker", "lnjac.attention.Softmax", "Softmax has no method start(run)"),
+        ("data", "lnjac.attention.Softmax", "Softmax has no method load()"),
+    ):
+        add_member(group, f"_target_: {target}\n", "mine")
+        assert said in problems(f"{group}=mine")
+    add_member("attn_mode", "_target_: strangers_code.Static\n", "mine")
+    assert compose("attn_mode=mine").attn_mode.name == "mine"
 
 
 def test_a_config_survives_the_round_trip_through_plain_values() -> None:
@@ -170,6 +346,16 @@ def test_diag_id_changes_with_diagnostics_alone() -> None:
     bare = diag_id(compose())
     assert all(diag_id(compose(o)) == bare for o in SCIENCE)
     assert diag_id(compose("diagnostics.grad_at=output")) != bare
+
+
+IDENTITIES = json.loads((Path(__file__).parent / "golden" / "identities.json").read_text())
+
+
+@pytest.mark.parametrize("case", IDENTITIES, ids=lambda case: " ".join(case["overrides"]) or "bare")
+def test_no_identity_ever_changes(case: dict[str, Any]) -> None:
+    """The ids are those that finished runs have; only a new NUMERICS_VERSION may give others."""
+    c = compose(*case["overrides"])
+    assert (run_id(c, "0" * 64), diag_id(c)) == (case["run_id"], case["diag_id"])
 
 
 def test_columns_are_typed_scalars_without_paths_or_execution() -> None:

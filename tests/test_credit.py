@@ -758,7 +758,8 @@ def test_a_policy_without_any_random_matrix_is_refused(method: str) -> None:
 def test_an_impossible_scale_is_refused(method: str, scale: str) -> None:
     found = problems(f"method={method}", f"method.scale={scale}")
     assert len(found) == 1
-    assert "method.scale=" in found[0]
+    assert found[0].startswith("method.scale=")
+    assert "must be positive and finite" in found[0]
 
 
 @pytest.mark.parametrize("decay", [".inf", ".nan", "-1.0"])

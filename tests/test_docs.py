@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -68,13 +69,9 @@ def example(page: Path, word: str, language: str = "python") -> str:
     return found
 
 
-def run_with(folder: Path, group: str, member: str, *overrides: str) -> dict[str, object]:
-    """A short run whose `group` is the yaml text `member`; its row of `runs`."""
-    plain = config.to_dict(config.compose(*SHORT, f"data.dir={folder}/play", *overrides))
-    given = yaml.safe_load(member)
-    base = plain[group] if "defaults" in given else {}
-    plain[group] = {**base, **{key: value for key, value in given.items() if key != "defaults"}}
-    settings = config.build(plain)
+def run_with(folder: Path, *overrides: str) -> dict[str, object]:
+    """The row of `runs` of a short run."""
+    settings = config.compose(*SHORT, f"data.dir={folder}/play", *overrides)
     assert config.check(settings) == []
     assert train.run(settings, folder / "run") == "done"
     (row,) = runs.read_table(folder / "run" / "run.parquet").to_pylist()
@@ -104,10 +101,13 @@ def test_how_to_add_a_metric(root: Path, tmp_path: Path, monkeypatch: pytest.Mon
         assert low[row.site] < row.log2_sigma < high[row.site]
 
 
-def test_how_to_add_a_surrogate(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_to_add_a_surrogate(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, add_member: Callable[..., str]
+) -> None:
     page = root / "docs" / "how-to.md"
     defined(monkeypatch, norm, example(page, "class Mixture"), "Mixture")
-    row = run_with(tmp_path, "ln_backward", example(page, "lnjac.norm.Mixture", "yaml"))
+    member = add_member("ln_backward", example(page, "lnjac.norm.Mixture", "yaml"))
+    row = run_with(tmp_path, f"ln_backward={member}")
     assert (row["ln_backward"], row["ln_backward.share"]) == ("mixture", 0.1)
     x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     g = torch.randn(5, 8, dtype=torch.float64)
@@ -117,16 +117,22 @@ def test_how_to_add_a_surrogate(root: Path, tmp_path: Path, monkeypatch: pytest.
     torch.testing.assert_close(found, 0.3 * g + 0.7 * jacobian.pull_back(g, z, rstd))
 
 
-def test_how_to_add_a_method(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_to_add_a_method(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, add_member: Callable[..., str]
+) -> None:
     page = root / "docs" / "how-to.md"
     defined(monkeypatch, credit, example(page, "class NoisyTranspose"), "NoisyTranspose")
-    row = run_with(tmp_path, "method", example(page, "lnjac.credit.NoisyTranspose", "yaml"))
+    member = add_member("method", example(page, "lnjac.credit.NoisyTranspose", "yaml"))
+    row = run_with(tmp_path, f"method={member}")
     assert (row["method"], row["method.q"]) == ("noisy", 1.28)
 
 
-def test_how_to_add_an_attention_mode(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_to_add_an_attention_mode(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, add_member: Callable[..., str]
+) -> None:
     defined(monkeypatch, attention, example(root / "README.md", "class Squared"), "Squared")
-    row = run_with(tmp_path, "attn_mode", example(root / "README.md", "lnjac.attention.Squared", "yaml"))
+    member = add_member("attn_mode", example(root / "README.md", "lnjac.attention.Squared", "yaml"))
+    row = run_with(tmp_path, f"attn_mode={member}")
     assert (row["attn_mode"], row["attn_mode.gain"]) == ("squared", 1.0)
 
 

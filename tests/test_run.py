@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -392,7 +393,16 @@ TINY = ("model=tiny", "steps=4", "eval.tokens=500", "batch_size=4", "threads=1",
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "bad",
-    ["attn_mode=softmx", "attn_mod=softmax", "seed=abc", "model.n_embd=130", "method=dfa method.policy.head=random"],
+    [
+        "attn_mode=softmx",
+        "attn_mod=softmax",
+        "seed=abc",
+        "model.n_embd=130",
+        "method=dfa method.policy.head=random",
+        "attn_mode=nan",
+        "attn_mode._target_=lnjac.attention.Relu",
+        "optimizer.lr=inf",
+    ],
 )
 def test_a_bad_value_exits_without_traceback(tmp_path: Path, bad: str) -> None:
     done = command(*bad.split(), cwd=tmp_path)
@@ -402,10 +412,15 @@ def test_a_bad_value_exits_without_traceback(tmp_path: Path, bad: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_told_to_stop_keeps_a_checkpoint_and_no_half_written_file(tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "every"), [(signal.SIGINT, "300"), (signal.SIGTERM, "300"), (signal.SIGTERM, "null")]
+)
+def test_a_run_told_to_stop_keeps_a_checkpoint_and_no_half_written_file(
+    tmp_path: Path, number: int, every: str
+) -> None:
     (tmp_path / "data").symlink_to(ROOT / "data")
     words = ["model=tiny", "steps=200", "batch_size=64", "eval.tokens=500", "threads=1", "hydra.run.dir=out"]
+    words.append(f"checkpoint.every={every}")
     line = [sys.executable, str(ROOT / "run.py"), *words]
     process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
@@ -418,14 +433,17 @@ def test_a_run_told_to_stop_keeps_a_checkpoint_and_no_half_written_file(tmp_path
         process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode != 0
+    assert process.returncode == -number
     status = runs.read_status(tmp_path / "out")
     assert status["status"] == runs.INTERRUPTED
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {".hydra", "run.log", runs.STATUS, runs.LOCK, runs.CHECKPOINT}
+    saved = every != "null"
+    assert left == {".hydra", "run.log", runs.STATUS, runs.LOCK, *([runs.CHECKPOINT] if saved else [])}
+    promised = "goes on from the checkpoint" if saved else "starts from the beginning"
+    assert re.search(rf"interrupted: .*the same command with hydra.run.dir=\S*out {promised}\n", log.read_text())
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "goes on from the checkpoint" in log.read_text()
+    assert ("goes on from the checkpoint after update" in log.read_text()) == saved
     assert lnjac.load_run(tmp_path / "out").run["steps_done"][0] == 200
 
 
@@ -434,7 +452,9 @@ def test_one_run_is_not_told_what_is_said_of_sweeps(tmp_path: Path) -> None:
     done = command(*TINY, "sweep=A", cwd=tmp_path)
     assert done.returncode != 0
     assert "add -m" in done.stderr
-    assert command(*TINY, "dry_run=true", "hydra.run.dir=out", cwd=tmp_path).returncode == 0
+    dry = command(*TINY, "dry_run=true", "hydra.run.dir=out", cwd=tmp_path)
+    assert dry.returncode == 0
+    assert "dry_run: the config is sound; nothing was started" in dry.stdout
     assert not (tmp_path / "out" / runs.STATUS).exists()
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -134,6 +135,62 @@ def test_a_sweep_with_bad_jobs_starts_none_and_lists_all(tmp_path: Path) -> None
     assert "model.n_embd=35 is not divisible" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "multirun").exists()
+
+
+def members(folder: Path, **files: str) -> str:
+    """A folder for --config-dir with these members of attn_mode."""
+    (folder / "own" / "attn_mode").mkdir(parents=True)
+    for name, text in files.items():
+        (folder / "own" / "attn_mode" / f"{name}.yaml").write_text(text)
+    return str(folder / "own")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["local", "basic"])
+def test_a_member_may_be_called_nan(tmp_path: Path, launcher: str) -> None:
+    own = members(tmp_path, nan="_target_: lnjac.attention.Softmax\n")
+    words = ("-m", *TINY, "attn_mode=softmax,nan", "seed=1", "sweep=A", f"hydra/launcher={launcher}")
+    done = command("--config-dir", own, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert set(pd.read_parquet(tmp_path / "multirun/A/all.runs.parquet")["attn_mode"]) == {"softmax", "nan"}
+
+
+@pytest.mark.slow
+def test_a_bad_member_costs_no_word_about_the_other_jobs(tmp_path: Path) -> None:
+    """The job and the file are named for a broken yaml, a label that is typed, a class that is not there."""
+    softmax = "_target_: lnjac.attention.Softmax\n"
+    own = members(tmp_path, broken="_target_: [\n", typed=softmax + "name: softmax\n", gone="_target_: gone.X\n")
+    done = command("--config-dir", own, "-m", *TINY, "attn_mode=softmax,broken,typed,gone", "sweep=A", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "3 of 4 jobs cannot run; none was started" in done.stderr
+    lines = done.stderr.splitlines()
+    for name, said in (
+        ("broken", "broken.yaml, line 2: "),
+        ("typed", "attn_mode.name=softmax: "),
+        ("gone", "not there, gone"),
+    ):
+        at = next(i for i, line in enumerate(lines) if f"attn_mode={name} " in line)
+        assert said in lines[at + 1]
+    assert "Traceback" not in done.stderr
+    one = command("--config-dir", own, *TINY, "attn_mode=broken", cwd=tmp_path)
+    assert one.returncode == 1
+    assert re.fullmatch(r".*broken\.yaml, line 2: .*\n", one.stderr)
+
+
+def test_a_range_counts_with_the_decimals_that_were_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    sweeper = importlib.import_module("hydra_plugins.lnjac_sweeper").LnjacSweeper(max_batch_size=None)
+    sweeper.params = {}
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        sweeper.hydra_context = SimpleNamespace(config_loader=GlobalHydra.instance().hydra.config_loader)
+        for word, values in {
+            "range(0.1,0.4,0.1)": [0.1, 0.2, 0.3],
+            "range(0,0.7,0.1)": [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
+            "range(1e-3,4e-3,1e-3)": [1e-3, 2e-3, 3e-3],
+            "range(0.3,0,-0.1)": [0.3, 0.2, 0.1],
+        }.items():
+            assert sweeper._grid([f"optimizer.lr={word}"]) == [[f"optimizer.lr={value}"] for value in values]
+        assert sweeper._grid(["seed=range(1,4)"]) == [["seed=1"], ["seed=2"], ["seed=3"]]
 
 
 @pytest.mark.slow

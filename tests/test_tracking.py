@@ -5,7 +5,7 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from conftest import ROOT
 from test_conformance import SMALL, corpus, members
 from test_run import TINY, command
@@ -296,13 +295,14 @@ def test_a_run_is_opened_without_its_tracker(listening: RunConfig, tmp_path: Pat
     assert lnjac.replay.Run.config.func(run).tracker == compose().tracker
 
 
-def test_the_documented_tracker_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_tracker_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, add_member: Callable[..., str]
+) -> None:
     text = (ROOT / "docs" / "tracking.md").read_text()
     (code,), (settings,) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("python", "yaml"))
     (tmp_path / "watch.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
-    plain = to_dict(compose(*SMALL, *WATCHED)) | {"tracker": yaml.safe_load(settings)}
-    run = finished(tmp_path / "run", build(plain))
+    run = finished(tmp_path / "run", compose(*SMALL, *WATCHED, f"tracker={add_member('tracker', settings)}"))
     lines = pd.read_json(tmp_path / "run" / "live.jsonl", lines=True)
     drawn = lines[lines["train_loss_nats"].notna()]
     assert drawn["train_loss_nats"].tolist() == pytest.approx(run.curve["train_loss_nats"].dropna().tolist())
