@@ -188,6 +188,8 @@ class LnjacSweeper(BasicSweeper):
             elif job.state.name in (runs.FAILED, plan.BROKEN):
                 again = "run again" if job in todo else "left as it is (retry_failed=false)"
                 log.warning("%s: %s: %s %s", job.folder.name, again, job.state.name, job.state.reason.split("\n")[0])
+            elif job.state.finished and job.state.reason:
+                log.warning("%s: %s", job.folder, job.state.reason)
         return todo
 
     def _estimate(self, todo: Sequence[Job], folder: Path) -> None:

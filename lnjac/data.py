@@ -11,8 +11,10 @@ import io
 import json
 import logging
 import math
+import os
 import pickle
 import pickletools
+import shlex
 import sys
 import urllib.error
 import urllib.request
@@ -199,6 +201,9 @@ def open_folder(name: str, folder: Path, vocab_size: int | None = None) -> Corpu
 def _open(name: str, folder: Path, vocab_size: int | None, stamps: tuple[tuple[int, ...] | None, ...]) -> Corpus:
     """`stamps` tell one state of the folder's files from the next."""
     meta = read_meta(folder / "meta.pkl") if _is_prepared(folder) else Meta(None, None, None)
+    splits = {split: _map(folder / f"{split}.bin") for split in SPLITS}
+    if meta.sha256 is None:  # not prepared here
+        _require_uint16(folder, splits)
     size = meta.vocab_size if vocab_size is None else vocab_size
     if size is None:
         raise ConfigError(
@@ -212,7 +217,6 @@ def _open(name: str, folder: Path, vocab_size: int | None, stamps: tuple[tuple[i
             f"data.vocab_size={size} is below the {len(meta.vocabulary)} entries of {folder}/meta.pkl: "
             "leave data.vocab_size out"
         )
-    splits = {split: _map(folder / f"{split}.bin") for split in SPLITS}
     sha256 = _verify(folder, size, meta.vocabulary, splits)
     if meta.sha256 is not None and size == meta.vocab_size and sha256 != meta.sha256:
         raise ConfigError(
@@ -250,6 +254,68 @@ def _map(file: Path) -> Tokens:
         return np.memmap(file, dtype=DTYPE, mode="r")
     except OSError as error:
         raise ConfigError(f"cannot read {file} ({error.strerror}): check its permissions") from None
+
+
+class Format(NamedTuple):
+    """How a .bin file holds its tokens: bytes before the first one, their numpy type, and a name for both."""
+
+    offset: int
+    dtype: str
+    name: str
+
+
+UINT16 = Format(0, "<u2", "uint16 tokens")
+UINT32 = Format(0, "<u4", "uint32 tokens")
+INT64 = Format(0, "<i8", "int64 tokens")
+LLM_C = {
+    20240520: Format(1024, "<u2", "llm.c's header before uint16 tokens"),
+    20240801: Format(1024, "<u4", "llm.c's header before uint32 tokens"),
+}
+"""llm.c's formats by the first number of their header: 256 int32, namely this number, a version, how many tokens, zeros."""
+
+
+def _require_uint16(folder: Path, splits: Mapping[str, Tokens]) -> None:
+    """Raise ConfigError, with the command that converts it, for a folder of tokens in another format."""
+    formats = {split: _format(tokens) for split, tokens in splits.items()}
+    if not (other := [split for split, found in formats.items() if found != UINT16]):
+        return
+    said = f"{folder}/{other[0]}.bin holds {formats[other[0]].name}, and lnjac reads uint16 tokens alone: "
+    for split in other:
+        offset, dtype, _ = formats[split]
+        largest = int(np.memmap(folder / f"{split}.bin", dtype, "r", offset).max(initial=0))
+        if largest >= MOST_TOKENS:
+            raise ConfigError(
+                f"{said}token {largest} does not fit, so tokenise with a vocabulary of at most {MOST_TOKENS}"
+            )
+    new = f"{folder}-uint16"
+    parts = [[split, found.offset, found.dtype] for split, found in formats.items()]
+    meta = f"shutil.copy({json.dumps(f'{folder}/meta.pkl')}, new); " if _is_prepared(folder) else ""
+    program = (
+        f"import pathlib, shutil, numpy; new = pathlib.Path({json.dumps(new)}); new.mkdir(); {meta}"
+        f'[numpy.memmap({json.dumps(str(folder))} + f"/{{split}}.bin", dtype, "r", offset).astype("<u2")'
+        f'.tofile(new / f"{{split}}.bin") for split, offset, dtype in {json.dumps(parts)}]'
+    )
+    raise ConfigError(f"{said}convert it by `python -c {shlex.quote(program)}`, then set data.dir={new}")
+
+
+def _format(tokens: Tokens) -> Format:
+    """Recognise how a file that was read as uint16 was written, by its header or by what lies at every second place."""
+    if len(tokens) > 512:
+        header = np.frombuffer(tokens[:512].tobytes(), "<i4")
+        if (known := LLM_C.get(int(header[0]))) and not header[3:].any():
+            return known
+    quarters = tokens[: min(len(tokens), CHUNK) // 4 * 4].reshape(-1, 4)
+    if len(quarters) < 8:  # too few to tell
+        return UINT16
+    a, b, c, d = (int(part.max()) for part in quarters.T)
+    if c == d == 0 and _are_halves(a, b):
+        return INT64
+    return UINT32 if _are_halves(max(a, c), max(b, d)) else UINT16
+
+
+def _are_halves(low: int, high: int) -> bool:
+    """Tell from their largest values whether these are the lower and upper halves of tokens below a million."""
+    return low > 0 and (high == 0 or (high < 16 and low >= 256))
 
 
 class Meta(NamedTuple):
@@ -397,6 +463,9 @@ def _progress(label: str, done: int, total: int, worth: int = 1) -> None:
 
 
 def _read(file: Path | str, setting: str, most: int | None = None) -> bytes:
+    if os.path.exists(file) and not os.path.isfile(file):  # a pipe would be waited for, and can be read but once
+        what = "is a folder" if os.path.isdir(file) else "is a pipe or a device"
+        raise ConfigError(f"cannot read {file}, which {what} and no regular file: check {setting}")
     try:
         with open(file, "rb") as opened:
             content = opened.read(-1 if most is None else most + 1)

@@ -24,7 +24,7 @@ PER_RUN = ("seed", "steps", "eval.every", "eval.tokens")
 
 @dataclass(frozen=True)
 class State:
-    """What a run's folder holds, and why if it is not done: a status of `runs`, missing, broken, or another run's."""
+    """State of a run's folder: a status of `runs`, missing, broken, or another run's; `reason` says what is wrong with it."""
 
     name: str
     reason: str = ""
@@ -35,7 +35,10 @@ class State:
 
 
 def state(folder: Path, identity: Mapping[str, str]) -> State:
-    """The state of the folder as that of the run `identity`. Finished only if the rows verify, to the last bit."""
+    """Return the state of the folder as that of the run `identity`. Finished only if the rows verify, to the last bit.
+
+    Weights or a diagnostic batch that are lost leave the run finished, and are the state's reason: the rows stand.
+    """
     if not (folder / runs.STATUS).exists():
         return State(MISSING)
     status = runs.read_status(folder)
@@ -54,7 +57,25 @@ def state(folder: Path, identity: Mapping[str, str]) -> State:
         row = read(Source(folder, merged=False))["runs"].select(list(identity)).to_pylist()[0]
     except Unfit as error:
         return State(BROKEN, str(error))
-    return State(name) if row == dict(identity) else State(BROKEN, "its rows are not of the run that its status names")
+    if row != dict(identity):
+        return State(BROKEN, "its rows are not of the run that its status names")
+    lost = [said for file in (runs.MODEL, runs.BATCH) if (said := _lost(folder / file, status))]
+    return State(
+        name, f"{', '.join(lost)}; the rows are whole: to make the run anew, delete its folder" if lost else ""
+    )
+
+
+def _lost(path: Path, status: Mapping[str, Any]) -> str:
+    """Return what is wrong with a file that the run wrote beside its rows, if anything."""
+    written = status.get("sha256", {}).get(path.name)
+    try:
+        if written is None or runs.file_sha256(path) == written:
+            return ""
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    return f"{path.name} was altered: its SHA-256 differs from {runs.STATUS}'s"
 
 
 def fail(folder: Path, identity: Mapping[str, str], reason: str) -> None:

@@ -10,11 +10,12 @@ import os
 import platform
 import secrets
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -73,7 +74,7 @@ def table(
 
 
 def write_table(path: Path, data: pa.Table, metadata: Mapping[str, Any]) -> None:
-    """Write a table with checksums on every page; `metadata` goes into the footer as JSON under the key `lnjac`.
+    """Write a table with checksums on every page and over its footer; `metadata` goes there as JSON under the key `lnjac`.
 
     Column statistics are left out: in files of ten rows they are most of the bytes, and nothing here reads them. Nor do
     small files gain by dictionaries or zstd, which double the time that each takes to write and to read; in large ones
@@ -95,7 +96,49 @@ def write_table(path: Path, data: pa.Table, metadata: Mapping[str, Any]) -> None
         store_schema=False,
     ) as writer:
         writer.write_table(data, row_group_size=ROW_GROUP)
-        writer.add_key_value_metadata({"lnjac": note})
+        writer.add_key_value_metadata({"lnjac": note, SEAL: UNSEALED})
+    with path.open("r+b") as file:
+        start, footer = _footer(file)
+        at = _seal(footer)
+        assert at is not None
+        file.seek(start + at)
+        file.write(hashlib.sha256(footer).hexdigest().encode())
+
+
+SEAL, UNSEALED = "lnjac.footer_sha256", "0" * 64
+"""Key of the footer's own SHA-256, and the value that stands there while the footer is hashed.
+
+Pages carry checksums; the footer, with the columns' names, types and places, has none in Parquet.
+"""
+
+
+def _require_sealed(file: pa.NativeFile) -> None:
+    """Raise ArrowInvalid if the footer is not the one that `write_table` wrote; one without a checksum passes."""
+    _, footer = _footer(file)
+    file.seek(0)
+    if (at := _seal(footer)) is None:  # another program's, or an earlier lnjac's
+        return
+    found = footer[at : at + len(UNSEALED)]
+    plain = footer[:at] + UNSEALED.encode() + footer[at + len(UNSEALED) :]
+    if hashlib.sha256(plain).hexdigest().encode() != found:
+        raise pa.ArrowInvalid("its footer was altered after it was written: its SHA-256 differs")
+
+
+def _footer(file: "BinaryIO | pa.NativeFile") -> tuple[int, bytes]:
+    """Return where the footer begins, and its bytes with its length and the mark that end the file."""
+    size: int = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 8))
+    length = int.from_bytes(file.read(4), "little") + 8
+    start = max(0, size - length)
+    file.seek(start)
+    return start, file.read()
+
+
+def _seal(footer: bytes) -> int | None:
+    """Return where the SHA-256 stands in the footer: after its key and Thrift's header of a text of 64 bytes."""
+    mark = SEAL.encode() + b"\x18\x40"
+    at = footer.rfind(mark)
+    return None if at < 0 else at + len(mark)
 
 
 class RunFolder:
@@ -123,8 +166,8 @@ class RunFolder:
     def status(self, state: str, **more: Any) -> None:
         """Say what became of the run: running, interrupted, done, failed or diverged, with an `error` or `step` if any.
 
-        The status also holds the SHA-256 of each file written so far: page checksums leave a table's footer unguarded,
-        and a file that an earlier run left in the folder is not in it.
+        The status also holds the SHA-256 of each file written so far: one that an earlier run left in the folder is not
+        in it.
         """
         text = json.dumps({"status": state, "at": now(), **self.identity, **more, "sha256": self.written}, indent=1)
         write_atomically(self.path / STATUS, lambda temporary: temporary.write_text(text + "\n"))
@@ -172,15 +215,27 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """What `write_table` put into the footer. Raises ArrowInvalid for a file that is not parquet, KeyError for another's."""
-    found = json.loads(pq.read_metadata(path).metadata[b"lnjac"])
+    with _opened(path) as source:
+        found = json.loads(pq.read_metadata(source).metadata[b"lnjac"])
     assert isinstance(found, dict)
     return found
 
 
 def read_table(path: Path | pa.NativeFile, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read one parquet file, or only some of its columns, verifying its page checksums."""
-    file = pq.ParquetFile(path, page_checksum_verification=True)
-    return file.read(columns, use_threads=file.metadata.num_rows >= SMALL)
+    """Read one Parquet file, or only some of its columns, verifying the checksums of its footer and its pages."""
+    with _opened(path) as source:
+        file = pq.ParquetFile(source, page_checksum_verification=True)
+        return file.read(columns, use_threads=file.metadata.num_rows >= SMALL)
+
+
+@contextmanager
+def _opened(path: Path | pa.NativeFile) -> Iterator[pa.NativeFile]:
+    """Open a Parquet file, or take an open one, and verify its footer."""
+    if isinstance(path, Path) and path.exists() and not path.is_file():
+        raise OSError("it is not a regular file")  # a pipe would be waited for
+    with pa.OSFile(str(path)) if isinstance(path, Path) else nullcontext(path) as file:
+        _require_sealed(file)
+        yield file
 
 
 def file_sha256(path: Path) -> str:

@@ -349,6 +349,8 @@ class Job:
         self.found = before.name if before.finished else None
         if self.found:
             log.info("run %s is in %s already: %s", self.identity["run_id"], self.out.path, self.found)
+            if before.reason:
+                log.warning("%s: %s", self.out.path, before.reason)
             return
         if before.name == plan.FOREIGN:
             raise ConfigError(f"{self.out.path} {before.reason}: choose another folder, or delete it")

@@ -311,6 +311,79 @@ def test_a_nanogpt_folder_without_meta_needs_its_vocabulary_size() -> None:
         refused(data.NanoGPT("nanogpt", str(folder), vocab_size=impossible).load, f"data.vocab_size={impossible}")
 
 
+def with_header(magic: int, dtype: str, tokens: list[int]) -> bytes:
+    """A file as llm.c's write_datafile makes it."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, 1, len(tokens)
+    return header.tobytes() + np.array(tokens, dtype=dtype).tobytes()
+
+
+OTHER_FORMATS = {
+    "uint32": lambda tokens: np.array(tokens, dtype="<u4").tobytes(),
+    "int64": lambda tokens: np.array(tokens, dtype="<i8").tobytes(),
+    "llm.c's header before uint16": partial(with_header, 20240520, "<u2"),
+    "llm.c's header before uint32": partial(with_header, 20240801, "<u4"),
+}
+
+
+@pytest.mark.parametrize("vocab_size", [None, 50304])
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_other_formats_of_tokens_are_refused_with_a_command_that_converts_them(
+    name: str, vocab_size: int | None
+) -> None:
+    rng = np.random.default_rng(0)
+    splits = {"train": rng.integers(0, 50257, 2000).tolist(), "val": rng.integers(0, 50257, 300).tolist()}
+    folder = Path("my $bins")
+    folder.mkdir()
+    for split, tokens in splits.items():
+        (folder / f"{split}.bin").write_bytes(OTHER_FORMATS[name](tokens))
+    said = refused(data.NanoGPT("n", str(folder), vocab_size).load, f"train.bin holds {name}", "my $bins-uint16")
+    command = re.search("`python (.*)`", said)
+    assert command
+    subprocess.run(f"{sys.executable} {command[1]}", shell=True, check=True)
+    corpus = data.NanoGPT("n", "my $bins-uint16", 50304).load()
+    assert (corpus.train.tolist(), corpus.val.tolist()) == (splits["train"], splits["val"])
+
+
+def test_characters_in_uint32_are_refused_too_and_keep_their_meta() -> None:
+    folder = write_folder(Path("chars"), [0], [0], char_meta("abc"))
+    for split in data.SPLITS:
+        np.array([0, 1, 2, 2] * 50, dtype="<u4").tofile(folder / f"{split}.bin")
+    said = refused(data.NanoGPT("n", "chars").load, "holds uint32 tokens")
+    subprocess.run(sys.executable + said.split("`python")[1].split("`")[0], shell=True, check=True)
+    assert data.NanoGPT("n", "chars-uint16").load().vocabulary == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    "write", [lambda tokens: tokens.astype("<u4").tobytes(), lambda tokens: with_header(20240801, "<u4", tokens)]
+)
+def test_tokens_that_no_uint16_holds_are_said(write: Callable[[Any], bytes]) -> None:
+    Path("llama").mkdir()
+    for split in data.SPLITS:
+        Path("llama", f"{split}.bin").write_bytes(write(np.arange(0, 128256, 5)))
+    said = refused(data.NanoGPT("n", "llama", 65536).load, "token 128255 does not fit", "at most 65536")
+    assert "python" not in said
+
+
+def test_uint16_tokens_are_not_taken_for_others() -> None:
+    rng = np.random.default_rng(0)
+    for i, tokens in enumerate(
+        (rng.integers(0, 2, 200), rng.integers(0, 50257, 2000), np.zeros(200, int), np.arange(200) % 2)
+    ):
+        folder = write_folder(Path(str(i)), tokens.tolist(), tokens.tolist())
+        assert data.NanoGPT("n", str(folder), 50304).load().train.tolist() == tokens.tolist()
+    own = data.TextFiles("text", ["own.txt"])
+    Path("own.txt").write_text("ba" * 200)  # every second token is 0, and it was prepared here
+    assert own.load().train[:4].tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("setting", ["data.files", "data.source"])
+def test_a_pipe_is_refused_and_not_waited_for(setting: str) -> None:
+    os.mkfifo("pipe")
+    one = data.TextFiles("text", ["pipe"]) if setting == "data.files" else data.ShakespeareChar("s", source="pipe")
+    refused(one.load, "pipe", "no regular file", setting)
+
+
 def test_the_content_hash_follows_content_and_no_path() -> None:
     def sha256(folder: str, train: list[int], val: list[int], meta: Any = None, vocab_size: int | None = None) -> str:
         return data.NanoGPT("n", str(write_folder(Path(folder), train, val, meta)), vocab_size).load().sha256

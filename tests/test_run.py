@@ -20,7 +20,7 @@ from test_conformance import SMALL, corpus
 from torch import Tensor, nn
 
 import lnjac
-from lnjac import runs, train
+from lnjac import checkpoint, plan, runs, train
 from lnjac.analyse import analyse
 from lnjac.config import ConfigError, compose
 from lnjac.tables import RUNS, VOLATILE
@@ -378,9 +378,75 @@ def test_a_checkpoint_that_cannot_be_used_costs_only_itself(
     pd.testing.assert_frame_equal(resumed.layers, whole.layers)
 
 
+def flipped(content: bytes, bit: int) -> bytes:
+    return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
+
+
+def test_a_checkpoint_with_any_bit_flipped_is_not_used(tmp_path: Path) -> None:
+    """Bits all over the header, and some of the tensors: refused, or (a blank in the header) read as it was written."""
+    path = tmp_path / runs.CHECKPOINT
+    tensors = {"weight": torch.arange(6.0).view(2, 3), "step": torch.tensor(7.0), "none": torch.zeros(0)}
+    tensors |= {"half": torch.ones(3, dtype=torch.bfloat16), "generator.cpu": torch.get_rng_state()}
+    checkpoint.write(path, tensors, {"run_id": "a", "rows": {"layers": [{"r_mean": 0.1}]}})
+    whole = path.read_bytes()
+    read, note = checkpoint.read(path, {"run_id": "a"})
+    assert all(torch.equal(read[name], value) for name, value in tensors.items())
+    header = 8 + int.from_bytes(whole[:8], "little")
+    harmless = []
+    for bit in (*range(0, 8 * header, 5), *range(8 * header, 8 * len(whole), 997)):
+        path.write_bytes(flipped(whole, bit))
+        try:
+            found, said = checkpoint.read(path, {"run_id": "a"})
+        except checkpoint.Unusable:
+            continue
+        harmless.append(bit)
+        assert said == note
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    assert all(bit < 8 * header for bit in harmless)
+    assert len(harmless) < 0.02 * 8 * header / 5
+
+
+@pytest.mark.parametrize("place", ["tensor", "key"])
+def test_a_run_whose_checkpoint_was_altered_starts_anew(
+    place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = finished(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    with suppress(KeyboardInterrupt), train.Job(compose(*SMALL), cut, corpus()) as job:
+        job.training.update()
+        job.save()
+        raise KeyboardInterrupt
+    file = cut / runs.CHECKPOINT
+    content = file.read_bytes()
+    at = len(content) // 2 if place == "tensor" else content.index(b"model.blocks.0") + 6
+    file.write_bytes(flipped(content, 8 * at))
+    resumed = finished(cut)
+    assert f"{file} is not used, the run starts anew: it was altered" in caplog.text
+    assert resumed.run["resumed_at"][0] == 0
+    pd.testing.assert_frame_equal(resumed.layers, whole.layers, check_exact=True)
+
+
+@pytest.mark.parametrize("file", [runs.MODEL, runs.BATCH])
+def test_what_a_finished_run_lost_beside_its_rows_is_said(
+    file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = finished(tmp_path)
+    identity = {name: run.status[name] for name in ("run_id", "diag_id")}
+    assert plan.state(tmp_path, identity) == plan.State(runs.DONE)
+    content = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(flipped(content, 8 * len(content) - 20))
+    assert f"{file} was altered" in plan.state(tmp_path, identity).reason
+    (tmp_path / file).unlink()
+    finished(tmp_path)
+    assert f"{file} is missing; the rows are whole: to make the run anew, delete its folder" in caplog.text
+    assert not (tmp_path / file).exists()
+
+
 def test_weights_can_be_left_out(tmp_path: Path) -> None:
     run = finished(tmp_path, "save_model=false")
     (tmp_path / runs.MODEL).write_bytes(b"another run's")
+    assert not plan.state(tmp_path, {"run_id": run.run["run_id"][0]}).reason
     with pytest.raises(ConfigError, match="save_model=false"):
         run.model()
 

@@ -201,7 +201,7 @@ def test_a_damaged_run_is_named_and_the_others_merged(tmp_path: Path, out: Path,
 
 @pytest.mark.parametrize("file", [runs.FILES[table] for table in CORE])
 def test_a_readable_file_that_the_run_did_not_write_is_skipped(tmp_path: Path, out: Path, file: str):
-    """What page checksums cannot see: a valid table put in another's place, or a flipped bit in its footer."""
+    """What a table's own checksums cannot see: a valid table put in another's place."""
     make_run(tmp_path / "s" / "good", seed=1)
     bad = make_run(tmp_path / "s" / "bad", seed=2)
     table, note = runs.read_table(bad / file), runs.read_metadata(bad / file)
@@ -263,6 +263,51 @@ def test_a_merged_file_carries_checksums_too(tmp_path: Path, out: Path):
     flip_in_data(out, "r_mean")
     with pytest.raises(ConfigError, match="cannot be read"):
         load(out)
+
+
+def test_no_flipped_bit_in_a_merged_footer_goes_unnoticed(tmp_path: Path, out: Path):
+    """Each bit of each footer: refused, or (in the key of the checksum itself) read as it was written."""
+    merge([make_run(tmp_path / "0", seed=1), make_run(tmp_path / "1", seed=2)], out)
+    for path in companions(out).values():
+        whole, good = path.read_bytes(), runs.read_table(path).replace_schema_metadata()
+        start = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+        seal = whole.index(runs.SEAL.encode())
+        for bit in range(8 * start, 8 * len(whole)):
+            altered = whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :]
+            try:
+                found = runs.read_table(pa.BufferReader(altered)).replace_schema_metadata()
+            except (OSError, pa.ArrowException):
+                continue
+            assert seal <= bit // 8 < seal + len(runs.SEAL) + 2  # and the type and length of what follows
+            assert repr((found.schema, found.to_pylist())) == repr((good.schema, good.to_pylist()))
+
+
+def test_a_renamed_column_of_a_merge_is_named_wherever_it_is_read(tmp_path: Path, out: Path):
+    merge([make_run(tmp_path / "0", seed=1), make_run(tmp_path / "1", seed=2)], out)
+    runs_file = companions(out)["runs"]
+    for path, column in ((out, b"radial_share"), (runs_file, b"attn_mode")):
+        whole = path.read_bytes()
+        path.write_bytes(whole.replace(column, b"q" + column[1:]))
+        assert "q" + column[1:].decode() in pq.read_schema(path).names  # pyarrow alone takes it
+        for read in (load, runs.read_metadata, lambda _: sweep.read(sweep.Source(out, merged=True))):
+            with pytest.raises((ConfigError, sweep.Unfit, pa.ArrowException), match="its footer was altered"):
+                read(path)
+        path.write_bytes(whole)
+    assert len(load(out)) == len(runs.read_table(out))
+
+
+def test_a_table_from_before_footers_had_a_checksum_is_read(tmp_path: Path, out: Path):
+    merge([make_run(tmp_path / "0", seed=1)], out)
+    table = runs.read_table(out)
+    meta = {key: value for key, value in table.schema.metadata.items() if key != runs.SEAL.encode()}
+    pq.write_table(table.replace_schema_metadata(meta), out)
+    assert load(out)["site"].tolist() == table["site"].to_pylist()
+
+
+def test_a_pipe_is_no_table(tmp_path: Path):
+    os.mkfifo(tmp_path / "all.parquet")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        load(tmp_path / "all.parquet")
 
 
 def test_no_flipped_byte_ends_in_a_traceback(tmp_path: Path):

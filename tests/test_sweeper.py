@@ -97,8 +97,11 @@ def test_the_same_sweep_again_runs_what_is_missing(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
     assert set(pd.read_parquet(out / "all.runs.parquet")["seed"]) == {1, 2, 3}
+    lost = folders(out)[2] / runs.MODEL
+    lost.unlink()
     whole = command(*words, "seed=1,2,3", cwd=tmp_path)
     assert "3 jobs: 0 to do (3 done)" in whole.stdout
+    assert f"{lost.parent.name}: {runs.MODEL} is missing; the rows are whole" in whole.stdout
     assert whole.returncode == 0
 
 
