@@ -53,6 +53,9 @@ if __name__ == "__main__":
     try:
         import hydra  # half a second in which Ctrl-C may come, too
 
+        from lnjac.config import as_typed
+
+        sys.argv[1:] = as_typed(sys.argv[1:])
         hydra.main(version_base="1.3", config_path="conf", config_name="config")(task)()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
