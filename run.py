@@ -67,11 +67,11 @@ if __name__ == "__main__":
         import hydra  # half a second in which Ctrl-C may come, too
         from hydra.errors import CompactHydraException
 
-        from lnjac.config import ConfigError, broken_yaml, spelled
+        from lnjac.config import ConfigError, as_typed, broken_yaml, spelled
 
         try:
             with broken_yaml():
-                sys.argv[1:] = spelled(sys.argv[1:])
+                sys.argv[1:] = as_typed(spelled(sys.argv[1:]))
                 hydra.main(version_base="1.3", config_path="conf", config_name="config")(task)()
         except (CompactHydraException, ConfigError) as error:
             if full:

@@ -7,11 +7,15 @@ its own imports stay light.
 """
 
 import logging
+import re
+import shlex
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from hydra.core.override_parser.types import FloatRange, Override, RangeSweep
 from hydra.core.utils import JobReturn, JobStatus, configure_log
 from hydra.errors import CompactHydraException, HydraException  # Hydra shows its text alone, without a traceback
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.lnjac_launchers import Engine, reason
 
@@ -29,6 +34,9 @@ log = logging.getLogger(__name__)
 
 TABLES_SHOWN = 8
 REPORT = "report.html"
+EXAMPLE = "pilot"
+POLL_S = 1.0
+"""Seconds between looks at the jobs of another command."""
 
 
 @dataclass
@@ -48,7 +56,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return " ".join(self.overrides)
+        return _words(self.overrides)
 
 
 class LnjacSweeper(BasicSweeper):
@@ -69,13 +77,14 @@ class LnjacSweeper(BasicSweeper):
         try:
             for start in range(0, len(todo), size := self.max_batch_size or max(1, len(todo))):
                 returned += self._launch(todo[start : start + size], start)
+            waited = self._wait_for_others(jobs)
         except KeyboardInterrupt:
             log.warning("interrupted: the same command with sweep=%s goes on from here", self.config.sweep)
             raise
         finally:
             merged = _merge(folder)
         _show(todo)
-        if merged and self.config.report == "auto" and (todo or not (folder / REPORT).exists()):
+        if merged and self.config.report == "auto" and (todo or waited or not (folder / REPORT).exists()):
             _report(folder)
         if failed := _unfinished(jobs):
             raise CompactHydraException(f"{len(failed)} of {len(jobs)} jobs failed:\n" + "\n".join(failed))
@@ -91,12 +100,22 @@ class LnjacSweeper(BasicSweeper):
                 raise CompactHydraException(f"{switch}={value} must be true or false")
         if (report := self.config.report) not in ("auto", "off"):
             raise CompactHydraException(f"report={report} must be auto or off")
+        if problem := _name_problem(self.config.sweep):
+            raise CompactHydraException(problem)
+        if not str(self.config.hydra.sweep.dir).strip():
+            raise CompactHydraException(f"hydra.sweep.dir is empty: give a folder, such as multirun/{EXAMPLE}")
         folder = Path(self.config.hydra.sweep.dir)
         if too_long := [part for part in folder.parts if len(part.encode()) > 255]:
             raise CompactHydraException(
                 f"sweep={too_long[0][:40]}… is too long for a folder's name: use 255 bytes at most"
             )
         return folder
+
+    def _parse_config(self) -> list[str]:
+        from lnjac.config import as_typed
+
+        words: list[str] = super()._parse_config()
+        return as_typed(words)
 
     def _grid(self, arguments: Sequence[str]) -> list[list[str]]:
         assert self.hydra_context is not None
@@ -134,21 +153,31 @@ class LnjacSweeper(BasicSweeper):
         here = not getattr(self.launcher, "elsewhere", False)
         loader, master = self.hydra_context.config_loader, self.config
         composer = configs.Composer(loader, lambda words: loader.load_sweep_config(master, words))
-        jobs, bad = [], []
+        jobs, bad, unknown = [], [], _Unknown()
         for overrides in grid:
+            choices: Mapping[str, str] = {}
+            said = ""
             try:
                 composed = self._composed(composer, overrides)
+                choices = composed.hydra.runtime.choices
                 config = configs.build(composed)
                 sha256 = train.admit(config, here=here).sha256
-            except configs.ConfigError as error:
-                bad.append(f"{' '.join(overrides)}\n  " + str(error).replace("\n", "\n  "))
+            except (configs.ConfigError, HydraException, OmegaConfBaseException) as error:
+                said = str(error) if isinstance(error, configs.ConfigError) else _in_one_line(error)
+            unknown.add(choices, said)
+            if said:
+                bad.append("\n  ".join([_words(overrides), *said.splitlines()]))
                 continue
             identity = {"run_id": configs.run_id(config, sha256), "diag_id": configs.diag_id(config)}
             own = folder / "-".join(identity.values())
             jobs.append(Job(overrides, composed, config, identity, own, plan.state(own, identity)))
         if bad:
+            given = self.config.hydra.overrides
+            typed = [word for word in (*given.hydra, *given.task) if not word.startswith("hydra.mode=")]
             raise CompactHydraException(
-                f"{len(bad)} of {len(grid)} jobs cannot run; none was started:\n" + "\n".join(bad)
+                "\n".join(
+                    [f"{len(bad)} of {len(grid)} jobs cannot run; none was started:", *bad, *unknown.advice(typed)]
+                )
             )
         return jobs
 
@@ -158,7 +187,7 @@ class LnjacSweeper(BasicSweeper):
         overrides = composer.parse(words)
         config: DictConfig = composer.compose(overrides)
         ours = [override for override in overrides if not override.is_hydra_override()]
-        config.hydra.overrides.task = [override.input_line for override in ours]
+        config.hydra.overrides.task = [str(override.input_line).removeprefix("++") for override in ours]
         names = config.hydra.job.config.override_dirname
         config.hydra.job.override_dirname = get_overrides_dirname(
             overrides=ours, kv_sep=names.kv_sep, item_sep=names.item_sep, exclude_keys=names.exclude_keys
@@ -184,7 +213,7 @@ class LnjacSweeper(BasicSweeper):
         log.info("%d jobs: %d to do%s", len(jobs), len(todo), f" ({seen})" if seen else "")
         for job in jobs:
             if job.state.name == runs.RUNNING:
-                log.warning("%s is being run by another process: left to it (%s)", job.name, job.folder)
+                log.warning("%s is being run by another command: left to it (%s)", job.name, job.folder)
             elif job.state.name in (runs.FAILED, plan.BROKEN):
                 again = "run again" if job in todo else "left as it is (retry_failed=false)"
                 log.warning("%s: %s: %s %s", job.folder.name, again, job.state.name, job.state.reason.split("\n")[0])
@@ -236,6 +265,92 @@ class LnjacSweeper(BasicSweeper):
             _settle(job, said.get(job.folder, "its process ended without a word"))
         return returned
 
+    def _wait_for_others(self, jobs: Sequence[Job]) -> bool:
+        """Wait until no other command runs any of these jobs, and bring their states up to date; whether there was one."""
+        from lnjac import plan, runs
+
+        others = [job for job in jobs if job.state.name == runs.RUNNING]
+        for n, job in enumerate(others):
+            if runs.in_use(job.folder):
+                left = len(others) - n
+                log.info("waiting for another command to end %d of these jobs, now %s (%s)", left, job.name, job.folder)
+            while runs.in_use(job.folder):
+                time.sleep(POLL_S)
+            job.state = plan.state(job.folder, job.identity)
+            if job.state.name == runs.INTERRUPTED:
+                job.state = plan.State(runs.INTERRUPTED, "the other command left it unfinished: run this one again")
+        return bool(others)
+
+
+def _words(overrides: Sequence[str]) -> str:
+    """A job's words as a user types them."""
+    return " ".join(word.removeprefix("++") for word in overrides)
+
+
+def _in_one_line(error: Exception) -> str:
+    """Say in one line why Hydra cannot compose a job, without its search path."""
+    said = str(error) or str(error.__cause__)
+    return " ".join(said.split("Config search path:")[0].split())
+
+
+def _name_problem(name: Any) -> str | None:
+    """Say what is wrong with a sweep's name, with the remedy; None if it names a folder under multirun/."""
+    remedy = f"give it a name, such as sweep={EXAMPLE}"
+    if not isinstance(name, str):
+        return f"sweep={name} is no text but a {type(name).__name__}: write it in quotes, sweep: '{name}'"
+    if not (parts := Path(name).parts) or not name.strip():
+        return f"sweep={name!r} names no folder: {remedy}, or leave sweep out"
+    if Path(name).is_absolute():
+        return f"sweep={name} is absolute, and a sweep's folder lies in multirun/: {remedy}, or give hydra.sweep.dir={name}"
+    if ".." in parts or not all(part.strip() for part in parts):
+        return f"sweep={name} has a part that names no folder in multirun/, '..' or blank: {remedy}"
+    return None
+
+
+class _Unknown:
+    """Which typed keys the members of each group lack, over the jobs of a sweep."""
+
+    def __init__(self) -> None:
+        self.lacked: dict[str, dict[str, set[str]]] = {}
+
+    def add(self, choices: Mapping[str, str], said: str) -> None:
+        """Take in a job's members and the problems that its config has."""
+        keys = re.findall(r"^(\S+) is not a setting", said, re.MULTILINE)
+        for group, member in choices.items():
+            lacked = self.lacked.setdefault(group, {}).setdefault(member, set())
+            lacked.update(key for key in keys if key.startswith(f"{group}."))
+
+    def advice(self, words: Sequence[str]) -> Iterator[str]:
+        """Yield commands that fill one sweep together, each of which gives a key only to members that have it.
+
+        `words` are those of the command that was typed.
+        """
+        typed = {word: word.partition("=")[0].lstrip("+") for word in words}
+        apart: dict[str, dict[frozenset[str], list[str]]] = {}
+        for group, lacked in self.lacked.items():
+            alike: dict[frozenset[str], list[str]] = {}
+            for member, keys in lacked.items():
+                given = frozenset(typed_key for typed_key in typed.values() if _within(typed_key, keys))
+                alike.setdefault(given, []).append(member)
+            if len(alike) > 1:
+                apart[group] = alike
+        if not apart:
+            return
+        some = sorted({key for alike in apart.values() for keys in alike for key in keys})
+        yield f"only some of the members have {', '.join(some)}: fill one sweep by several commands, each with what it has:"
+        name = [] if "sweep" in typed.values() else ["sweep=NAME"]
+        for parts in product(*(alike.items() for alike in apart.values())):
+            lacking = {key for keys, _ in parts for key in keys}
+            kept = [word for word, key in typed.items() if key not in apart and key not in lacking]
+            chosen = [f"{group}={','.join(members)}" for group, (_, members) in zip(apart, parts, strict=True)]
+            yield "  python run.py -m " + " ".join(
+                shlex.quote(word.removeprefix("++")) for word in (*kept, *chosen, *name)
+            )
+
+
+def _within(key: str, keys: Iterable[str]) -> bool:
+    return any(f"{key}.".startswith(f"{other}.") for other in keys)
+
 
 def _is_whole(override: Override) -> bool:
     from lnjac.config import SWEEP
@@ -251,7 +366,10 @@ def _settle(job: Job, said: str) -> None:
     if not job.state.finished and job.state.name not in (runs.FAILED, runs.RUNNING, plan.FOREIGN):
         try:
             plan.fail(job.folder, job.identity, said)
-        except (runs.InUse, OSError) as error:
+        except runs.InUse:  # another command has begun it and not yet written its status
+            job.state = plan.State(runs.RUNNING)
+            return
+        except OSError as error:
             log.warning("%s: %s", job.folder, error)
         job.state = plan.state(job.folder, job.identity)
 

@@ -297,6 +297,35 @@ def _composer(folder: Path, changed_ns: int) -> "Composer":
     return Composer(loader, load)
 
 
+TEXTS = ("sweep", "hydra.run.dir", "hydra.sweep.dir", "data.dir", "data.play_dir", "data.source", "data.files")
+"""Keys whose values name files and folders, and so are text."""
+
+
+def as_typed(words: Sequence[str]) -> list[str]:
+    """Mark a command's words so that Hydra reads names as they are typed, and leaves unknown keys to the schema.
+
+    A number in the place of a name is quoted: `sweep=2026_11_26` would go to multirun/20261126. A value's key gets the
+    prefix `++`: Hydra would compare it with the default members' keys before any job is composed, and refuse those that
+    only other members have, with the advice to add them by `+`, which no schema allows.
+    """
+    known = (
+        {field.name for field in dataclasses.fields(RunConfig)} | set(SWEEP) | {path.name for path in CONF.iterdir()}
+    )
+    own_config = any(word.startswith(("-c", "--config")) for word in words)  # it may have groups of its own
+    marked = []
+    for word in words:
+        if found := re.fullmatch(r"(\+{0,2})([A-Za-z_][\w.]*)=(.*)", word, re.DOTALL):
+            plus, key, value = found.groups()
+            if key in TEXTS and not re.search(r"['\"\\$]|range\(|interval\(", value):
+                value = re.sub(r"[^,()\[\]{}]+", _quoted, value)
+            unknown = not (plus or own_config or key in known)
+            if not key.startswith("hydra.") and ("." in key or unknown):
+                plus = "++"
+            word = f"{plus}{key}={value}"
+        marked.append(word)
+    return marked
+
+
 class Composer:
     """Composes configs as Hydra does, which takes 0.1 s each, but once for all that differ in plain values alone.
 
@@ -327,15 +356,15 @@ class Composer:
             self.known[rest] = self.load(list(rest))
         config = copy.deepcopy(self.known[rest])
         try:
-            for override in plain:
-                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+            for override in plain:  # to any key: `build` refuses those that the schema lacks
+                OmegaConf.update(config, override.key_or_group, override.value(), merge=True, force_add=True)
         except OmegaConfBaseException:  # Hydra says in its own words what is wrong
             return self.load([str(override.input_line) for override in overrides])
         return config
 
     def _is_plain(self, override: "Override") -> bool:
-        """Whether it gives a value to a key of ours that is there: it chooses no group's member, adds and removes nothing."""
-        changes = override.is_add() or override.is_force_add() or override.is_delete() or override.package is not None
+        """Whether it gives a key of ours a value: it chooses no group's member and removes nothing."""
+        changes = override.is_delete() or override.package is not None
         return not (changes or override.is_hydra_override() or self.repository.group_exists(override.key_or_group))
 
 
@@ -359,13 +388,14 @@ def spelled(words: Iterable[str]) -> list[str]:
     return found
 
 
-def _quoted(member: "re.Match[str]") -> str:
+def _quoted(found: "re.Match[str]") -> str:
+    text = found[0].strip()
     try:
-        float(member[0])
+        float(text)
     except ValueError:
-        if member[0].lower() not in ("true", "false", "null"):
-            return member[0]
-    return f"'{member[0]}'"
+        if text.lower() not in ("true", "false", "null"):
+            return found[0]
+    return f"'{text}'"
 
 
 @contextmanager

@@ -111,10 +111,50 @@ def test_an_edited_file_is_read_again(tmp_path: Path, monkeypatch: pytest.Monkey
     assert compose("optimizer=mine").optimizer.momentum == 0.25
 
 
-@pytest.mark.parametrize("override", ["attn_mode=softmx", "attn_mod=softmax", "attn_mode.bias=1"])
-def test_typos_in_groups_and_keys_are_refused_by_hydra(override: str) -> None:
-    with pytest.raises(HydraException):
-        compose(override)
+def test_a_member_that_is_not_there_is_refused_by_hydra() -> None:
+    with pytest.raises(HydraException, match="softmx"):
+        compose("attn_mode=softmx")
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ("attn_mod=softmax", "attn_mod is not a setting: did you mean attn_mode?"),
+    ("attn_mode.bias=1", "attn_mode.bias is not a setting: known: name"),
+    ("+attn_mode.bias=1", "attn_mode.bias is not a setting: known: name"),
+    ("++method.policy.tail=true", "method.policy.tail is not a setting: known: qkv, attn_proj, fc, mlp_proj, head"),
+])  # fmt: skip
+def test_an_unknown_key_is_refused_by_the_schema_however_it_is_typed(override: str, said: str) -> None:
+    assert problems(override) == said
+
+
+@pytest.mark.parametrize(("word", "marked"), [
+    ("sweep=2026_11_26", "sweep='2026_11_26'"),
+    ("sweep=1e3", "sweep='1e3'"),
+    ("sweep=010", "sweep='010'"),
+    ("sweep=null", "sweep='null'"),
+    ("sweep=", "sweep="),
+    ("sweep='1 2'", "sweep='1 2'"),
+    ("sweep=run 5", "sweep=run 5"),
+    ("sweep=${seed}-1", "sweep=${seed}-1"),
+    ("hydra.run.dir=2026_11_26", "hydra.run.dir='2026_11_26'"),
+    ("data.files=[1e3,a]", "++data.files=['1e3',a]"),
+    ("method.scale=2", "++method.scale=2"),
+    ("+method.scale=1,2", "++method.scale=1,2"),
+    ("sed=1", "++sed=1"),
+    ("seed=1", "seed=1"),
+    ("method=bp,fa", "method=bp,fa"),
+    ("+experiment=original", "+experiment=original"),
+    ("hydra/launcher=slurm", "hydra/launcher=slurm"),
+    ("hydra.launcher.jobs=2", "hydra.launcher.jobs=2"),
+    ("~method.scale", "~method.scale"),
+    ("--multirun", "--multirun"),
+])  # fmt: skip
+def test_a_command_is_read_as_it_is_typed(word: str, marked: str) -> None:
+    assert config.as_typed([word]) == [marked]
+    assert config.as_typed([marked]) == [marked]
+
+
+def test_a_primary_config_of_ones_own_may_have_groups_of_its_own() -> None:
+    assert config.as_typed(["-cn=mine", "preset=1"]) == ["-cn=mine", "preset=1"]
 
 
 def test_a_pattern_without_a_site_is_refused() -> None:

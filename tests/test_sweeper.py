@@ -4,6 +4,7 @@ import importlib
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from test_run import TINY, command
 
-from lnjac import runs, sweep
+from lnjac import plan, runs, sweep
 from lnjac.config import CONF, Composer
 from lnjac.tables import VOLATILE
 
@@ -47,8 +48,8 @@ def test_jobs_are_composed_as_hydra_composes_them(words: list[str], monkeypatch:
             one, other = sweeper._composed(composer, words), loader.load_sweep_config(master, words)
             plain = [OmegaConf.to_container(config, resolve=False) for config in (one, other)]
             assert plain[0] == plain[1]
-        with pytest.raises(Exception, match="sed"):
-            composer.compose(composer.parse([*words, "sed=1"]))
+        with pytest.raises(Exception, match="nosuch"):
+            composer.compose(composer.parse([*words, "method=nosuch"]))
 
 
 def folders(sweep_folder: Path) -> dict[int, Path]:
@@ -197,7 +198,71 @@ def test_a_range_counts_with_the_decimals_that_were_typed(monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
+def test_a_key_that_some_members_lack_comes_with_commands_that_work(tmp_path: Path) -> None:
+    words = ("-m", *TINY, "method=bp,fa,nosuch", "method.scale=2", "hydra/launcher=basic")
+    done = command(*words, "attn_mode=softmax,sigmoid", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "4 of 6 jobs cannot run; none was started" in done.stderr
+    for mode in ("softmax", "sigmoid"):
+        assert f"method=bp method.scale=2 attn_mode={mode}\n  method.scale is not a setting: known: name" in done.stderr
+        assert re.search(
+            rf"method=nosuch method.scale=2 attn_mode={mode}\n  .*Could not find 'method/nosuch'.* bp ", done.stderr
+        )
+    advised = [shlex.split(line) for line in done.stderr.splitlines() if line.startswith("  python run.py ")]
+    assert [word for line in advised for word in line if "method" in word] == [
+        "method=bp",
+        "method.scale=2",
+        "method=fa",
+    ]
+    for line in advised:
+        again = command(*(word.replace("NAME", "A") for word in line[2:]), "attn_mode=softmax", cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+    merged = pd.read_parquet(tmp_path / "multirun/A/all.runs.parquet").set_index("method")
+    assert merged.loc["fa", "method.scale"] == 2
+    assert sorted(merged.index) == ["bp", "fa"]
+
+
+@pytest.mark.slow
+def test_a_key_that_the_default_member_lacks_is_given_to_those_that_have_it(tmp_path: Path) -> None:
+    done = command("-m", *TINY, "method=usf,frsf", "method.uniform=true", "dry_run=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 jobs: 2 to do" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["2026_11_26", "1e3"])
+def test_a_sweeps_name_is_the_text_as_typed(tmp_path: Path, name: str) -> None:
+    done = command("-m", *TINY, f"sweep={name}", "hydra/launcher=basic", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "multirun").iterdir()] == [name]
+    (run,) = folders(tmp_path / "multirun" / name).values()
+    assert runs.read_status(run)["status"] == "done"
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("", "sweep='' names no folder: give it a name, such as sweep=pilot, or leave sweep out"),
+    ("  ", "sweep='  ' names no folder"),
+    (".", "sweep='.' names no folder"),
+    ("..", "sweep=.. has a part that names no folder in multirun/"),
+    ("a/../../b", "sweep=a/../../b has a part"),
+    ("a/ /b", "sweep=a/ /b has a part"),
+    ("/tmp/x", "or give hydra.sweep.dir=/tmp/x"),
+    (20261126, "sweep=20261126 is no text but a int: write it in quotes, sweep: '20261126'"),
+    (None, "sweep=None is no text"),
+])  # fmt: skip
+def test_a_sweeps_name_that_names_no_folder_is_refused(
+    name: object, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    problem = importlib.import_module("hydra_plugins.lnjac_sweeper")._name_problem
+    assert said in problem(name)
+    assert problem("a/b c") is None
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "said"), [
+    (["sweep="], "sweep='' names no folder"),
+    (["hydra.sweep.dir="], "hydra.sweep.dir is empty"),
     (["attn_mode=glob(zz*)"], "the sweep has no jobs"),
     (["sweep=a,b"], "sweep is said of a whole sweep"),
     (["+experiment=original,width_sweep"], "experiment is said of a whole sweep"),
@@ -389,6 +454,50 @@ def test_two_sweeps_of_one_second_have_folders_of_their_own(tmp_path: Path) -> N
     merged = list((tmp_path / "multirun").rglob("all.parquet"))
     assert len(merged) == 2
     assert all(len(pd.read_parquet(path)) == 10 for path in merged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL])
+def test_a_sweep_waits_for_what_another_command_runs(tmp_path: Path, number: int) -> None:
+    first = started(tmp_path, *LONG, "seed=1")
+    out = tmp_path / "multirun" / "A"
+    wait_for(lambda: any("step 15/150" in path.read_text() for path in out.glob("*/run.log")))
+    os.kill(first.pid, signal.SIGSTOP)
+    second = started(tmp_path, *LONG, "seed=1")
+    assert second.stdout
+    said = ""
+    while "waiting for another command to end 1 of these jobs" not in said:
+        line = second.stdout.readline()
+        assert line, said + second.communicate()[1]
+        said += line
+    assert not (out / "all.parquet").exists()
+    os.kill(first.pid, number)
+    rest, err = second.communicate(timeout=120)
+    first.communicate(timeout=60)
+    if number == signal.SIGCONT:
+        assert second.returncode == 0, err
+        assert "1 of 1 runs found" in rest
+        assert set(pd.read_parquet(out / "all.runs.parquet")["seed"]) == {1}
+    else:
+        assert second.returncode != 0
+        assert "1 of 1 jobs failed" in err
+        assert "seed=1: the other command left it unfinished: run this one again" in err
+        assert command("-m", *LONG, "seed=1", cwd=tmp_path).returncode == 0
+
+
+def test_a_job_that_another_command_has_just_begun_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    sweeper = importlib.import_module("hydra_plugins.lnjac_sweeper")
+    identity = {"run_id": "r", "diag_id": "d"}
+    job = sweeper.Job(["seed=1"], OmegaConf.create(), None, identity, tmp_path, plan.State(plan.MISSING))
+    other = runs.RunFolder(tmp_path, identity)  # no status yet
+    sweeper._settle(job, "being written by another process")
+    assert job.state.name == runs.RUNNING
+    other.release()
+    sweeper._settle(job, "killed")
+    assert (job.state.name, job.state.reason) == (runs.FAILED, "killed")
 
 
 @pytest.mark.slow
