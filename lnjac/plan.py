@@ -1,5 +1,6 @@
 """What a sweep still has to do: the state of each run's folder, and how long the missing runs will take. Without torch."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,18 +37,16 @@ class State:
 
 def state(folder: Path, identity: Mapping[str, str]) -> State:
     """The state of the folder as that of the run `identity`. Finished only if the rows verify, to the last bit."""
-    if not (folder / runs.STATUS).exists():
-        return State(MISSING)
     status = runs.read_status(folder)
     if not status:
-        return State(BROKEN, f"{runs.STATUS} is not readable")
+        return State(BROKEN, runs.no_status(folder)) if os.path.lexists(folder / runs.STATUS) else State(MISSING)
     name = str(status.get("status"))
     if other := {key: status.get(key) for key in identity if status.get(key) != identity[key]}:
         if name not in runs.FINISHED and not (folder / runs.CHECKPOINT).exists():
             return State(MISSING)
         return State(FOREIGN, "holds another run: " + ", ".join(f"its {key} is {id}" for key, id in other.items()))
     if name == runs.RUNNING:
-        return State(runs.RUNNING) if runs.in_use(folder) else State(runs.INTERRUPTED)
+        return _running(folder)
     if name not in runs.FINISHED:
         return State(name, str(status.get("error", "")))
     try:
@@ -55,6 +54,17 @@ def state(folder: Path, identity: Mapping[str, str]) -> State:
     except Unfit as error:
         return State(BROKEN, str(error))
     return State(name) if row == dict(identity) else State(BROKEN, "its rows are not of the run that its status names")
+
+
+def _running(folder: Path) -> State:
+    """The state of a folder whose status says that its run is running."""
+    try:
+        runs.claimed(folder).release()
+    except runs.InUse as error:
+        return State(runs.RUNNING) if error.alive else State(BROKEN, str(error))
+    except OSError:  # not ours to write to
+        pass
+    return State(runs.INTERRUPTED)
 
 
 def fail(folder: Path, identity: Mapping[str, str], reason: str) -> None:
