@@ -1,20 +1,16 @@
-"""Merging many runs, against polars reading the same files without checking anything.
+"""Merging many runs.
 
 python benchmarks/merging.py FOLDER N_RUNS [STEPS] [ROUNDS]
 
-FOLDER is filled with runs first if it is not there. Each round takes in turns: polars; the merge that a sweep makes at its
-end, of run folders alone (raw); polars; a merge of the same folders into another file, which takes their rows from the
-sweep's (compacted); the same command again (warm); and once more with ten runs added. All are processes of their own.
+FOLDER is filled with runs first if it is not there. Each round takes in turns the merge and what it needs to start, each
+in a process of its own, whose helpers count in its CPU time.
 """
 
 import hashlib
 import os
-import shutil
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -29,7 +25,6 @@ from lnjac.tables import CORE
 
 SITES = [*(f"blocks.{i}.ln_{j}" for i in range(4) for j in (1, 2)), "ln_f", "ln_out"]
 GRID = [f"ln_backward={way} model.n_embd={d}" for way in ("exact", "center_scale", "ste", "scale") for d in (64, 128)]
-"""Configurations with the same columns: polars reads no others in one scan."""
 AT_ONCE = 50
 """Runs that one process writes in a row."""
 
@@ -77,16 +72,8 @@ def _value(dtype: str, n_rows: int, random: np.random.Generator) -> Any:
     return random.random(n_rows) if dtype == "float64" else {"int64": 7, "string": "text", "bool": False}[dtype]
 
 
-POLARS = """
-import glob, sys
-import polars
-for file in ("layers", "run", "curve"):
-    print(polars.scan_parquet(sorted(glob.glob(f"{sys.argv[1]}/*/{file}.parquet"))).collect().shape)
-"""
-
-
 class Cost(NamedTuple):
-    """Of one process: wall time, CPU time of all its threads, peak of resident memory."""
+    """Of one process and its helpers: wall time, CPU time of all threads; of the largest, the peak of resident memory."""
 
     wall_s: float
     cpu_s: float
@@ -101,39 +88,17 @@ def cost(*words: object) -> Cost:
     return Cost(time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 1e3)
 
 
-def compare(folder: Path, more: Sequence[Path]) -> dict[str, Cost]:
-    """One round; `more` are ten runs that are not in the folder."""
-    own, other = folder / "all.parquet", folder.parent / f"{folder.name}.merged" / "all.parquet"
-    for path in folder.glob("all.*"):
-        path.unlink()
-    shutil.rmtree(other.parent, ignore_errors=True)
-    costs = {"polars": cost("-c", POLARS, folder), "raw": cost("-m", "lnjac", "merge", folder, "-o", own)}
-    costs["polars again"] = cost("-c", POLARS, folder)
-    for name in ("compacted", "warm"):
-        costs[name] = cost("-m", "lnjac", "merge", folder, "-o", other)
-    for path in more:
-        path.rename(folder / path.name)
-    costs["ten more"] = cost("-m", "lnjac", "merge", folder, "-o", other)
-    for path in more:
-        (folder / path.name).rename(path)
-    return costs
-
-
 def main(folder: Path, n_runs: int, steps: int = 1, rounds: int = 1) -> None:
     if not folder.exists():
         make(folder, range(n_runs), steps)
-    if not (more := folder.parent / f"{folder.name}.more").exists():
-        make(more, range(n_runs, n_runs + 10), steps)
-    found: dict[str, list[Cost]] = {}
+    commands = {
+        "merge": ("-m", "lnjac", "merge", folder, "-o", folder / "all.parquet"),
+        "start-up": ("-c", "import lnjac.sweep, pandas"),
+    }
     for _ in range(rounds):
-        for name, used in compare(folder, sorted(more.iterdir())).items():
-            found.setdefault(name, []).append(used)
-            print(f"{name:13} {used.wall_s:7.2f} s wall {used.cpu_s:7.2f} s CPU {used.peak_mb:6.0f} MB", flush=True)
-    for name, costs in found.items():
-        below = found["polars again" if name == "compacted" else "polars"]
-        ratios = [[a / b for a, b in zip(one, other, strict=True)] for one, other in zip(costs, below, strict=True)]
-        wall, cpu, _ = (statistics.median(ratio) for ratio in zip(*ratios, strict=True))
-        print(f"{name:13} over polars: {wall:.2f} of the wall time, {cpu:.2f} of the CPU time")
+        for name, words in commands.items():
+            used = cost(*words)
+            print(f"{name:8} {used.wall_s:7.2f} s wall {used.cpu_s:7.2f} s CPU {used.peak_mb:6.0f} MB", flush=True)
 
 
 if __name__ == "__main__":

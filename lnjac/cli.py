@@ -69,10 +69,10 @@ def merge(
 
 @app.command()
 def show(
-    folder: Annotated[Path, typer.Argument(help="A run's folder, or a merged file.")],
+    folder: Annotated[Path, typer.Argument(help="A run's folder, a sweep's, or a merged file.")],
     step: Annotated[int | None, typer.Option(help="Which step was measured; the last one unless given.")] = None,
     run: Annotated[
-        str | None, typer.Option(help="Which run of a merged file: the start of its run_id (or run_id/diag_id).")
+        str | None, typer.Option(help="Which of several runs: the start of its run_id (or run_id/diag_id).")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -83,27 +83,30 @@ def show(
         lnjac show multirun/A/RUN --step 100
         lnjac show all.parquet --run 3f2a
     """
-    from lnjac import sweep
+    from lnjac import runs
     from lnjac.config import ConfigError
+    from lnjac.placing import finish
+    from lnjac.sources import OWNER, Unfit, read, search
     from lnjac.summary import layer_table, listed
 
-    found = sweep.discover([folder])
-    if not found:
+    found = search([folder])
+    for line in (*found.notes, *(f"{path}: {reason}" for path, reason in found.skipped)):
+        print(f"lnjac: {line}", file=sys.stderr)
+    if not found.sources:
         raise ConfigError(f"{folder} holds no run: name a run's folder or a merged file")
-    if len(found) > 1:
-        raise ConfigError(f"{folder} holds {len(found)} runs: choose one of {listed([one.path for one in found])}")
+    source = found.sources[0]
+    if len(found.sources) > 1:
+        said = [runs.read_status(each.path) for each in found.sources]
+        names = ["/".join(str(status.get(key, "?")) for key in OWNER) for status in said]
+        source = found.sources[_chosen(names, run, folder)]
+    if source.merged:
+        finish(source.path)
     try:
-        tables = sweep.read(found[0])
-    except sweep.Unfit as error:
-        raise ConfigError(f"{found[0].path}: {error}") from None
+        tables = read(source)
+    except Unfit as error:
+        raise ConfigError(f"{source.path}: {error}") from None
     known: pd.DataFrame = tables["runs"].to_pandas()
-    names = known["run_id"] + "/" + known["diag_id"]
-    chosen = known[names.str.startswith(run or "")]
-    if len(chosen) != 1:
-        holds = f"{len(chosen)} runs" if len(chosen) else f"no run {run}"
-        short = known["run_id"].where(~known["run_id"].duplicated(keep=False), names)
-        raise ConfigError(f"{folder} holds {holds}: choose one by --run from {listed(list(short))}")
-    one = chosen.iloc[0]
+    one = known.iloc[_chosen(list(known["run_id"] + "/" + known["diag_id"]), run, folder)]
     layers: pd.DataFrame = tables["layers"].to_pandas()
     layers = layers[(layers["run_id"] == one["run_id"]) & (layers["diag_id"] == one["diag_id"])]
     steps = sorted(layers["step"].unique().tolist())
@@ -129,6 +132,25 @@ def columns() -> None:
     from lnjac import tables
 
     sys.stdout.write(tables.markdown())
+
+
+def _chosen(names: list[str], run: str | None, folder: Path) -> int:
+    """Which of the runs, named run_id/diag_id, is meant by the start of its name; the only one need not be named."""
+    from lnjac.config import ConfigError
+    from lnjac.summary import listed
+
+    found = [i for i, name in enumerate(names) if name.startswith(run or "")]
+    if len(found) == 1:
+        return found[0]
+    wrong = f"{folder} holds {len(names)} runs"
+    if run and found:
+        names = [names[i] for i in found]
+        wrong = f"the run_id of {len(names)} runs in {folder} starts with {run}"
+    elif run:
+        wrong = f"{folder} holds no run whose run_id starts with {run}"
+    ids = [name.split("/")[0] for name in names]
+    short = [id if ids.count(id) == 1 else name for id, name in zip(ids, names, strict=True)]
+    raise ConfigError(f"{wrong}: choose one by --run from {listed(short)}")
 
 
 def _headline(run: "pd.Series[Any]") -> str:

@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 
 from lnjac import pooling, runs, sweep
 from lnjac.config import ConfigError
+from lnjac.placing import finish
+from lnjac.sources import companion, companions, search
 from lnjac.summary import listed
 from lnjac.tables import SCHEMA_VERSION, TABLES, VOLATILE
 from lnjac.where import Where, known_column
@@ -42,25 +44,35 @@ class Study:
     """Keeps a temporary folder as long as the study."""
 
     def columns(self, table: str) -> list[str]:
-        return list(pq.read_schema(sweep.companions(self.path)[table]).names)
+        return list(pq.read_schema(self._file(table)).names)
 
     def frame(self, table: str, columns: Sequence[str] | None = None) -> "pd.DataFrame":
-        """A table, or some of its columns; NaN stands for null in columns of numbers."""
-        found: pd.DataFrame = runs.read_table(sweep.companions(self.path)[table], columns).to_pandas()
+        """A table, or some of its columns; NaN stands for null in columns of numbers. Raises ConfigError if it is missing."""
+        found: pd.DataFrame = runs.read_table(self._file(table), columns).to_pandas()
         return found
+
+    def _file(self, table: str) -> Path:
+        file = companion(self.path, table)
+        if not file.exists():
+            raise ConfigError(f"{file}, the {table} of this merge, is missing: bring it here too, or merge again")
+        return file
 
 
 def read(sources: Sequence[Path], progress: Callable[[int, int], None] | None = None) -> Study:
     """One merged table as it is; of other sources (sweeps, runs, several tables) a merge in a temporary folder.
 
-    `progress(done, total)` is called as sources have been read for it.
+    A folder is the runs that it holds now, whatever was merged from it earlier. `progress(done, total)` is called as
+    sources have been read for it.
     """
-    known = [_merge_of(Path(source)) for source in sources]
-    if len(known) == 1 and known[0].is_file():
-        return Study(known[0], _checked(known[0]))
+    paths = [Path(source) for source in sources]
+    found = search(paths)
+    if len(found.sources) == 1 and found.sources[0].merged and not found.skipped:
+        path = found.sources[0].path
+        finish(path)
+        return Study(path, [*found.notes, *_checked(path)])
     folder = tempfile.TemporaryDirectory(prefix="lnjac-")
     path = Path(folder.name) / "all.parquet"
-    report = sweep.merge(known, path, progress=progress)
+    report = sweep.merge(paths, path, progress=progress)
     return Study(path, _doubts(report.warnings, [skip.path for skip in report.skipped]), folder)
 
 
@@ -382,21 +394,11 @@ def _arranged(
     return Values(data, metrics, sites, table, by, levels, seeds, there, diverged, arm, others, settings, doubts)
 
 
-def _merge_of(source: Path) -> Path:
-    """The merged file of a sweep's folder if it has one that is younger than all its runs; else the source itself."""
-    merged = source / "all.parquet"
-    if source.is_dir() and merged.is_file():
-        age = merged.stat().st_mtime
-        if all(status.stat().st_mtime <= age for status in source.glob(f"*/{runs.STATUS}")):
-            return merged
-    return sweep.layers_file(source)
-
-
 def _checked(path: Path) -> list[str]:
     """The doubts of an earlier merge, whose files must be whole, ours and of one merge."""
     merges = set()
-    for table, file in sweep.companions(path).items():
-        if table not in ("layers", "runs") and not file.exists():
+    for table, file in companions(path).items():
+        if table != "runs" and not file.exists():  # said when it is asked for: who looks at losses needs no layers
             continue
         try:
             note = runs.read_metadata(file)

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from lnjac.config import ConfigError
 from lnjac.pile import NO_SCIENCE, differs
+from lnjac.placing import finish
 from lnjac.sources import Source, Unfit, layers_file, read
 from lnjac.sweep import RTOL
 from lnjac.tables import KEYS
@@ -63,8 +64,10 @@ def diff(one: Path, other: Path, rtol: float = RTOL) -> list[Difference]:
 def _tables(path: Path) -> dict[str, pa.Table]:
     if not path.exists():
         raise ConfigError(f"{path} does not exist: name a merged table, or a folder with an all.parquet")
+    layers = layers_file(path / "all.parquet" if path.is_dir() else path)
+    finish(layers)
     try:
-        return read(Source(layers_file(path / "all.parquet" if path.is_dir() else path), merged=True))
+        return read(Source(layers, merged=True))
     except Unfit as error:
         raise ConfigError(f"{path}: {error}") from None
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from lnjac import runs
 from lnjac.config import ConfigError
 from lnjac.sources import OWNER, Integers, Source, Tables, agreed, owner, positions
-from lnjac.tables import CORE, KEYS, TABLES, VOLATILE
+from lnjac.tables import CORE, KEYS, RUNS, TABLES, VOLATILE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,8 +23,8 @@ NO_SCIENCE = (*VOLATILE, "jacobian_residual", "data")
 """Columns in which equal runs may differ: the residual is nothing but rounding error, and one corpus may be read by
 another name (its content is in data_sha256)."""
 
-STACKED_AT_ONCE = 50
-"""How many small tables are held one by one: such a one is mostly overhead, 290 KB a run, which is soon used again."""
+CONDITIONS = [c.name for c in RUNS if c.name in VOLATILE and c.unit not in ("s", "tokens/s", "UTC")]
+"""How a run was made: columns that can explain why its numbers differ from those of an equal run."""
 
 Booleans = npt.NDArray[np.bool_]
 
@@ -37,20 +37,10 @@ class Stack(NamedTuple):
 
 
 class Combined(NamedTuple):
-    """The tables without duplicates, how many rows each lost, and each run's unit, in the order of the table of runs."""
+    """The tables without duplicates, and how many rows each lost."""
 
     tables: Tables
     duplicates: dict[str, int]
-    units: Integers
-    whole: Booleans
-    """For each unit, whether all of its rows were kept."""
-
-
-class Kind(NamedTuple):
-    """The columns of a source's tables, and the first source that has just these."""
-
-    schemas: Mapping[str, pa.Schema]
-    first: Source
 
 
 class Pile:
@@ -58,49 +48,55 @@ class Pile:
 
     def __init__(self) -> None:
         self.sources: list[Source] = []
-        """Of each unit; and its kind:"""
-        self.kinds: list[Kind] = []
-        self.declared: dict[Hashable, Kind] = {}
-        self.small: dict[str, list[Stack]] = {name: [] for name in TABLES}
-        self.large: dict[str, list[Stack]] = {name: [] for name in TABLES}
+        """Of each unit."""
+        self.declared: dict[Hashable, Declared] = {}
+        """The columns that the sources have; the stacked tables have theirs in the order of this."""
+        self.stacks: dict[str, list[Stack]] = {name: [] for name in TABLES}
 
-    def declare(self, source: Source, schemas: Mapping[str, pa.Schema]) -> Kind:
-        """Say what columns a source has: the order of the stacked tables' columns is the order of these calls."""
-        return self.declared.setdefault(tuple(schemas.items()), Kind(schemas, source))
-
-    def add(self, tables: Tables, sources: Sequence[Source], kinds: Sequence[Kind], *, below: bool = False) -> None:
-        """Stack tables, on top of all others or below; `sources` and `kinds` have one for each row of runs."""
+    def add(self, source: Source, tables: Tables) -> None:
+        schemas = {name: table.schema for name, table in tables.items()}
+        self.declared.setdefault(tuple(schemas.items()), Declared(schemas, source))
         first = len(self.sources)
-        self.sources += sources
-        self.kinds += kinds
+        self.sources += [source] * tables["runs"].num_rows
         for name, rows in tables.items():
-            held = self.small[name] if rows.num_rows < runs.SMALL else self.large[name]
-            held.insert(0 if below else len(held), Stack(rows, first + positions(rows, tables["runs"], owner(name))))
-            if len(self.small[name]) >= STACKED_AT_ONCE:
-                self._settle(name)
+            self.stacks[name].append(Stack(rows, first + positions(rows, tables["runs"], owner(name))))
+
+    def extend(self, other: "Pile") -> None:
+        """Stack all that another pile holds on top."""
+        for schemas, declared in other.declared.items():
+            self.declared.setdefault(schemas, declared)
+        first = len(self.sources)
+        self.sources += other.sources
+        for name, stacks in other.stacks.items():
+            self.stacks[name] += [Stack(rows, first + units) for rows, units in stacks]
+
+    def compact(self) -> None:
+        """Make one table of each kind; small ones are copied, as nearly all that they occupy is overhead."""
+        for name, stacks in self.stacks.items():
+            if stacks:
+                small = sum(len(stack.units) for stack in stacks) < runs.SMALL * len(stacks)
+                rows, units = self.stack(name)
+                self.stacks[name] = [Stack(rows.combine_chunks() if small else rows, units)]
 
     def stack(self, name: str) -> Stack:
-        self._settle(name)
-        self.large[name] = [self._united(name, self.large[name])]
-        return self.large[name][0]
-
-    def _settle(self, name: str) -> None:
-        if self.small[name]:
-            rows, units = self._united(name, self.small[name])
-            self.large[name].append(Stack(rows.combine_chunks(), units))
-            self.small[name] = []
-
-    def has_rows(self, name: str) -> bool:
-        return any(len(stack.units) for stack in self.small[name] + self.large[name])
-
-    def _united(self, name: str, stacks: Sequence[Stack]) -> Stack:
+        """All rows of one table, with the columns of all sources."""
         schema = agreed((kind.schemas[name], kind.first) for kind in self.declared.values() if name in kind.schemas)
-        rows = pa.concat_tables([stack.rows for stack in stacks], promote_options="permissive")
+        rows = pa.concat_tables([stack.rows for stack in self.stacks[name]], promote_options="permissive")
         if not rows.schema.equals(schema):
             there = set(rows.column_names)
             columns = [rows[f.name].cast(f.type) if f.name in there else pa.nulls(len(rows), f.type) for f in schema]
             rows = pa.Table.from_arrays(columns, schema=schema)
-        return Stack(rows, np.concatenate([stack.units for stack in stacks]))
+        return Stack(rows, np.concatenate([stack.units for stack in self.stacks[name]]))
+
+    def has_rows(self, name: str) -> bool:
+        return any(len(stack.units) for stack in self.stacks[name])
+
+
+class Declared(NamedTuple):
+    """The columns of a source's tables, and the first source that has just these."""
+
+    schemas: Mapping[str, pa.Schema]
+    first: Source
 
 
 def combine(pile: Pile, rtol: float) -> Combined:
@@ -109,15 +105,11 @@ def combine(pile: Pile, rtol: float) -> Combined:
     Raises ConfigError where two sources hold the same run with other rows, or with science that differs by more than `rtol`.
     """
     units = _units(pile)
-    names = [name for name in TABLES if name in CORE or pile.has_rows(name)]
-    tables, duplicates, whole = {}, {}, np.ones(len(units), bool)
-    for name in names:
-        distinct, again = _distinct(name, pile.stack(name), units, rtol)
-        tables[name], duplicates[name] = distinct.rows, len(again)
-        whole[again] = False
-        if name == "runs":
-            kept = distinct.units
-    return Combined(tables, duplicates, kept, whole)
+    tables, duplicates = {}, {}
+    for name in TABLES:
+        if name in CORE or pile.has_rows(name):
+            tables[name], duplicates[name] = _distinct(name, pile, units, rtol)
+    return Combined(tables, duplicates)
 
 
 def _units(pile: Pile) -> "pd.DataFrame":
@@ -139,11 +131,12 @@ def _units(pile: Pile) -> "pd.DataFrame":
     return units.assign(rank=rank.astype(np.int64))
 
 
-def _distinct(name: str, stack: Stack, units: "pd.DataFrame", rtol: float) -> tuple[Stack, Integers]:
-    """The rows without duplicates, by the rank of their units, then by step, then as in the run's own file; and whose
-    rows were dropped, a unit for each.
+def _distinct(name: str, pile: Pile, units: "pd.DataFrame", rtol: float) -> tuple[pa.Table, int]:
+    """The rows without duplicates, by the rank of their units, then by step, then as in the run's own file.
+
+    And how many rows were dropped.
     """
-    rows, unit = stack
+    rows, unit = pile.stack(name)
     rank = units["rank"].to_numpy()[unit]
     step = rows["step"].to_numpy() if "step" in KEYS[name] else np.zeros_like(rank)
     if (((ahead := np.diff(rank)) < 0) | ((ahead == 0) & (np.diff(step) < 0))).any():
@@ -154,12 +147,12 @@ def _distinct(name: str, stack: Stack, units: "pd.DataFrame", rtol: float) -> tu
     values, first = np.unique(key, return_index=True)
     again = np.ones(len(key), bool)
     again[first] = False
-    _require_same_rows(name, units.assign(first=same.transform("min")), unit, again)
+    _require_same_rows(name, pile, units.assign(first=same.transform("min")), unit, again)
     if not again.any():
-        return Stack(rows, unit), unit[again]
+        return rows, 0
     twin = first[np.searchsorted(values, key[again])]
-    _require_same_science(name, rows, twin, np.flatnonzero(again), units["path"].iloc[unit], rtol)
-    return Stack(rows.filter(pa.array(~again)), unit[~again]), unit[again]
+    _require_same_science(name, pile, Stack(rows, unit), twin, np.flatnonzero(again), rtol)
+    return rows.filter(pa.array(~again)), int(again.sum())
 
 
 def _ordered(rows: pa.Table, order: Integers) -> pa.Table:
@@ -182,7 +175,7 @@ def _key(rows: pa.Table, names: Sequence[str], owners: Integers) -> Integers:
     return key
 
 
-def _require_same_rows(name: str, units: "pd.DataFrame", unit: Integers, again: Booleans) -> None:
+def _require_same_rows(name: str, pile: Pile, units: "pd.DataFrame", unit: Integers, again: Booleans) -> None:
     """A run that was found before (`first` < `rank`) brings the very rows that are there: no row more, none less."""
     n_rows = np.bincount(unit, minlength=len(units))
     n_new = np.bincount(unit[~again], minlength=len(units))
@@ -190,33 +183,58 @@ def _require_same_rows(name: str, units: "pd.DataFrame", unit: Integers, again: 
     later = units.drop_duplicates(["path", *owner(name)]).query("first < rank")
     number, first = later.index.to_numpy(), by_rank[later["first"].to_numpy()]
     for i in np.flatnonzero((n_new[number] > 0) | (n_rows[number] != n_rows[first])):
-        one, other = units.iloc[first[i]], units.iloc[number[i]]
         raise ConfigError(
-            f"{one['path']} and {other['path']} both hold run {one['run_id']}, but not the same rows of {name}: "
-            "drop one of them"
+            f"{pile.sources[first[i]].path} and {pile.sources[number[i]].path} both hold run "
+            f"{units['run_id'].iloc[number[i]]}, but not the same rows of {name}; "
+            f"{_conditions(pile, first[i], number[i])}: drop one of them"
         )
 
 
-def _require_same_science(
-    name: str,
-    table: pa.Table,
-    kept: Integers,
-    dropped: Integers,
-    paths: "pd.Series[str]",
-    rtol: float,
-) -> None:
-    """Rows `kept` and `dropped` have equal keys; `paths` names the source of each row of the table."""
-    for column in table.column_names:
-        if column in (*KEYS[name], *NO_SCIENCE):
-            continue
-        one, other = table[column].take(pa.array(kept)), table[column].take(pa.array(dropped))
-        for i in np.flatnonzero(differs(one, other, rtol)):
-            key = ", ".join(f"{key}={table[key][int(kept[i])]}" for key in KEYS[name])
-            raise ConfigError(
-                f"{paths.iloc[kept[i]]} and {paths.iloc[dropped[i]]} both hold the row of {name} with {key}, but "
-                f"{column} is {one[int(i)]} in the one and {other[int(i)]} in the other: drop one of them"
-                + (", or raise rtol" if pa.types.is_floating(one.type) else "")
-            )
+def _require_same_science(name: str, pile: Pile, stack: Stack, kept: Integers, dropped: Integers, rtol: float) -> None:
+    """Rows `kept` and `dropped` have equal keys. Raises ConfigError, naming the largest difference, where they differ."""
+    rows, unit = stack
+    found = []
+    for column in rows.column_names:
+        if column not in (*KEYS[name], *NO_SCIENCE):
+            one, other = rows[column].take(pa.array(kept)), rows[column].take(pa.array(dropped))
+            if len(at := np.flatnonzero(differs(one, other, rtol))):
+                sizes = _relative(one.take(pa.array(at)), other.take(pa.array(at)))
+                worst = int(np.argmax(sizes))
+                found.append((float(sizes[worst]), column, int(at[worst]), len(at)))
+    if not found:
+        return
+    relative, column, i, _ = max(found, key=lambda each: each[0])
+    one, other = (rows[column][int(at[i])] for at in (kept, dropped))
+    key = ", ".join(f"{key}={rows[key][int(kept[i])]}" for key in KEYS[name])
+    first, second = unit[kept[i]], unit[dropped[i]]
+    size = f", a relative difference of {relative:.2g} where rtol allows {rtol:.2g}" if np.isfinite(relative) else ""
+    more = sum(n for *_, n in found) - 1
+    raise ConfigError(
+        f"{pile.sources[first].path} and {pile.sources[second].path} both hold the row of {name} with {key}, but "
+        f"{column} is {one} in the one and {other} in the other{size}"
+        + (f" ({more} more values differ, none by more)" if more else "")
+        + f"; {_conditions(pile, first, second)}: drop one of them"
+        + (", or raise rtol" if size else "")
+    )
+
+
+def _conditions(pile: Pile, one: int, other: int) -> str:
+    """In which of CONDITIONS two units differ, for a reader."""
+    rows, units = pile.stack("runs")
+    table = rows.select(CONDITIONS).take(pa.array([np.flatnonzero(units == unit)[0] for unit in (one, other)]))
+    pairs = [(name, *table[name].to_pylist()) for name in CONDITIONS]
+    apart = [f"{name} ({first} and {second})" for name, first, second in pairs if first != second]
+    return f"the two runs differ in {', '.join(apart)}" if apart else f"the two runs agree in {', '.join(CONDITIONS)}"
+
+
+def _relative(one: pa.ChunkedArray, other: pa.ChunkedArray) -> npt.NDArray[np.float64]:
+    """|one − other| over the larger of them; infinite where one of them is no finite number."""
+    if not pa.types.is_floating(one.type):
+        return np.full(len(one), np.inf)
+    a, b = one.to_numpy(), other.to_numpy()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        relative = np.abs(a - b) / np.maximum(np.abs(a), np.abs(b))
+    return np.where(np.isfinite(a) & np.isfinite(b), relative, np.inf)
 
 
 def differs(one: pa.ChunkedArray, other: pa.ChunkedArray, rtol: float) -> Booleans:

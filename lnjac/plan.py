@@ -1,5 +1,6 @@
 """What a sweep still has to do: the state of each run's folder, and how long the missing runs will take. Without torch."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,18 +40,16 @@ def state(folder: Path, identity: Mapping[str, str]) -> State:
 
     Weights or a diagnostic batch that are lost leave the run finished, and are the state's reason: the rows stand.
     """
-    if not (folder / runs.STATUS).exists():
-        return State(MISSING)
     status = runs.read_status(folder)
     if not status:
-        return State(BROKEN, f"{runs.STATUS} is not readable")
+        return State(BROKEN, runs.no_status(folder)) if os.path.lexists(folder / runs.STATUS) else State(MISSING)
     name = str(status.get("status"))
     if other := {key: status.get(key) for key in identity if status.get(key) != identity[key]}:
         if name not in runs.FINISHED and not (folder / runs.CHECKPOINT).exists():
             return State(MISSING)
         return State(FOREIGN, "holds another run: " + ", ".join(f"its {key} is {id}" for key, id in other.items()))
     if name == runs.RUNNING:
-        return State(runs.RUNNING) if runs.in_use(folder) else State(runs.INTERRUPTED)
+        return _running(folder)
     if name not in runs.FINISHED:
         return State(name, str(status.get("error", "")))
     try:
@@ -76,6 +75,17 @@ def _lost(path: Path, status: Mapping[str, Any]) -> str:
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
     return f"{path.name} was altered: its SHA-256 differs from {runs.STATUS}'s"
+
+
+def _running(folder: Path) -> State:
+    """The state of a folder whose status says that its run is running."""
+    try:
+        runs.claimed(folder).release()
+    except runs.InUse as error:
+        return State(runs.RUNNING) if error.alive else State(BROKEN, str(error))
+    except OSError:  # not ours to write to
+        pass
+    return State(runs.INTERRUPTED)
 
 
 def fail(folder: Path, identity: Mapping[str, str], reason: str) -> None:

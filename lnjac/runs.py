@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from lnjac.tables import LONG, SCHEMA_VERSION, TABLES, Column
 
@@ -151,11 +151,7 @@ class RunFolder:
         self.path = Path(path)
         self.identity = dict(identity)
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.path / LOCK, blocking=False)
-        try:
-            self.lock.acquire()
-        except Timeout:
-            raise InUse(f"{self.path} is being written by another process") from None
+        self.lock = claimed(self.path)
         for left in self.path.glob(".*.tmp"):  # by a writer that was killed: nobody else may write here
             left.unlink(missing_ok=True)
         self.written: dict[str, str] = {}
@@ -190,18 +186,31 @@ class RunFolder:
 
 
 class InUse(Exception):
-    """A run's folder is held by another process, which is alive."""
+    """Raised when a run's folder is held by another process; `alive` is False where nobody can say if that is alive."""
+
+    def __init__(self, said: str, *, alive: bool = True) -> None:
+        super().__init__(said)
+        self.alive = alive
 
 
-def in_use(folder: Path) -> bool:
-    """Whether a living process writes to this run's folder: the lock goes with its process, however that ends."""
+def claimed(folder: Path) -> FileLock:
+    """Claim the folder for this process, until the lock is released; it goes with its process, however that ends.
+
+    Raises InUse when another process holds it. Without flock (some network file systems) the lock is its file, which a
+    killed process leaves behind; filelock removes it where it names a process of this host that is gone.
+    """
+    lock = FileLock(folder / LOCK, blocking=False)
     try:
-        with FileLock(folder / LOCK, blocking=False):
-            return False
+        lock.acquire()
     except Timeout:
-        return True
-    except OSError:  # not there, or not ours to write to
-        return False
+        if not isinstance(lock, SoftFileLock):
+            raise InUse(f"{folder} is being written by another process") from None
+        raise InUse(
+            f"{folder} is locked, and its file system offers no flock to tell whether by a living process: "
+            f"if no run writes there, delete {folder / LOCK}",
+            alive=False,
+        ) from None
+    return lock
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -211,6 +220,22 @@ def read_status(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def no_status(folder: Path) -> str:
+    """Say why `read_status` finds none."""
+    try:
+        (folder / STATUS).read_bytes()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return f"{STATUS}: {why(error)}"
+    return f"no readable {STATUS}"
+
+
+def why(error: OSError) -> str:
+    """The system's reason alone, such as `permission denied`, for a message that names the file already."""
+    return (error.strerror or str(error)).lower()
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -21,8 +21,6 @@ from lnjac.tables import CORE, KEYS, SCHEMA_VERSION, TABLES
 OWNER = ("run_id", "diag_id")
 """What identifies a run with its diagnostics; curves carry only the first."""
 
-INDEX = ".index.json"
-
 _MARKS = {runs.STATUS, *runs.FILES.values()}
 """A folder that has one of these is a run's."""
 
@@ -40,11 +38,19 @@ class Source:
     merged: bool
 
 
+class Skip(NamedTuple):
+    """A run, or an earlier merge, that was found and not merged; or a folder that cannot be searched."""
+
+    path: str
+    reason: str
+
+
 class Found(NamedTuple):
-    """What there is to merge, and merges in the same folders that may know some of it."""
+    """What there is to merge, what could not be searched, and what else the user should know of how they were found."""
 
     sources: list[Source]
-    merges: list[Path]
+    skipped: list[Skip]
+    notes: list[str]
 
 
 class Unfit(Exception):
@@ -70,11 +76,6 @@ def companions(layers: Path) -> dict[str, Path]:
     return {name: path for name, path in paths.items() if name in CORE or path.exists()}
 
 
-def index_file(layers: Path) -> Path:
-    """Where a merge keeps what lnjac.compaction knows of its runs."""
-    return layers.with_suffix(INDEX)
-
-
 def report_file(layers: Path) -> Path:
     return layers.with_suffix(".merge.json")
 
@@ -82,50 +83,75 @@ def report_file(layers: Path) -> Path:
 # Finding
 
 
-def discover(sources: Iterable[Path]) -> list[Source]:
-    """Every run folder in or at the sources and every merged file named; each once, however often it is named."""
-    return search(sources).sources
+def search(paths: Iterable[Path]) -> Found:
+    """Find every run folder in or at the paths, and every merged file named; each once, however often it is named.
 
-
-def search(sources: Iterable[Path]) -> Found:
-    """What `discover` finds, and the merges with an index met on the way: these are no sources unless named."""
-    seen: set[str] = set()
-    found = Found([], [])
-    for path in sources:
+    A folder is the runs that it holds now, whatever was merged from it earlier. One that holds none (results brought
+    home) is its one merged table, and a note says so. Raises ConfigError for a path that does not exist or cannot be meant.
+    """
+    found, seen = Found([], [], []), dict[str, bool]()
+    files = dict[str, Path]()
+    for path in paths:
         if path.is_dir():
-            _search_folder(path, os.path.realpath(path), seen, found)
-            continue
-        if not path.exists():
+            merges: list[Path] = []
+            if _search_folder(path, os.path.realpath(path), seen, found, merges) or not merges:
+                continue
+            if len(merges) > 1:
+                names = ", ".join(map(str, merges[:10])) + ", …" * (len(merges) > 10)
+                raise ConfigError(f"{path} holds no run folders and {len(merges)} merged tables: name one of {names}")
+            found.notes.append(f"{path} holds no run folders: its merged table {merges[0]} is read")
+            layers = merges[0]
+        elif not path.exists():
             raise ConfigError(f"{path} does not exist")
-        if path.name in (*runs.FILES.values(), runs.STATUS):
+        elif path.name in (*runs.FILES.values(), runs.STATUS):
             raise ConfigError(f"{path} is one file of a run: name its folder, {path.parent}")
-        layers = layers_file(path)
-        if (real := os.path.realpath(layers)) not in seen:
-            seen.add(real)
+        else:
+            layers = layers_file(path)
+        if files.setdefault(os.path.realpath(layers), layers) is layers:
             found.sources.append(Source(layers, merged=True))
     return found
 
 
-def _search_folder(folder: Path, real: str, seen: set[str], found: Found) -> None:
-    """`real` is the folder's name without links, which costs a hundred times the rest to find for each folder alone."""
-    if real in seen:
-        return
-    seen.add(real)
+def _search_folder(folder: Path, real: str, seen: dict[str, bool], found: Found, merges: list[Path]) -> bool:
+    """Add the runs in the folder to `found` and its merged tables to `merges`; return whether it holds any run.
+
+    `real` is the folder's name without links, which costs a hundred times the rest to find for each folder alone.
+    """
+    if real not in seen:
+        seen[real] = False  # for a link in it that leads back here
+        try:
+            seen[real] = _add_from(folder, real, seen, found, merges)
+        except OSError as error:
+            found.skipped.append(Skip(str(folder), runs.why(error)))
+            seen[real] = True  # it may
+    return seen[real]
+
+
+def _add_from(folder: Path, real: str, seen: dict[str, bool], found: Found, merges: list[Path]) -> bool:
     if os.path.exists(f"{real}/{runs.STATUS}"):  # nearly every run has one, and to list its folder costs far more
         found.sources.append(Source(folder, merged=False))
-        return
+        return True
     with os.scandir(real) as entries:
         inside = sorted(entries, key=lambda entry: entry.name)
     if any(entry.name in _MARKS for entry in inside):
         found.sources.append(Source(folder, merged=False))
-        return
+        return True
+    holds_runs = False
     for entry in inside:
         path = folder / entry.name
-        if entry.name.endswith(INDEX):
-            found.merges.append(path.with_name(entry.name.removesuffix(INDEX) + ".parquet"))
-        if not entry.name.startswith(".") and entry.is_dir():
+        if entry.name.startswith("."):
+            continue
+        if entry.name.endswith(".runs.parquet"):
+            merges.append(layers_file(path))
+        try:
+            is_folder = entry.is_dir()
+        except OSError as error:  # a link to itself
+            found.skipped.append(Skip(str(path), runs.why(error)))
+            continue
+        if is_folder:
             inner = os.path.realpath(path) if entry.is_symlink() else os.path.join(real, entry.name)
-            _search_folder(path, inner, seen, found)
+            holds_runs |= _search_folder(path, inner, seen, found, merges)
+    return holds_runs
 
 
 def layers_file(path: Path) -> Path:
@@ -204,7 +230,7 @@ def _finished(folder: Path) -> dict[str, Any]:
     """The status of a finished run."""
     status = runs.read_status(folder)
     if not status:
-        raise Unfit(f"no readable {runs.STATUS}")
+        raise Unfit(runs.no_status(folder))
     if (state := status.get("status")) not in runs.FINISHED:
         raise Unfit(f"{state}: {status['error']}" if "error" in status else str(state))
     return status

@@ -153,7 +153,7 @@ def test_a_bar_is_drawn_on_a_terminal_only(lnjac: Any, tmp_path: Path, monkeypat
     assert len(text.splitlines()) == 1
     make_run(tmp_path / "1", seed=2)
     assert lnjac("compare", tmp_path / "0", tmp_path / "1", "--by", "seed")[0] == 1  # once both are read
-    assert seen[1:] == [(1, 2), (2, 2)]
+    assert seen[1:] == [(2, 2)]
 
 
 # show
@@ -220,7 +220,12 @@ def test_show_a_sweep_lists_the_runs_to_choose_from(lnjac: Any, tmp_path: Path):
     make_run(tmp_path / "1", 2)
     code, _, err = lnjac("show", tmp_path)
     assert code == 1
-    assert err == f"lnjac: {tmp_path} holds 2 runs: choose one of {tmp_path / '0'}, {tmp_path / '1'}\n"
+    assert err == f"lnjac: {tmp_path} holds 2 runs: choose one by --run from abc1, abc2\n"
+    assert lnjac("show", tmp_path, "--run", "abc2") == lnjac("show", tmp_path / "1")
+    error = f"lnjac: {tmp_path} holds no run whose run_id starts with 0: choose one by --run from abc1, abc2\n"
+    assert lnjac("show", tmp_path, "--run", 0) == (1, "", error)
+    error = f"lnjac: the run_id of 2 runs in {tmp_path} starts with a: choose one by --run from abc1, abc2\n"
+    assert lnjac("show", tmp_path, "--run", "a") == (1, "", error)
 
 
 def test_show_tells_one_runs_diagnostics_apart(lnjac: Any, tmp_path: Path):
@@ -241,7 +246,16 @@ def test_show_a_merged_file_asks_for_one_of_its_runs(lnjac: Any, tmp_path: Path)
     assert lnjac("show", out) == (1, "", f"lnjac: {out} holds 2 runs: choose one by --run from abc1, abc2\n")
     assert lnjac("show", out, "--run", "abc2")[1] == lnjac("show", tmp_path / "1")[1]
     code, _, err = lnjac("show", out, "--run", "zzz")
-    assert (code, err) == (1, f"lnjac: {out} holds no run zzz: choose one by --run from abc1, abc2\n")
+    said = f"lnjac: {out} holds no run whose run_id starts with zzz: choose one by --run from abc1, abc2\n"
+    assert (code, err) == (1, said)
+
+
+def test_show_a_folder_brought_home_is_its_merged_table(lnjac: Any, tmp_path: Path):
+    out = tmp_path / "home" / "all.parquet"
+    lnjac("merge", make_run(tmp_path / "0"), "-o", out)
+    code, text, err = lnjac("show", out.parent)
+    assert (code, err) == (0, f"lnjac: {out.parent} holds no run folders: its merged table {out} is read\n")
+    assert text == lnjac("show", tmp_path / "0")[1]
 
 
 @pytest.mark.parametrize("name", ["nope", "empty", "text.parquet"])

@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from itertools import combinations, product
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from folders import make_run
 
 from lnjac import compare as comparing
 from lnjac import runs, stats, sweep
@@ -602,17 +604,67 @@ def test_a_table_that_is_not_whole_is_refused(tmp_path: Path):
         read([tmp_path / "nope"])
 
 
-def test_a_sweep_is_read_by_its_merge_unless_a_run_is_younger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def seeds_of(path: Path) -> list[int]:
+    return sorted(read([path]).frame("runs")["seed"])
+
+
+def test_a_folder_means_the_runs_that_it_holds_now(tmp_path: Path):
+    """Whatever their times: copied in with old ones, deleted, or replaced by a run of the same name."""
     folder = tmp_path / "sweep"
-    (folder / "run").mkdir(parents=True)
-    study(folder, TWO_MODES)
-    assert read([folder]).path == folder / "all.parquet"
-    status = folder / "run" / runs.STATUS
-    status.write_text("{}")
-    young = (folder / "all.parquet").stat().st_mtime + 10
-    os.utime(status, (young, young))
-    merged: list[Any] = []
-    monkeypatch.setattr(sweep, "merge", lambda sources, path, **_: merged.append(sources) or pytest.skip("merged anew"))
-    with pytest.raises(pytest.skip.Exception):
-        read([folder])
-    assert merged == [[folder]]
+    for seed in (1, 2):
+        make_run(folder / str(seed), seed=seed)
+    old = make_run(tmp_path / "3", seed=3)
+    sweep.merge([folder], folder / "all.parquet")
+    assert seeds_of(folder) == [1, 2]
+    for path in (old, *old.iterdir()):
+        os.utime(path, (1, 1))
+    shutil.copytree(old, folder / "3")  # with its times, as `cp -a` does
+    assert (folder / "3" / runs.STATUS).stat().st_mtime == 1
+    assert seeds_of(folder) == [1, 2, 3]
+    shutil.rmtree(folder / "1")
+    assert seeds_of(folder) == [2, 3]
+    shutil.rmtree(folder / "2")
+    shutil.copytree(old, folder / "2")
+    assert seeds_of(folder) == [3]
+    assert seeds_of(folder / "all.parquet") == [1, 2]  # a file is itself
+
+
+def test_a_folder_without_runs_is_its_one_merged_table(tmp_path: Path):
+    for seed in (1, 2):
+        make_run(tmp_path / "runs" / str(seed), seed=seed)
+    home = tmp_path / "home"
+    sweep.merge([tmp_path / "runs"], home / "sweep" / "all.parquet")
+    found = read([home])
+    assert found.path == home / "sweep" / "all.parquet"
+    assert found.doubts == [f"{home} holds no run folders: its merged table {found.path} is read"]
+    both = read([home, make_run(tmp_path / "3", seed=3)])
+    assert sorted(both.frame("runs")["seed"]) == [1, 2, 3]
+    assert both.doubts[0] == found.doubts[0]
+    report = sweep.merge([home], tmp_path / "all.parquet")
+    assert (report.merged, report.warnings) == (2, found.doubts)
+    sweep.merge([tmp_path / "3"], home / "other.parquet")
+    with pytest.raises(
+        ConfigError, match=r"no run folders and 2 merged tables: name one of .*other.parquet, .*all.parquet"
+    ):
+        read([home])
+    shutil.copytree(tmp_path / "3", home / "3")
+    assert seeds_of(home) == [3]
+
+
+def test_a_folder_named_twice_is_its_runs_and_not_its_table(tmp_path: Path):
+    make_run(tmp_path / "s" / "1", seed=1)
+    sweep.merge([make_run(tmp_path / "2", seed=2)], tmp_path / "s" / "all.parquet")
+    assert sorted(read([tmp_path / "s", tmp_path / "s"]).frame("runs")["seed"]) == [1]
+    assert sorted(read([tmp_path / "s" / "1", tmp_path / "s"]).frame("runs")["seed"]) == [1]
+
+
+def test_costs_are_read_from_the_table_of_runs_alone(tmp_path: Path):
+    study(tmp_path, [run(seed, ln_backward=way) for seed in (1, 2, 3) for way in ("exact", "ste")])
+    path = tmp_path / "all.parquet"
+    expected = cost(read([path]), by=None).costs.rows
+    for file in ("all.parquet", "all.curves.parquet", "all.merge.json"):
+        (tmp_path / file).unlink(missing_ok=True)
+    alone = read([tmp_path / "all.runs.parquet"])
+    pd.testing.assert_frame_equal(cost(alone, by=None).costs.rows, expected)
+    with pytest.raises(ConfigError, match=r"all\.parquet, the layers of this merge, is missing: bring it here too"):
+        compare(alone, "ln_backward", metrics=["radial_share"])

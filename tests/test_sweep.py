@@ -1,12 +1,20 @@
 """Merging: what is found, what is skipped and why, types, duplicates, order, and that nothing is lost unsaid."""
 
+import contextlib
+import errno
 import json
 import math
 import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +23,10 @@ from folders import SITES, make_run, rewrite, rows_of, with_column
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lnjac import pile, runs, sweep
+from lnjac import design, pile, placing, plan, reading, runs, sweep
 from lnjac.config import ConfigError
+from lnjac.diff import diff
+from lnjac.sources import search
 from lnjac.sweep import companions, load, merge
 from lnjac.tables import CORE, LAYERS, SCHEMA_VERSION, TABLES, Column
 
@@ -89,6 +99,64 @@ def test_a_shell_pattern_that_names_all_files_of_a_merge_names_one(tmp_path: Pat
     merge([make_run(tmp_path / "0")], first)
     report = merge(sorted(tmp_path.glob("*.parquet")), out)
     assert (report.found, report.merged, report.duplicates["runs"]) == (1, 1, 0)
+
+
+def test_a_link_to_itself_is_skipped_by_name(tmp_path: Path, out: Path):
+    make_run(tmp_path / "s" / "0", seed=1)
+    (tmp_path / "s" / "loop").symlink_to("loop")
+    report = merge([tmp_path / "s"], out)
+    assert (report.merged, report.found) == (1, 2)
+    assert report.skipped == [sweep.Skip(str(tmp_path / "s" / "loop"), "too many levels of symbolic links")]
+    assert design.read([tmp_path / "s"]).doubts == [f"1 runs were found and not merged: {tmp_path / 's' / 'loop'}"]
+    with pytest.raises(ConfigError, match=r"strict(?s:.*)loop: too many levels"):
+        merge([tmp_path / "s"], out, strict=True)
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "loop").symlink_to("loop")
+    with pytest.raises(ConfigError, match=r"no runs in .*\n.*loop: too many levels"):
+        merge([tmp_path / "t"], out)
+
+
+@pytest.fixture
+def denied(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Take the permission to read a file or folder away, from root too."""
+    paths: set[str] = set()
+
+    def guarded(real: Any) -> Any:
+        def call(path: Any, *arguments: Any, **more: Any) -> Any:
+            if str(path) in paths:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, *arguments, **more)
+
+        return call
+
+    monkeypatch.setattr(os, "scandir", guarded(os.scandir))
+    for name in ("read_bytes", "read_text"):
+        monkeypatch.setattr(Path, name, guarded(getattr(Path, name)))
+    return lambda path: paths.add(str(path))
+
+
+def test_what_may_not_be_read_is_skipped_by_name(tmp_path: Path, out: Path, denied: Callable[[Path], None]):
+    make_run(tmp_path / "s" / "0", seed=1)
+    secret = make_run(tmp_path / "s" / "secret", seed=2)
+    denied(secret / runs.STATUS)
+    (tmp_path / "s" / "closed").mkdir()
+    denied(tmp_path / "s" / "closed")
+    report = merge([tmp_path / "s"], out)
+    assert report.merged == 1
+    assert [(Path(path).name, reason) for path, reason in report.skipped] == [
+        ("closed", "permission denied"),
+        ("secret", "status.json: permission denied"),
+    ]
+    identity = {"run_id": "softmax-2", "diag_id": "d"}
+    assert plan.state(secret, identity) == plan.State(plan.BROKEN, "status.json: permission denied")
+
+
+def test_a_folder_that_may_hold_runs_is_not_taken_for_its_merged_table(tmp_path: Path, denied: Callable[[Path], None]):
+    merge([make_run(tmp_path / "0")], tmp_path / "s" / "all.parquet")
+    (tmp_path / "s" / "closed").mkdir()
+    denied(tmp_path / "s" / "closed")
+    with pytest.raises(ConfigError, match=r"no runs in .*\n.*closed: permission denied"):
+        design.read([tmp_path / "s"])
 
 
 @pytest.mark.parametrize("name", ["layers.parquet", "run.parquet", "status.json"])
@@ -454,15 +522,74 @@ def test_an_undeclared_column_is_kept(tmp_path: Path, out: Path):
     assert "all_null" in runs.read_table(companions(out)["curves"]).column_names
 
 
-def test_more_runs_than_are_stacked_at_once(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
-    for i in range(7):
-        extra = [(Column("method.b", "float64" if i > 4 else "int64", "", ""), i)] if i > 2 else []
-        make_run(tmp_path / "s" / str(i), seed=i, config=extra)
-    merge([tmp_path / "s"], out)
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """Runs with other columns and types, some of them unfit, in more than one batch."""
+    for i in range(23):
+        extra = [(Column("method.b", "float64" if i > 14 else "int64", "", ""), i)] if i > 12 else []
+        make_run(tmp_path / "s" / f"{i:02}", seed=i, config=extra, status="running" if i in (3, 21) else "done")
+    return tmp_path / "s"
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_runs_read_by_several_processes_are_as_if_read_by_one(many: Path, out: Path, cores: int, monkeypatch: Any):
+    one_batch = merge([many], out)
     expected = rows_of(out)
-    monkeypatch.setattr(pile, "STACKED_AT_ONCE", 2)
-    merge([tmp_path / "s"], out)
+    assert expected == rows_in_one_piece(many)
+    monkeypatch.setattr(reading, "FEW", 1)
+    monkeypatch.setattr(reading, "_cores", lambda: cores)
+    calls: list[tuple[int, int]] = []
+    assert merge([many], out, progress=lambda done, total: calls.append((done, total))) == one_batch
     assert rows_of(out) == expected
+    assert calls[-1] == (23, 23)
+    assert [Path(skip.path).name for skip in one_batch.skipped] == ["03", "21"]
+
+
+def rows_in_one_piece(folder: Path) -> dict[str, tuple[str, str]]:
+    """The merged rows by the plainest way: no batches, no processes."""
+    whole = pile.Pile()
+    for source in search([folder]).sources:
+        with contextlib.suppress(sweep.Unfit):
+            whole.add(source, sweep.read(source))
+    tables = pile.combine(whole, 0).tables
+    return {name: (str(table.schema), repr(table.to_pylist())) for name, table in tables.items()}
+
+
+def test_a_helper_reads_and_one_that_fails_costs_nothing(many: Path, monkeypatch: Any):
+    sources = search([many]).sources
+    batches = [sources[:10], sources[10:]]
+    todo, done = deque([0, 1]), dict[int, Any]()
+    reading._let_read(batches, todo, done)
+    assert [[*each[0].sources, *(skip.path for skip in each[1])] for each in done.values()] == [
+        [*(source for source in batch if source.path.name not in ("03", "21")), str(many / unfit)]
+        for batch, unfit in zip(batches, ("03", "21"), strict=True)
+    ]
+    for broken in ("/bin/false", "/nowhere"):
+        monkeypatch.setattr(sys, "executable", broken)
+        todo, done = deque([0, 1]), {}
+        reading._let_read(batches, todo, done)
+        assert done == {}
+    monkeypatch.setattr(reading, "FEW", 1)
+    monkeypatch.setattr(reading, "_cores", lambda: 2)
+    assert len(reading.read_all(sources)[0].sources) == 21
+
+
+def test_a_helper_that_meets_an_error_leaves_it_to_the_caller(tmp_path: Path, out: Path, monkeypatch: Any):
+    for i, dtype in enumerate(["int64", "string"] * 10):
+        make_run(
+            tmp_path / "s" / str(i), seed=i, config=[(Column("method.b", dtype, "", ""), {"int64": 1}.get(dtype, "x"))]
+        )
+    monkeypatch.setattr(reading, "FEW", 1)
+    monkeypatch.setattr(reading, "_cores", lambda: 2)
+    with pytest.raises(ConfigError, match=r"method\.b is int64 in .* but string in"):
+        merge([tmp_path / "s"], out)
+
+
+@pytest.mark.parametrize("pieces", [[(300, 900), (0, 300)], [(0, 900), (1200, 1210), (900, 1200)], [(5, 1), (0, 5)]])
+def test_rows_that_move_in_large_pieces_come_in_the_order_asked_for(pieces: list[tuple[int, int]]):
+    order = np.concatenate([np.arange(a, b) if a < b else np.arange(a, b - 1, -1) for a, b in pieces])
+    rows = pa.concat_tables([pa.table({"x": range(1000)}), pa.table({"x": range(1000, 1500)})])
+    assert pile._ordered(rows, order)["x"].to_pylist() == order.tolist()
 
 
 def test_load_names_a_table_that_is_not_merged(tmp_path: Path):
@@ -543,6 +670,36 @@ def test_a_contradiction_names_sources_key_column_and_both_values(tmp_path: Path
     assert "\n" not in text
     assert not out.exists()
     assert merge([one, other], out, rtol=1.0).duplicates["layers"] == 6
+
+
+def test_a_contradiction_names_its_size_and_in_what_the_runs_differ(tmp_path: Path, out: Path):
+    made = {"threads": 1, "commit": "aaa", "device": "cpu", "torch_version": "2.13", "wall_s": 1.0}
+    one = make_run(tmp_path / "one", run=made, layers={"r_mean": 1.0, "r_radial": 1.0})
+    other = made | {"threads": 2, "commit": None, "wall_s": 2.0}
+    two = make_run(tmp_path / "two", run=other, layers={"r_mean": 1.0 + 2e-6, "r_radial": 1.0 - 3e-6})
+    with pytest.raises(ConfigError) as caught:
+        merge([one, two], out)
+    said = str(caught.value)
+    values = "r_radial is 1.0 in the one and 0.999997 in the other"
+    assert (
+        f"{values}, a relative difference of 3e-06 where rtol allows 1e-06 (11 more values differ, none by more)"
+        in said
+    )
+    apart = "the two runs differ in commit (aaa and None), threads (1 and 2)"
+    assert said.endswith(f"{apart}: drop one of them, or raise rtol")
+    same = make_run(tmp_path / "same", run=made, layers={"r_mean": 1.5, "r_radial": 1.0})
+    with pytest.raises(
+        ConfigError, match=r"difference of 0\.33 .*agree in .*commit, .*torch_version, .*device, threads"
+    ):
+        merge([one, same], out)
+    fewer = make_run(tmp_path / "fewer", run=other, layers={"r_mean": 1.0, "r_radial": 1.0}, steps=(0,))
+    with pytest.raises(ConfigError, match=f"not the same rows of layers; {re.escape(apart)}"):
+        merge([one, fewer], out)
+    text = make_run(tmp_path / "text", run=made, layers={"r_mean": 1.0, "r_radial": 1.0, "norm": "rmsnorm"})
+    with pytest.raises(ConfigError, match=r"norm is .* and rmsnorm in the other") as caught:
+        merge([one, text], out)
+    assert "relative" not in str(caught.value)
+    assert "rtol" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -711,12 +868,12 @@ def test_missing_seeds_are_named(tmp_path: Path, out: Path):
     ]
 
 
-def test_progress_is_called_for_each_source(tmp_path: Path, out: Path):
-    for i in range(3):
+def test_progress_is_called_as_sources_have_been_read(tmp_path: Path, out: Path):
+    for i in range(12):
         make_run(tmp_path / "s" / str(i), seed=i)
     calls: list[tuple[int, int]] = []
     merge([tmp_path / "s"], out, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert calls == [(10, 12), (12, 12)]
 
 
 # What is written
@@ -769,15 +926,107 @@ def test_a_failing_write_leaves_the_earlier_output_whole(tmp_path: Path, out: Pa
     assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == before
 
 
-def test_the_layers_are_moved_last_and_nothing_else_is_left(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, Path]:
+    """A run with a table in long form, and one without."""
+    swaps = [{"place": "all", "surrogate": "ste", "radial": 0.0, "part": "all"}]
+    return make_run(tmp_path / "0", seed=1, long={"swaps": swaps}), make_run(tmp_path / "1", seed=2)
+
+
+class Killed(BaseException):
+    """The process's end, as far as the code can tell."""
+
+
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process be killed before its `step`-th change of the output's folder: nothing that follows is done."""
+    n = 0
+
+    def dying(real: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            nonlocal n
+            n += 1
+            if n > step:
+                raise Killed
+            return real(*arguments, **more)
+
+        return call
+
+    for owner, name in ((Path, "replace"), (Path, "rename"), (Path, "unlink"), (Path, "rmdir"), (shutil, "rmtree")):
+        monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
+
+
+LOOKS: dict[str, Callable[[Path], Any]] = {
+    "merge": lambda out: merge([out], out),
+    "load": lambda out: load(companions(out)["runs"]),
+    "read": lambda out: design.read([out]),
+    "diff": lambda out: diff(out, out),
+}
+
+
+@pytest.mark.parametrize(("look", "rich_first"), [("merge", True), ("load", False), ("read", True), ("diff", False)])
+def test_a_merge_is_one_step_whenever_it_is_killed(
+    two: tuple[Path, Path], tmp_path: Path, out: Path, look: str, rich_first: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Before the step the old merge is there, and after it the new one, whoever looks at it first."""
+    before, after = two if rich_first else two[::-1]
+    merge([after], tmp_path / "new" / "all.parquet")
+    merge([before], tmp_path / "old" / "all.parquet")
+    new, old = (rows_of(tmp_path / name / "all.parquet") for name in ("new", "old"))
+    seen, n_steps = [], 0
+    while True:
+        shutil.rmtree(out.parent, ignore_errors=True)
+        shutil.copytree(tmp_path / "old", out.parent)
+        with monkeypatch.context() as patched:
+            killed_at(n_steps, patched)
+            try:
+                merge([after], out)
+                break
+            except Killed:
+                pass
+        LOOKS[look](out)
+        seen.append(rows_of(out))
+        assert seen[-1] in (old, new)
+        n_steps += 1
+    assert seen[0] == old
+    assert seen[-1] == new
+    assert n_steps >= 6  # so many moves there are
+    merge([after], out)
+    assert {path.name for path in out.parent.iterdir()} == {path.name for path in companions(out).values()} | {
+        "all.merge.json"
+    }
+
+
+def test_what_killed_merges_left_is_removed_but_not_what_one_is_writing(tmp_path: Path, out: Path):
+    left = out.parent / ".merge-abc"
+    left.mkdir(parents=True)
+    (left / "all.parquet").touch()
     run = make_run(tmp_path / "0")
-    moved: list[str] = []
-    real = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda self, target: (moved.append(self.name), real(self, target))[1])
     merge([run], out)
-    expected = {"all.parquet", "all.runs.parquet", "all.curves.parquet", "all.merge.json", "all.index.json"}
-    assert set(moved) == {path.name for path in out.parent.iterdir()} == expected
-    assert moved[-1] == "all.parquet"
+    assert not left.exists()
+    code = "import sys; from lnjac.sweep import *; merge([Path(sys.argv[1])], Path(sys.argv[2]))"
+    with placing.new_files(out) as layers:
+        other = subprocess.Popen([sys.executable, "-c", f"from pathlib import Path; {code}", run, out])
+        with pytest.raises(subprocess.TimeoutExpired):  # it waits
+            other.wait(3)
+        assert layers.parent.is_dir()
+        for path in out.parent.glob("all.*"):
+            shutil.copy(path, layers.parent)
+    assert other.wait(60) == 0
+
+
+def test_without_a_lock_for_folders_a_merge_is_made_and_leaves_what_it_cannot_judge(
+    two: Any, out: Path, monkeypatch: Any
+):
+    monkeypatch.setattr(placing.fcntl, "flock", lambda *_: raise_(OSError(errno.ENOSYS, "no flock here")))
+    (out.parent / ".merge-abc").mkdir(parents=True)
+    merge([two[0]], out)
+    merge([two[1]], out)
+    assert load(companions(out)["runs"])["seed"].tolist() == [2]
+    assert (out.parent / ".merge-abc").exists()
+
+
+def raise_(error: BaseException) -> Any:
+    raise error
 
 
 def test_the_same_merge_gives_the_same_bytes_and_readable_files(tmp_path: Path, out: Path):

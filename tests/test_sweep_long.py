@@ -49,7 +49,6 @@ def test_what_an_earlier_merge_had_and_this_one_has_not_is_removed(tmp_path: Pat
         "all.runs.parquet",
         "all.curves.parquet",
         "all.merge.json",
-        "all.index.json",
     }
 
 
