@@ -271,12 +271,13 @@ class LnjacSweeper(BasicSweeper):
 
         others = [job for job in jobs if job.state.name == runs.RUNNING]
         for n, job in enumerate(others):
-            if runs.in_use(job.folder):
+            job.state = plan.state(job.folder, job.identity)
+            if job.state.name == runs.RUNNING:
                 left = len(others) - n
                 log.info("waiting for another command to end %d of these jobs, now %s (%s)", left, job.name, job.folder)
-            while runs.in_use(job.folder):
+            while job.state.name == runs.RUNNING:
                 time.sleep(POLL_S)
-            job.state = plan.state(job.folder, job.identity)
+                job.state = plan.state(job.folder, job.identity)
             if job.state.name == runs.INTERRUPTED:
                 job.state = plan.State(runs.INTERRUPTED, "the other command left it unfinished: run this one again")
         return bool(others)
