@@ -183,11 +183,13 @@ def _folder(config: DictConfig) -> Path:
 @contextmanager
 def _logging_to(files: Sequence[Path]) -> Iterator[None]:
     """What is logged meanwhile concerns several runs: it goes into the log of each."""
+    from lnjac.escape import LogFormatter
+
     handlers = []
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(file))
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers[-1].setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     for handler in handlers:

@@ -47,7 +47,9 @@ class Job:
 
     @property
     def name(self) -> str:
-        return " ".join(self.overrides)
+        from lnjac.escape import visible
+
+        return visible(" ".join(self.overrides))
 
 
 class LnjacSweeper(BasicSweeper):
@@ -121,6 +123,7 @@ class LnjacSweeper(BasicSweeper):
             self.launcher.prepare()
         from lnjac import config as configs
         from lnjac import plan, train
+        from lnjac.escape import visible
 
         log.info("checking %d jobs", len(grid))
         here = not getattr(self.launcher, "elsewhere", False)
@@ -133,7 +136,8 @@ class LnjacSweeper(BasicSweeper):
                 config = configs.build(composed)
                 sha256 = train.admit(config, here=here).sha256
             except configs.ConfigError as error:
-                bad.append(f"{' '.join(overrides)}\n  " + str(error).replace("\n", "\n  "))
+                said = [visible(" ".join(overrides)), *map(visible, str(error).split("\n"))]
+                bad.append("\n  ".join(said))
                 continue
             identity = {"run_id": configs.run_id(config, sha256), "diag_id": configs.diag_id(config)}
             own = folder / "-".join(identity.values())
@@ -249,9 +253,10 @@ def _settle(job: Job, said: str) -> None:
 def _unfinished(jobs: Sequence[Job]) -> list[str]:
     """A line for each job that has failed, now or earlier."""
     from lnjac import runs
+    from lnjac.escape import visible
 
     return [
-        f"  {job.name}: {job.state.reason.splitlines()[0] if job.state.reason else job.state.name} ({job.folder})"
+        visible(f"  {job.name}: {(job.state.reason or job.state.name).splitlines()[0]} ({job.folder})")
         for job in jobs
         if not job.state.finished and job.state.name != runs.RUNNING
     ]

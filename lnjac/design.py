@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from lnjac import pooling, runs, sweep
 from lnjac.config import ConfigError
-from lnjac.summary import listed
+from lnjac.summary import exact, listed
 from lnjac.tables import SCHEMA_VERSION, TABLES, VOLATILE
 from lnjac.where import Where, known_column
 
@@ -84,7 +84,7 @@ def labelled(frame: "pd.DataFrame", column: str) -> "pd.Series[Any]":
     """The column's values; a group's member with those of its settings that vary: `center_scale@ln_f`, `sgd[lr=0.1]`."""
     values, groups = frame[column], frame.groupby(column, dropna=False)
     for option in [name for name in map(str, frame) if name.startswith(f"{column}.")]:
-        text = frame[option].map("{:g}".format if frame[option].dtype.kind == "f" else str, na_action="ignore")
+        text = frame[option].map(exact if frame[option].dtype.kind == "f" else str, na_action="ignore")
         if option == "ln_backward.sites":
             values = values + ("@" + text).where(text != "all", "")
         elif groups[option].nunique(dropna=False).max() > 1:

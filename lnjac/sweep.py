@@ -18,6 +18,7 @@ from lnjac import compaction, runs
 from lnjac.compaction import Index, Memory
 from lnjac.config import ConfigError
 from lnjac.doubts import warnings
+from lnjac.escape import visible
 from lnjac.pile import Kind, Pile, combine
 from lnjac.sources import (
     OWNER,
@@ -72,11 +73,11 @@ class MergeReport:
             rows = ", ".join(f"{n} rows of {name}" for name, n in self.duplicates.items())
             found.append(f"duplicates: {rows} were there already with equal science; the earlier run is kept")
         found += [f"skipped {line}" for line in by_reason(self.skipped)]
-        return found + [f"warning: {text}" for text in self.warnings]
+        return list(map(visible, found + [f"warning: {text}" for text in self.warnings]))
 
     def to_json(self) -> str:
         plain = dataclasses.asdict(self) | {"skipped": [skip._asdict() for skip in self.skipped]}
-        return json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(plain, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "MergeReport":

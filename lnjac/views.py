@@ -15,6 +15,7 @@ import numpy as np
 from lnjac import compare, design, figures, pooling, runs, stats
 from lnjac.config import ConfigError
 from lnjac.design import ALL_SITES, RUN, Study
+from lnjac.summary import exact
 from lnjac.where import Where, known_column
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def word(value: Any) -> str:
     """A level as its column's name is followed by it; only NaN differs from itself."""
     if value is None or value != value:
         return "null"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return exact(value) if isinstance(value, float) else str(value)
 
 
 # One number per seed
