@@ -20,6 +20,7 @@ def task(cfg: "DictConfig") -> str:
     from hydra.types import RunMode
 
     from lnjac import config, train
+    from lnjac.escape import visible_lines
 
     job = HydraConfig.get()
     try:
@@ -32,7 +33,7 @@ def task(cfg: "DictConfig") -> str:
             return "dry_run"
         return train.run(settings, Path(job.runtime.output_dir), corpus)
     except config.ConfigError as error:
-        raise CompactHydraException(str(error)) from None
+        raise CompactHydraException(visible_lines(str(error))) from None
     except Exception:
         log.exception("the run failed")
         raise

@@ -148,6 +148,7 @@ class LnjacSweeper(BasicSweeper):
             self.launcher.prepare()
         from lnjac import config as configs
         from lnjac import plan, train
+        from lnjac.escape import visible
 
         log.info("checking %d jobs", len(grid))
         here = not getattr(self.launcher, "elsewhere", False)
@@ -166,7 +167,7 @@ class LnjacSweeper(BasicSweeper):
                 said = str(error) if isinstance(error, configs.ConfigError) else _in_one_line(error)
             unknown.add(choices, said)
             if said:
-                bad.append("\n  ".join([_words(overrides), *said.splitlines()]))
+                bad.append("\n  ".join([_words(overrides), *map(visible, said.split("\n"))]))
                 continue
             identity = {"run_id": configs.run_id(config, sha256), "diag_id": configs.diag_id(config)}
             own = folder / "-".join(identity.values())
@@ -285,7 +286,9 @@ class LnjacSweeper(BasicSweeper):
 
 def _words(overrides: Sequence[str]) -> str:
     """A job's words as a user types them."""
-    return " ".join(word.removeprefix("++") for word in overrides)
+    from lnjac.escape import visible
+
+    return visible(" ".join(word.removeprefix("++") for word in overrides))
 
 
 def _in_one_line(error: Exception) -> str:
@@ -378,9 +381,10 @@ def _settle(job: Job, said: str) -> None:
 def _unfinished(jobs: Sequence[Job]) -> list[str]:
     """A line for each job that has failed, now or earlier."""
     from lnjac import runs
+    from lnjac.escape import visible
 
     return [
-        f"  {job.name}: {job.state.reason.splitlines()[0] if job.state.reason else job.state.name} ({job.folder})"
+        visible(f"  {job.name}: {(job.state.reason or job.state.name).splitlines()[0]} ({job.folder})")
         for job in jobs
         if not job.state.finished and job.state.name != runs.RUNNING
     ]

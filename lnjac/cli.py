@@ -1,6 +1,5 @@
 """The `lnjac` command. Each command imports what it needs when it runs, so that `lnjac --help` is quick."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lnjac import cli_report
-from lnjac.cli_compare import AsJson, commands
+from lnjac.cli_compare import AsJson, ascii_json, commands
+from lnjac.escape import visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,8 +35,8 @@ def main() -> None:
 
         if not isinstance(error, (ConfigError, OSError)):
             raise
-        for line in str(error).splitlines():
-            print(f"lnjac: {line}", file=sys.stderr)
+        for line in str(error).split("\n"):
+            print(f"lnjac: {visible(line)}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -115,9 +115,9 @@ def show(
     layers = layers[layers["step"] == (step if step is not None else max(steps, default=0))]
     if as_json:
         plain = {"run": one.to_dict(), "layers": layers.to_dict("records")}
-        print(json.dumps(_plain(plain), indent=1, ensure_ascii=False, allow_nan=False))
+        print(ascii_json(_plain(plain)))
         return
-    print(_headline(one))
+    print(visible(_headline(one)))
     print(layer_table(layers) if len(layers) else "no norms were measured")
 
 

@@ -2,8 +2,9 @@
 
 import json
 import math
+import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from lnjac.config import ConfigError
+from lnjac.escape import latex, latex_paragraph, markdown, spreadsheet, visible
+from lnjac.summary import aligned, exact
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,12 +112,12 @@ def compare(
         reference=reference,
         how=_inference(interval, confidence),
     )
-    grids = list(_grids(found, confidence, seeds))
-    _write(found.seeds() if seeds else found.rows, grids, output)
+    parts: list[str | Grid] = [*_grids(found, confidence, seeds), *_notes(found.notes)]
+    _write(found.seeds() if seeds else found.rows, parts, output)
     if as_json:
-        _print_json(_plain_comparison(found, seeds))
+        print(ascii_json(_plain_comparison(found, seeds)))
     else:
-        _print([*grids, *_notes(found.notes)])
+        _print(parts)
 
 
 @commands.command()
@@ -145,18 +148,20 @@ def cost(
 
     how = _inference(interval, confidence)
     found = comparing.cost(study(sources), by=by, metric=metric, where=where, reference=reference, how=how)
-    parts = {"cost": found.costs}
+    compared = {"cost": found.costs}
     if found.differences is not None:
-        parts["difference of costs"] = found.differences
-    frames = [(part.seeds() if seeds else part.rows).assign(what=what) for what, part in parts.items()]
-    grids = {what: list(_grids(part, confidence, seeds, what)) for what, part in parts.items()}
-    _write(pd.concat(frames, ignore_index=True), [grid for part in grids.values() for grid in part], output)
+        compared["difference of costs"] = found.differences
+    frames = [(one.seeds() if seeds else one.rows).assign(what=what) for what, one in compared.items()]
+    parts: list[str | Grid] = []
+    for what, one in compared.items():
+        none = f"no {what}: no ln_backward ran at two levels of {found.by} with its exact twin"
+        grids = list(_grids(one, confidence, seeds, what))
+        parts += [*grids, *([] if grids else [none]), *_notes(one.notes), ""]
+    _write(pd.concat(frames, ignore_index=True), parts, output)
     if as_json:
-        _print_json({what.replace(" ", "_"): _plain_comparison(part, seeds) for what, part in parts.items()})
-        return
-    for what, part in parts.items():
-        none = [] if grids[what] else [f"no {what}: no ln_backward ran at two levels of {found.by} with its exact twin"]
-        _print([*grids[what], *none, *_notes(part.notes), ""])
+        print(ascii_json({what.replace(" ", "_"): _plain_comparison(one, seeds) for what, one in compared.items()}))
+    else:
+        _print(parts)
 
 
 @commands.command()
@@ -191,13 +196,13 @@ def scaling(
         where=where,
         how=_inference(interval, confidence),
     )
-    grids = list(_slopes(found, confidence, seeds))
-    _write(found.seeds if seeds else found.slopes, grids, output)
+    parts: list[str | Grid] = [*_slopes(found, confidence, seeds), *_notes(found.notes)]
+    _write(found.seeds if seeds else found.slopes, parts, output)
     if as_json:
         frames = {"slopes": found.slopes, "points": found.points} | ({"seeds": found.seeds} if seeds else {})
-        _print_json({name: _records(frame) for name, frame in frames.items()} | {"notes": found.notes})
+        print(ascii_json({name: _records(frame) for name, frame in frames.items()} | {"notes": found.notes}))
     else:
-        _print([*grids, *_notes(found.notes)])
+        _print(parts)
 
 
 @commands.command()
@@ -220,16 +225,15 @@ def diff(
     try:
         found = compute(one, other, rtol)
     except ConfigError as error:
-        print(f"lnjac: {error}", file=sys.stderr)
+        print(f"lnjac: {visible(str(error))}", file=sys.stderr)
         sys.exit(2)
     if as_json:
         frames = ("only_one", "only_other", "changed")
-        _print_json(
-            {
-                part.table: {name: _records(getattr(part, name)) for name in frames} | {"columns": part.columns}
-                for part in found
-            }
-        )
+        plain = {
+            part.table: {name: _records(getattr(part, name)) for name in frames} | {"columns": part.columns}
+            for part in found
+        }
+        print(ascii_json(plain))
     else:
         _print([line for part in found for line in part.lines(str(one), str(other))] or ["the same science"])
     if any(found):
@@ -270,6 +274,11 @@ class Grid(NamedTuple):
     labels: int
     lines: list[list[str]]
     strong: set[int]
+
+    def escaped(self, escape: Callable[[str], str]) -> "Grid":
+        """Return the grid with each of its texts escaped."""
+        lines = [list(map(escape, line)) for line in self.lines]
+        return self._replace(title=escape(self.title), heads=list(map(escape, self.heads)), lines=lines)
 
 
 def _grids(found: "Comparison", confidence: float, seeds: bool, what: str = "difference") -> Iterator[Grid]:
@@ -320,7 +329,7 @@ def _slopes(found: "Scaling", confidence: float, seeds: bool) -> Iterator[Grid]:
     key, labels = [*apart, *labels], labels or ["metric"]
     levels = list(dict.fromkeys(found.points[found.x]))
     means = found.points.set_index([*key, found.x])["mean"].to_dict()
-    heads = [*labels, *map(_number, levels), "slope", f"{100 * confidence:g}% interval", "n"]
+    heads = [*labels, *map(_text, levels), "slope", f"{100 * confidence:g}% interval", "n"]
     for title, part in _parts(found.slopes, apart):
         lines = []
         for _, row in part:
@@ -363,9 +372,8 @@ def _notes(notes: Sequence[str]) -> list[str]:
 
 def _print(parts: Iterable[str | Grid]) -> None:
     """On a terminal within its width; elsewhere as plain lines, as long as they have to be."""
+    parts = [visible(part) if isinstance(part, str) else part.escaped(visible) for part in parts]
     if not sys.stdout.isatty():
-        from lnjac.summary import aligned
-
         for part in parts:
             print(
                 part if isinstance(part, str) else f"{part.title}\n{aligned([part.heads, *part.lines], part.labels)}\n"
@@ -388,8 +396,9 @@ def _print(parts: Iterable[str | Grid]) -> None:
         console.print(part.title, table, "", sep="\n")
 
 
-def _print_json(found: Any) -> None:
-    print(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
+def ascii_json(found: Any) -> str:
+    """Return the value as JSON in ASCII: any terminal can show it, and no text in it can command one."""
+    return json.dumps(found, indent=1, allow_nan=False)
 
 
 def _plain_comparison(found: "Comparison", seeds: bool) -> dict[str, Any]:
@@ -402,39 +411,91 @@ def _records(frame: "pd.DataFrame") -> Any:
     return json.loads(frame.to_json(orient="records", double_precision=15))
 
 
-def _write(frame: "pd.DataFrame", grids: Sequence[Grid], path: Path | None) -> None:
-    """All columns for a program to read, or for a reader what is printed."""
+def _write(frame: "pd.DataFrame", parts: Sequence[str | Grid], path: Path | None) -> None:
+    """Write all columns for a program to read, or for a reader the tables and notes that are printed."""
     if path is None:
         return
     from lnjac.runs import write_atomically
 
     writers = {
-        ".csv": lambda to: frame.to_csv(to, index=False),
-        ".md": lambda to: to.write_text("\n".join(map(_markdown, grids)), encoding="utf-8"),
-        ".tex": lambda to: to.write_text("\n".join(map(_latex, grids)), encoding="utf-8"),
+        ".csv": lambda to: _for_spreadsheets(frame).to_csv(to, index=False),
+        ".md": lambda to: to.write_text("\n".join(map(_markdown, parts)) + "\n", encoding="utf-8"),
+        ".tex": lambda to: to.write_text(_latex(parts), encoding="ascii"),
         ".parquet": lambda to: frame.to_parquet(to, index=False),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, writers[path.suffix])
 
 
-def _markdown(grid: Grid) -> str:
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in (grid.heads, *grid.lines)]
-    lines.insert(1, ["---"] * len(grid.heads))
+def _for_spreadsheets(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """Return the frame with no text, name or value, that a spreadsheet would compute; numbers stay as they are."""
+    import pandas as pd
+
+    def safe(column: "pd.Series[Any]") -> "pd.Series[Any]":
+        if pd.api.types.is_numeric_dtype(column):
+            return column
+        values = [spreadsheet(value) if isinstance(value, str) else value for value in column]
+        return pd.Series(values, index=column.index, dtype=object)
+
+    return frame.assign(**{str(name): safe(frame[name]) for name in frame}).rename(columns=spreadsheet)
+
+
+def _markdown(part: str | Grid) -> str:
+    if isinstance(part, str):
+        return markdown(part)
+    grid = part.escaped(markdown)
+    sides = [":--"] * grid.labels + ["--:"] * (len(grid.heads) - grid.labels)
+    lines = [grid.heads, sides, *grid.lines]
     return f"**{grid.title}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _latex(grid: Grid) -> str:
-    import pandas as pd
+ROWS_OF_A_PAGE = 36
+"""Lines of a table in LaTeX, after which it is continued in another: a table cannot be broken between pages."""
 
-    title = "".join(f"\\{c}" if c in "_%#&$" else c for c in grid.title)  # pandas escapes the cells alone
-    return pd.DataFrame(grid.lines, columns=grid.heads).to_latex(index=False, escape=True, caption=title)
+LATEX_BEGIN = r"""% A document of its own, or part of another by \input; there the package graphicx shrinks wide tables.
+\makeatletter
+\def\lnjacend{}
+\ifx\@nodocument\relax\else
+  \documentclass{article}
+  \usepackage{graphicx}
+  \begin{document}
+  \def\lnjacend{\end{document}}
+\fi
+\makeatother
+\providecommand{\resizebox}[3]{#3}
+"""
+
+
+def _latex(parts: Sequence[str | Grid]) -> str:
+    """Return tables and notes in ASCII and without a package, so that any LaTeX compiles them."""
+    body = [_latex_table(part) if isinstance(part, Grid) else _latex_line(part) for part in parts]
+    return "\n".join([LATEX_BEGIN, *body, "\\lnjacend\n"])
+
+
+def _latex_line(text: str) -> str:
+    return f"{{\\raggedright\\noindent {latex_paragraph(text)}\\par}}" if text else "\\medskip"
+
+
+def _latex_table(grid: Grid) -> str:
+    title, grid = latex_paragraph(grid.title), grid.escaped(latex)
+    sides = "l" * grid.labels + "r" * (len(grid.heads) - grid.labels)
+    found = []
+    for first in range(0, len(grid.lines), ROWS_OF_A_PAGE):
+        rows = [grid.heads, *grid.lines[first : first + ROWS_OF_A_PAGE]]
+        head, *lines = [" & ".join(re.sub("^  ", r"\\quad ", cell) for cell in row) + r" \\" for row in rows]
+        inside = "\n".join([rf"\begin{{tabular}}{{@{{}}{sides}@{{}}}}", head, r"\hline", *lines, r"\end{tabular}"])
+        said = title + (" (continued)" if first else "")
+        found.append(
+            f"{{\\raggedright\\noindent\\textbf{{{said}}}\\par\\nobreak\\smallskip\\noindent\n"
+            f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%\n{inside}}}\\par\\medskip}}\n"
+        )
+    return "\n".join(found)
 
 
 def _text(value: Any) -> str:
     if value is None or value != value:  # NaN
         return "-"
-    return _number(value) if isinstance(value, float) else str(value)
+    return exact(value) if isinstance(value, float) else str(value)
 
 
 def _number(value: float, digits: int = 4) -> str:

@@ -1,14 +1,14 @@
 """Commands that draw: a report as one page, or one of its figures as a file."""
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lnjac.cli_compare import AsJson, Sources, study
+from lnjac.cli_compare import AsJson, Sources, ascii_json, study
 from lnjac.config import ConfigError
+from lnjac.escape import visible
 
 commands = typer.Typer(rich_markup_mode=None)
 
@@ -58,9 +58,10 @@ def report(
     made.write(output)
     size = output.stat().st_size
     if as_json:
-        print(json.dumps({"output": str(output), "bytes": size, "sections": made.sections}, indent=1))
+        print(ascii_json({"output": str(output), "bytes": size, "sections": made.sections}))
         return
-    print(f"{output}: {size / 1e6:.2f} MB, {sum(section['charts'] for section in made.sections.values())} charts")
+    charts = sum(section["charts"] for section in made.sections.values())
+    print(f"{visible(str(output))}: {size / 1e6:.2f} MB, {charts} charts")
 
 
 @commands.command()
@@ -89,7 +90,7 @@ def plot(
     output.parent.mkdir(parents=True, exist_ok=True)
     figures.save(drawing.chart, output, figures.DARK if dark else figures.LIGHT, width=WIDTH)
     if as_json:
-        print(json.dumps({"output": str(output), "caption": drawing.caption, "notes": list(drawing.notes)}, indent=1))
+        print(ascii_json({"output": str(output), "caption": drawing.caption, "notes": list(drawing.notes)}))
         return
     shown = [f"{options[0]}, one of {len(options)}" for options in drawing.choices.values() if len(options) > 1]
-    print(f"{output}: {drawing.caption}" + "".join(f" Shows {one}." for one in shown))
+    print(visible(f"{output}: {drawing.caption}" + "".join(f" Shows {one}." for one in shown)))

@@ -19,7 +19,7 @@ from lnjac import pooling, runs, sweep
 from lnjac.config import ConfigError
 from lnjac.placing import finish
 from lnjac.sources import companion, companions, search
-from lnjac.summary import listed
+from lnjac.summary import exact, listed
 from lnjac.tables import SCHEMA_VERSION, TABLES, VOLATILE
 from lnjac.where import Where, known_column
 
@@ -96,7 +96,7 @@ def labelled(frame: "pd.DataFrame", column: str) -> "pd.Series[Any]":
     """The column's values; a group's member with those of its settings that vary: `center_scale@ln_f`, `sgd[lr=0.1]`."""
     values, groups = frame[column], frame.groupby(column, dropna=False)
     for option in [name for name in map(str, frame) if name.startswith(f"{column}.")]:
-        text = frame[option].map("{:g}".format if frame[option].dtype.kind == "f" else str, na_action="ignore")
+        text = frame[option].map(exact if frame[option].dtype.kind == "f" else str, na_action="ignore")
         if option == "ln_backward.sites":
             values = values + ("@" + text).where(text != "all", "")
         elif groups[option].nunique(dropna=False).max() > 1:
@@ -158,7 +158,9 @@ def named(cells: "pd.DataFrame", cell: int | np.signedinteger[Any]) -> str:
 
 def word(value: Any) -> str:
     """A level in words; a missing one is null (only NaN differs from itself)."""
-    return "null" if value is None or value != value else str(value)
+    if value is None or value != value:
+        return "null"
+    return exact(value) if isinstance(value, float) else str(value)
 
 
 def gather(

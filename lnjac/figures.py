@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lnjac.config import ConfigError
+from lnjac.escape import visible_within
 from lnjac.runs import write_atomically
 
 if TYPE_CHECKING:
@@ -193,13 +194,17 @@ def scaling(frame: "pd.DataFrame", *, by: str, x: str, title: str) -> Chart:
 
 
 def spec(chart: Chart, palette: Palette, *, width: int | str) -> dict[str, Any]:
-    """The chart as Vega-Lite, in these colours. `width` is in pixels, or "container" for the space there is."""
+    """The chart as Vega-Lite, in these colours. `width` is in pixels, or "container" for the space there is.
+
+    Of every text in it, data and titles alike, what cannot be seen is replaced by its code point: a line break would
+    end an expression of Vega's, a control character is none of SVG's.
+    """
     alt = _altair()
     with alt.data_transformers.disable_max_rows():
         found: dict[str, Any] = chart.properties(width=width).to_dict(validate=False)
     # ticks, rules and areas have no size of their own in a container whose width is still to come
     found["autosize"] = {"type": "fit-x" if width == "container" else "pad", "contains": "padding"}
-    return found | {"config": _config(palette)}
+    return dict(visible_within(found)) | {"config": _config(palette)}
 
 
 FORMATS = (".svg", ".png", ".pdf")
@@ -237,6 +242,7 @@ def _config(palette: Palette) -> dict[str, Any]:
         "background": palette.paper,
         "font": "system-ui, sans-serif",
         "view": {"stroke": None},
+        "aria": False,  # each mark's description would be an expression made of titles, which a backslash breaks
         "axis": text
         | {
             "titleFontWeight": "normal",

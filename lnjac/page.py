@@ -1,6 +1,6 @@
 """One HTML file that needs nothing else: text, tables and charts, which run under a policy without eval or network.
 
-Every text goes through `escape` once, here; the charts' data travel as base64 of gzipped JSON, in which nothing can end a
+Every text goes through `_escaped` once, here; the charts' data travel as base64 of gzipped JSON, in which nothing can end a
 script. Scripts and styles are named to the policy by their SHA-256.
 """
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lnjac import figures
 from lnjac.config import ConfigError
+from lnjac.escape import visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,7 +54,7 @@ class Charts:
         found = spec.pop("datasets")
         self.specs[name] = {"spec": spec, "uses": list(found)}
         self.datasets |= {key: columns(rows) for key, rows in found.items()}
-        label = html.escape(caption)
+        label = _escaped(caption)
         filled = f' data-rows="{next(iter(found))}"' if choosing else ""
         place = f'<div class="chart" id="{name}" role="img" aria-label="{label}"></div>\n'
         if wide:
@@ -81,12 +82,16 @@ def _short(value: Any) -> Any:
 # Text
 
 
+def _escaped(text: str) -> str:
+    return html.escape(visible(text))
+
+
 def paragraph(text: str, kind: str = "") -> str:
-    return f'<p class="{kind}">{html.escape(text)}</p>\n' if kind else f"<p>{html.escape(text)}</p>\n"
+    return f'<p class="{kind}">{_escaped(text)}</p>\n' if kind else f"<p>{_escaped(text)}</p>\n"
 
 
 def heading(text: str) -> str:
-    return f"<h3>{html.escape(text)}</h3>\n"
+    return f"<h3>{_escaped(text)}</h3>\n"
 
 
 def said() -> str:
@@ -95,19 +100,20 @@ def said() -> str:
 
 
 def items(lines: Iterable[str], kind: str = "") -> str:
-    inside = "".join(f"<li>{html.escape(line)}</li>\n" for line in lines)
+    inside = "".join(f"<li>{_escaped(line)}</li>\n" for line in lines)
     return f'<ul class="{kind}">\n{inside}</ul>\n' if kind else f"<ul>\n{inside}</ul>\n"
 
 
 def definitions(pairs: Iterable[tuple[str, str]]) -> str:
-    inside = "".join(f"<dt>{html.escape(term)}</dt><dd>{html.escape(text)}</dd>\n" for term, text in pairs)
+    inside = "".join(f"<dt>{_escaped(term)}</dt><dd>{_escaped(text)}</dd>\n" for term, text in pairs)
     return f"<dl>\n{inside}</dl>\n"
 
 
 def choice(name: str, label: str, options: Sequence[str]) -> str:
     """A list to choose from; its id is its name."""
-    inside = "".join(f"<option>{html.escape(option)}</option>" for option in options)
-    return f'<label>{html.escape(label)} <select name="{name}">{inside}</select></label>\n'
+    # a value of its own: that of the text alone is without blanks at its ends
+    inside = "".join(f'<option value="{shown}">{shown}</option>' for shown in map(_escaped, options))
+    return f'<label>{_escaped(label)} <select name="{name}">{inside}</select></label>\n'
 
 
 def linked(choices: Mapping[str, tuple[str, Sequence[str]]], inside: str) -> str:
@@ -129,11 +135,11 @@ def table(frame: "pd.DataFrame", label: str, most: int = 150) -> str:
         if isinstance(value, float):
             return f"<td class=n>{number(value)}"
         kind = " class=n" if isinstance(value, int) and not isinstance(value, bool) else ""
-        return f"<td{kind}>{html.escape(str(value))}"
+        return f"<td{kind}>{_escaped(str(value))}"
 
     numeric = {name for name in frame if frame[name].dtype.kind in "if"}
     head = "".join(
-        f'<th scope="col"{" class=n" if name in numeric else ""}>{html.escape(str(name))}</th>' for name in frame
+        f'<th scope="col"{" class=n" if name in numeric else ""}>{_escaped(str(name))}</th>' for name in frame
     )
     plain = frame.astype(object).itertuples(index=False, name=None)
     body = "\n".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in plain)
@@ -151,13 +157,13 @@ def number(value: float) -> str:
 def _scrolled(inside: str, label: str, kind: str = "") -> str:
     """What is wider than its page, to be scrolled by keyboard too."""
     return (
-        f'<div class="{f"scroll {kind}".strip()}" tabindex="0" role="region" aria-label="{html.escape(label)}">'
+        f'<div class="{f"scroll {kind}".strip()}" tabindex="0" role="region" aria-label="{_escaped(label)}">'
         f"{inside}</div>\n"
     )
 
 
 def folded(summary: str, inside: str) -> str:
-    return f"<details><summary>{html.escape(summary)}</summary>\n{inside}</details>\n"
+    return f"<details><summary>{_escaped(summary)}</summary>\n{inside}</details>\n"
 
 
 # The page
@@ -170,9 +176,9 @@ def page(title: str, lead: str, sections: Sequence[Section], charts: Charts) -> 
         f"default-src 'none'; script-src {_hash(bundle)} {_hash(script)}; style-src {_hash(style)}; "
         "base-uri 'none'; form-action 'none'"
     )
-    links = "".join(f'<li><a href="#{s.name}">{html.escape(s.title)}</a></li>\n' for s in sections)
+    links = "".join(f'<li><a href="#{s.name}">{_escaped(s.title)}</a></li>\n' for s in sections)
     body = "".join(
-        f'<section id="{s.name}" aria-labelledby="{s.name}-title">\n<h2 id="{s.name}-title">{html.escape(s.title)}</h2>\n'
+        f'<section id="{s.name}" aria-labelledby="{s.name}-title">\n<h2 id="{s.name}-title">{_escaped(s.title)}</h2>\n'
         f"{s.body}</section>\n"
         for s in sections
     )
@@ -187,14 +193,14 @@ def page(title: str, lead: str, sections: Sequence[Section], charts: Charts) -> 
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="referrer" content="no-referrer">
-<title>{html.escape(title)}</title>
+<title>{_escaped(title)}</title>
 <style>{style}</style>
 </head>
 <body>
 <a class="skip" href="#content">Skip to the content</a>
 <header>
-<h1>{html.escape(title)}</h1>
-<p class="muted">{html.escape(lead)}</p>
+<h1>{_escaped(title)}</h1>
+<p class="muted">{_escaped(lead)}</p>
 <nav aria-label="Sections"><ul>
 {links}</ul></nav>
 </header>

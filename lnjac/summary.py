@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from lnjac.escape import visible
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -43,6 +45,12 @@ def number(value: float | None) -> str:
     return f"{value:.4f}"
 
 
+def exact(value: float) -> str:
+    """Six significant digits, or as many as tell the number from every other: no two levels look alike."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
+
+
 def listed(names: Sequence[Any], most: int = 10) -> str:
     """The first of the names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -61,6 +69,7 @@ def _mean(values: Sequence[float | None]) -> float:
 
 def aligned(lines: Sequence[Sequence[str]], labels: int = 1) -> str:
     """Columns two spaces apart, the first `labels` of them to the left, numbers to the right."""
+    lines = [[visible(cell) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     sides = [str.ljust] * labels + [str.rjust] * (len(widths) - labels)
     return "\n".join(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from lnjac import runs
 from lnjac.config import ConfigError
 from lnjac.doubts import warnings
+from lnjac.escape import visible
 from lnjac.pile import combine
 from lnjac.placing import finish, new_files
 from lnjac.reading import read_all
@@ -63,11 +64,11 @@ class MergeReport:
             rows = ", ".join(f"{n} rows of {name}" for name, n in self.duplicates.items())
             found.append(f"duplicates: {rows} were there already with equal science; the earlier run is kept")
         found += [f"skipped {line}" for line in by_reason(self.skipped)]
-        return found + [f"warning: {text}" for text in self.warnings]
+        return list(map(visible, found + [f"warning: {text}" for text in self.warnings]))
 
     def to_json(self) -> str:
         plain = dataclasses.asdict(self) | {"skipped": [skip._asdict() for skip in self.skipped]}
-        return json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(plain, indent=1) + "\n"
 
 
 def by_reason(skipped: Iterable[Skip], most: int = 20) -> list[str]:

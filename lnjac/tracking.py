@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lnjac.escape import markdown
 from lnjac.tables import LAYERS
 
 log = logging.getLogger(__name__)
@@ -198,13 +199,14 @@ def _place(row: Mapping[str, Any]) -> str:
 def _table(run: TrackedRun) -> str:
     """The config in Markdown."""
     rows = {"run": run.id, **run.config}
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+    lines = [f"| {markdown(name)} | {markdown(str(value))} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "| --- | --- |", *lines])
 
 
-def _text(tag: str, markdown: str) -> Any:
+def _text(tag: str, text: str) -> Any:
     """A summary that TensorBoard shows as text."""
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
     from tensorboard.util.tensor_util import make_tensor_proto
 
     metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-    return Summary(value=[Summary.Value(tag=tag, metadata=metadata, tensor=make_tensor_proto(markdown))])
+    return Summary(value=[Summary.Value(tag=tag, metadata=metadata, tensor=make_tensor_proto(text))])

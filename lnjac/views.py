@@ -151,7 +151,7 @@ def cell_names(frame: "pd.DataFrame", cells: Sequence[str]) -> list[str]:
 
 def word(value: Any) -> str:
     """A level as its column's name is followed by it."""
-    return f"{value:g}" if isinstance(value, float) and value == value else design.word(value)
+    return design.word(value)
 
 
 # One number per seed

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    {"tables"},
+    {"tables", "escape"},
     {"config", "streams", "tracking"},
     {"runs"},
     {

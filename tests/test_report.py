@@ -239,6 +239,19 @@ def test_losses_are_seen_against_bigrams_and_shares_against_chance(tmp_path: Pat
     assert "reference" not in views.depth(view, "sigma_mean").table
 
 
+def test_numbers_that_differ_late_are_two_levels_and_two_cells(tmp_path: Path):
+    lr = [0.00012345678, 0.00012345679]
+    view = views.view(design.read([write_study(tmp_path, TWO | {"optimizer.lr": lr}, blocks=0, steps=(100,))]))
+    assert view.cells == ["lr=0.00012345678", "lr=0.00012345679"]
+    view = views.view(view.study, "optimizer.lr")
+    assert view.levels == ["0.00012345678", "0.00012345679"]
+
+
+def test_a_list_offers_what_the_charts_hold_to_the_last_blank():
+    (option,) = Page(page.choice("cell", "Runs", [" two  blanks\n"])).all("option")
+    assert option["value"] == " two  blanks<U+000A>"
+
+
 def test_cells_are_in_the_order_of_their_numbers_exact_runs_first(tmp_path: Path):
     factors = TWO | {"ln_backward": ["center_scale", "exact"], "steps": [1000, 250], "model.n_embd": [128, 64, 256]}
     view = views.view(design.read([write_study(tmp_path, factors, blocks=0, steps=(100,))]))

@@ -40,7 +40,7 @@ MAPS = "[data-linked]:has([data-rows])"
 """The part of the page that holds maps and the curves they choose."""
 
 FACTORS = {
-    "attn_mode": ["sigmoid", f"softmax{EVIL}"],
+    "attn_mode": [" sig  moid\n", f'softmax\u2028{EVIL} \\u \\"'],
     "ln_backward": ["exact", "center_scale"],
     "model.n_embd": [32, 64],
 }

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from lnjac.summary import HEADINGS, layer_table, number
+from lnjac.summary import HEADINGS, exact, layer_table, number
 
 HEADER = ["name", "r_mean", "r_rad", "σ_μ", "cos_c/t", "cos_s/t"]
 
@@ -83,3 +83,18 @@ def test_takes_a_data_frame():
 
 def test_no_rows_leave_the_header():
     assert cells(layer_table([])) == [HEADER]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.1, "0.1"), (250.0, "250"), (1e-5, "1e-05"), (1234567.0, "1234567.0"), (1 / 3, "0.3333333333333333")],
+)
+def test_a_level_is_shown_with_the_digits_that_tell_it_apart(value: float, shown: str):
+    assert exact(value) == shown
+    assert float(shown) == value
+
+
+def test_a_norms_name_stays_on_its_line():
+    first, line, _ = layer_table([row("ln\n\x1b[31m")]).splitlines()
+    assert line.split()[0] == "ln<U+000A><U+001B>[31m"
+    assert len(first) == len(line)

@@ -281,15 +281,18 @@ def test_a_sweep_that_makes_no_sense_is_refused(tmp_path: Path, words: list[str]
 
 @pytest.mark.slow
 def test_odd_values_work(tmp_path: Path) -> None:
-    """Spaces, slashes, equals signs and 300 characters in swept values, and in the sweep's name."""
-    names = ["a b=c.txt", "sub/dir=x y.txt", "n" * 150 + "/" + "m" * 150 + ".txt"]
+    """Spaces, slashes, equals signs and 300 characters in swept values, and in the sweep's name; a line break, too."""
+    names = ["line\nbreak\u202e.txt", "a b=c.txt", "sub/dir=x y.txt", "n" * 150 + "/" + "m" * 150 + ".txt"]
     for i, name in enumerate(names):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"{i} the quick brown fox " * 200)
     choice = ",".join(f"'{name}'" for name in names)
     done = command("-m", *TINY, "data=text", f"data.files={choice}", "sweep='x y/z=1'", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert pd.read_parquet(tmp_path / "multirun/x y/z=1/all.runs.parquet")["data_sha256"].nunique() == 3
+    assert pd.read_parquet(tmp_path / "multirun/x y/z=1/all.runs.parquet")["data_sha256"].nunique() == 4
+    assert "data.files='line<U+000A>break<U+202E>.txt'" in done.stdout
+    assert not {"\u202e", "\x1b"} & set(done.stdout + done.stderr)
+    assert "no report" not in done.stdout
 
 
 def one_job_fails(tmp_path: Path, *engine: str) -> None:

@@ -107,6 +107,13 @@ def test_tensorboard_shows_the_config_as_text_and_as_hparams(tmp_path: Path) -> 
     assert set(start.hparams) == {name for name, value in known.items() if value is not None}
 
 
+def test_a_value_of_the_config_stays_in_its_cell(tmp_path: Path) -> None:
+    from lnjac.tracking import TrackedRun, _table
+
+    table = _table(TrackedRun("id", tmp_path, {"data.files": "a|b\nc", "none": None}, 0))
+    assert table.splitlines()[-2:] == [r"| data.files | a\|b\<U+000A>c |", "| none | None |"]
+
+
 @needs_tensorboard
 @pytest.mark.parametrize("saved", [3, None])
 def test_curves_go_on_without_duplicates(saved: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
