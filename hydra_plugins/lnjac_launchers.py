@@ -286,14 +286,17 @@ def _death(code: int | None) -> str:
 # Clusters
 
 
+POLL_S = 2.0
+"""Seconds between looks at a cluster's jobs."""
+
+
 class SlurmLauncher(Engine):
     """Job arrays through submitit, one for each set of resources; a job out of time is requeued."""
 
     elsewhere = True
 
-    def __init__(self, poll_s: float, **_: Any) -> None:
+    def __init__(self, **_: Any) -> None:  # each job's own config is read
         self.submitit: Any = extra("submitit", "slurm")
-        self.poll_s = poll_s  # the rest is read from each job's own config
 
     def map(self, configs: Sequence[DictConfig]) -> Outcomes:
         # jobs do not find this module, which lies in run.py's folder
@@ -313,7 +316,7 @@ class SlurmLauncher(Engine):
             while jobs:
                 for i in [i for i, job in jobs.items() if job.done()]:
                     yield i, self._outcome(jobs.pop(i), configs[i])
-                time.sleep(self.poll_s)
+                time.sleep(POLL_S)
         finally:
             for job in jobs.values():
                 job.cancel(check=False)

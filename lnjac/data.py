@@ -128,24 +128,6 @@ class ShakespeareChar:
 
 
 @dataclass
-class ShakespeareOrPlay:
-    """Tiny Shakespeare where it is present, in `dir` or as `source`; else the embedded corpus. Never downloads."""
-
-    name: str
-    dir: str
-    source: str | None
-    play_dir: str
-
-    def resolve(self, config: Any) -> None:
-        """Put the corpus that is there into the config, so that rows and identity name that one."""
-        if self.source is not None or _is_prepared(Path(self.dir)):
-            config.data = ShakespeareChar("shakespeare_char", dir=self.dir, source=self.source)
-        else:
-            _say_absent(self.dir)
-            config.data = Play("play", dir=self.play_dir)
-
-
-@dataclass
 class NanoGPT:
     """Any folder in nanoGPT's format; its meta.pkl says the vocabulary's size, unless `vocab_size` does."""
 
@@ -484,11 +466,6 @@ def _decode(file: str) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} is not UTF-8 at byte {error.start}: convert it, as with iconv -t UTF-8") from None
-
-
-@cache  # once, however many jobs a sweep has
-def _say_absent(folder: str) -> None:
-    log.info("tiny Shakespeare is not in %s: data=play instead (data.source=input.txt gives it)", folder)
 
 
 def _expect(sha256: str, corpus: Corpus) -> Corpus:

@@ -31,7 +31,6 @@ SLURM = (
     "hydra/launcher=slurm",
     "hydra.launcher.cpus_per_task=1",
     "hydra.launcher.mem_gb=1.5",
-    "hydra.launcher.poll_s=0.5",
 )
 LONG = ("model=tiny", "eval.tokens=500", "threads=1", "sweep=A", "report=off")
 

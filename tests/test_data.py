@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lnjac import data, play
-from lnjac.config import ConfigError, columns, compose, run_id
+from lnjac.config import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare" / "input.txt"
@@ -786,14 +786,3 @@ def test_baselines_of_the_play_leave_room_to_learn() -> None:
     found = data.baselines(data.Play("play").load(), None)
     assert 3.0 < found.unigram_nats < 3.6
     assert 2.2 < found.bigram_nats < 2.7
-
-
-def test_shakespeare_or_play_becomes_the_one_that_is_there(tmp_path: Path) -> None:
-    absent = compose("data=shakespeare_or_play")
-    assert isinstance(absent.data, data.Play)
-    assert {c.name: v for c, v in columns(absent)}["data"] == "play"
-    assert run_id(absent, "0") == run_id(compose("data=play"), "0")
-    given = compose("data=shakespeare_or_play", "data.source=some.txt")
-    assert given.data == compose("data=shakespeare_char", "data.source=some.txt").data
-    data.prepare(tmp_path / "data" / "shakespeare_char", TEXT)
-    assert isinstance(compose("data=shakespeare_or_play").data, data.ShakespeareChar)

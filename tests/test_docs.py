@@ -142,7 +142,7 @@ def test_how_to_ask_a_question(root: Path) -> None:
     swept = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
     assert swept == {"model.affine": "true,false", "seed": "1,2,3,4,5,6"}
     for value in swept["model.affine"].split(","):
-        assert config.check(config.compose("data=shakespeare_or_play", f"model.affine={value}")) == []
+        assert config.check(config.compose("data=shakespeare_char", f"model.affine={value}")) == []
 
 
 @pytest.mark.slow
