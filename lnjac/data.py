@@ -31,6 +31,7 @@ import torch
 
 from lnjac import play
 from lnjac.config import ConfigError
+from lnjac.escape import visible
 from lnjac.runs import write_atomically
 
 Tokens = npt.NDArray[np.uint16]
@@ -437,7 +438,7 @@ def _progress(label: str, done: int, total: int, worth: int = 1) -> None:
     """One moving line on a terminal; nothing elsewhere, nor for less than `worth` units of work."""
     if total >= worth and sys.stderr.isatty():
         print(
-            f"\r{label} {100 * done // total:3d} %",
+            f"\r{visible(label)} {100 * done // total:3d} %",
             end="" if done < total else "\n",
             file=sys.stderr,
             flush=True,

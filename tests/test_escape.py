@@ -1,5 +1,6 @@
 r"""Hostile names: whatever a level, a norm, a path or an error's message holds, it stays one text in its place."""
 
+import html
 import json
 import logging
 import re
@@ -227,17 +228,60 @@ def test_latex_says_what_the_terminal_says(lnjac: Any, tmp_path: Path):
     assert all(f"noindent {line}" in body for line in lines if line.startswith("- "))
 
 
-def test_charts_are_drawn_whatever_their_texts(study: Path, tmp_path: Path, lnjac: Any):
+COLUMN = 'method.\\u "x"|\n= $_'
+"""A config column: it becomes the titles of axes and legends, and the headings of tables."""
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two levels only: their names are in a chart's titles."""
+    factors = {COLUMN: [HOSTILE[0], HOSTILE[3]], "ln_backward": ["exact", "ste"], "model.n_embd": [32, 64]}
+    return write_study(tmp_path_factory.mktemp("two"), factors, blocks=1, seeds=2, steps=(0, 100))
+
+
+@pytest.mark.parametrize("name", ["study", "two"])
+def test_charts_are_drawn_whatever_their_texts(name: str, tmp_path: Path, lnjac: Any, request: pytest.FixtureRequest):
     pytest.importorskip("vl_convert", reason="the extra [report] is not installed")
     from lnjac import views
 
+    path, by = request.getfixturevalue(name), {"study": "attn_mode", "two": COLUMN}[name]
     for figure in views.FIGURES:
-        code, text, err = lnjac("plot", study, "--figure", figure, "-o", tmp_path / "x.svg")
+        code, text, err = lnjac("plot", path, "--figure", figure, "--by", by, "-o", tmp_path / "x.svg")
         assert (code, err) == (0, "")
         assert cannot_be_seen(text) == set()
         shown = "".join(ElementTree.parse(tmp_path / "x.svg").getroot().itertext())
         assert cannot_be_seen(shown) == set()
-        assert any(re.sub(" +", " ", name[:12]) in shown for name in SHOWN)
+        assert any(part[:12] in shown for part in SHOWN)
+
+
+def test_no_section_of_a_report_is_lost(two: Path, tmp_path: Path, lnjac: Any):
+    pytest.importorskip("vl_convert", reason="the extra [report] is not installed")
+    code, text, err = lnjac(
+        "report", two, "--by", COLUMN, "--title", HOSTILE[2], "-o", tmp_path / "\u202ex.html", "--json"
+    )
+    assert (code, err) == (0, "")
+    found = json.loads(text)
+    assert {name: part["charts"] for name, part in found["sections"].items() if part["charts"]} == {
+        "headline": 3, "layers": 3, "trajectories": 3, "cost": 1, "depth": 2, "scaling": 2,
+    }  # fmt: skip
+    page = (
+        Path(found["output"]).read_text(encoding="utf-8").partition("<body>")[2].partition('<script type="text/plain"')
+    )
+    assert cannot_be_seen(page[0]) == set()
+    assert all(html.escape(escape.visible(name)) in page[0] for name in (COLUMN, HOSTILE[0], HOSTILE[2], HOSTILE[3]))
+
+
+def test_a_hostile_column_is_compared_and_exported(two: Path, tmp_path: Path, lnjac: Any):
+    for suffix in ("md", "csv", "tex"):
+        code, text, err = lnjac(
+            "compare", two, "--by", COLUMN, "--reference", HOSTILE[0], "-o", tmp_path / f"x.{suffix}"
+        )
+        assert (code, err) == (0, "")
+        assert cannot_be_seen(text) == set()
+    by_level = lnjac("compare", two, "--by", "model.n_embd", "-o", tmp_path / "cells.csv")
+    assert by_level[0] == 0
+    assert escape.visible(COLUMN) in pd.read_csv(tmp_path / "cells.csv")
+    assert "Overfull" not in compiled(tmp_path / "x.tex")
 
 
 def test_merge_show_and_errors_are_plain_lines(lnjac: Any, tmp_path: Path):
