@@ -51,6 +51,9 @@ def interrupt(signum: int, frame: Any) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, interrupt)
     try:
+        from lnjac import console
+
+        console.steady()
         import hydra  # half a second in which Ctrl-C may come, too
 
         hydra.main(version_base="1.3", config_path="conf", config_name="config")(task)()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lnjac import cli_report
+from lnjac import cli_report, console
 from lnjac.cli_compare import AsJson, commands
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ app.add_typer(cli_report.commands)
 
 def main() -> None:
     """Run the command; what a user can mend ends as one readable line and exit code 1."""
+    console.steady()
     try:
         app()
     except (OSError, ValueError) as error:
@@ -64,7 +65,7 @@ def merge(
 
     with bar("reading runs") as progress:
         report = sweep.merge(sources, output, strict=strict, rtol=rtol, progress=progress)
-    print(report.to_json().strip() if as_json else "\n".join(report.lines()))
+    print(json.dumps(json.loads(report.to_json()), indent=1) if as_json else "\n".join(report.lines()))
 
 
 @app.command()
@@ -112,7 +113,7 @@ def show(
     layers = layers[layers["step"] == (step if step is not None else max(steps, default=0))]
     if as_json:
         plain = {"run": one.to_dict(), "layers": layers.to_dict("records")}
-        print(json.dumps(_plain(plain), indent=1, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(_plain(plain), indent=1, allow_nan=False))
         return
     print(_headline(one))
     print(layer_table(layers) if len(layers) else "no norms were measured")

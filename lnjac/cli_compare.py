@@ -389,7 +389,7 @@ def _print(parts: Iterable[str | Grid]) -> None:
 
 
 def _print_json(found: Any) -> None:
-    print(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
+    print(json.dumps(found, indent=1, allow_nan=False))
 
 
 def _plain_comparison(found: "Comparison", seeds: bool) -> dict[str, Any]:
