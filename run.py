@@ -65,6 +65,9 @@ if __name__ == "__main__":
     full = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands every error on, and those that a user can mend are printed here
     try:
+        from lnjac import console
+
+        console.steady()
         import hydra  # half a second in which Ctrl-C may come, too
         from hydra.errors import CompactHydraException
 

@@ -18,6 +18,7 @@ from contextlib import closing, suppress
 from importlib import import_module
 from multiprocessing import connection as connections
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from hydra import version
@@ -31,6 +32,7 @@ from hydra.core.utils import (
     setup_globals,
 )
 from hydra.errors import CompactHydraException
+from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -93,6 +95,28 @@ class Engine(Launcher):
         return Call(self.hydra_context, self.task_function)
 
 
+class RequireFolder(Callback):
+    """Hydra's callback that ends a single run in one line if its folder cannot be made."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        try:
+            require_folder(Path(config.hydra.run.dir), "hydra.run.dir")
+        except CompactHydraException as error:  # Hydra would make a warning of it
+            sys.exit(str(error))
+
+
+def require_folder(folder: Path, setting: str) -> None:
+    """Make the folder. Raises CompactHydraException where that, or a new file in it, is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CompactHydraException(
+            f"nothing can be written in the folder {folder} ({error.strerror}): set {setting} to another one"
+        ) from None
+
+
 class Call:
     """One job, by its config, in whatever process this is called. submitit asks it what to run after a timeout."""
 
@@ -102,6 +126,9 @@ class Call:
 
     def __call__(self, config: DictConfig) -> JobReturn:
         """Run one job."""
+        from lnjac import console
+
+        console.steady()  # a cluster's job has a standard output of its own
         os.chdir(self.cwd)
         setup_globals()  # what Hydra keeps of its own in a process
         version.setbase(config.hydra.runtime.version_base)
@@ -256,7 +283,7 @@ def _work(connection: Any, call: Call, threads: int) -> None:
     with suppress(KeyboardInterrupt, EOFError, OSError):  # interrupted, or the parent has no more
         signal.signal(signal.SIGTERM, _interrupt)
         threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (its life): lines of several runs would mix; each has its log
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (its life): lines of several runs would mix; each has its log
         import torch
 
         torch.set_num_threads(threads)

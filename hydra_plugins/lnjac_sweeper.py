@@ -28,7 +28,7 @@ from hydra.errors import CompactHydraException, HydraException  # Hydra shows it
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from hydra_plugins.lnjac_launchers import Engine, reason
+from hydra_plugins.lnjac_launchers import Engine, reason, require_folder
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +66,18 @@ class LnjacSweeper(BasicSweeper):
         assert self.config is not None
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         folder = self._folder()
-        jobs = self._distinct(self._admitted(self._grid(arguments), folder))
+        try:
+            jobs = self._distinct(self._admitted(self._grid(arguments), folder))
+        except PermissionError as error:  # an earlier sweep's folder, of another user
+            raise CompactHydraException(
+                f"{error.filename} cannot be read ({error.strerror}): choose another sweep="
+            ) from None
         todo = self._todo(jobs)
         if self.config.dry_run:
             self._estimate(todo, folder)
             return []
-        folder.mkdir(parents=True, exist_ok=True)
+        for needed in (folder, *(job.folder for job in todo)):
+            require_folder(needed, "sweep")
         OmegaConf.save(self.config, folder / "multirun.yaml")
         returned: list[JobReturn] = []
         try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lnjac import cli_report
+from lnjac import cli_report, console
 from lnjac.cli_compare import AsJson, ascii_json, commands
 from lnjac.escape import visible
 
@@ -28,6 +28,7 @@ app.add_typer(cli_report.commands)
 
 def main() -> None:
     """Run the command; what a user can mend ends as one readable line and exit code 1."""
+    console.steady()
     try:
         app()
     except (OSError, ValueError) as error:
@@ -64,7 +65,7 @@ def merge(
 
     with bar("reading runs") as progress:
         report = sweep.merge(sources, output, strict=strict, rtol=rtol, progress=progress)
-    print(report.to_json().strip() if as_json else "\n".join(report.lines()))
+    print(json.dumps(json.loads(report.to_json()), indent=1) if as_json else "\n".join(report.lines()))
 
 
 @app.command()

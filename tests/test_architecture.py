@@ -17,6 +17,7 @@ LAYERS = [
         "credit",
         "play",
         "summary",
+        "console",
         "interruption",
         "stats",
         "where",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from lnjac import runs, tables
+from lnjac import runs, sweep, tables
 from lnjac.tables import Column
 
 FILL = {"int64": 7, "float64": 0.25, "string": "x", "bool": False}
@@ -70,6 +71,34 @@ def test_a_user_error_is_one_line_and_exit_code_1(tmp_path: Path):
     done = subprocess.run(words, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"lnjac: {tmp_path / 'nope'} does not exist\n"
+
+
+@pytest.mark.parametrize("words", [
+    ["columns"], ["--help"], ["show", "run"], ["merge", "run", "-o", "all.parquet"],
+    ["compare", "one.parquet", "--by", "seed"],
+])  # fmt: skip
+def test_a_reader_that_leaves_ends_no_command_with_a_traceback(tmp_path: Path, words: list[str]):
+    sweep.merge([make_run(tmp_path / "run"), make_run(tmp_path / "other", 2)], tmp_path / "one.parquet")
+    line = [sys.executable, "-m", "lnjac", *words]
+    whole = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    process.stdout.close()  # what `| head -1` does, and no write can come before it
+    assert process.stderr
+    assert process.stderr.read() == whole.stderr
+    assert process.wait() == whole.returncode
+
+
+def test_an_output_of_another_encoding_keeps_numbers_and_json_whole(tmp_path: Path):
+    make_run(tmp_path / "σ−run")
+
+    def show(*more: str) -> str:
+        line = [sys.executable, "-m", "lnjac", "show", "σ−run", *more]
+        env = os.environ | {"PYTHONIOENCODING": "ascii"}
+        return subprocess.run(line, cwd=tmp_path, env=env, check=True, capture_output=True, encoding="ascii").stdout
+
+    assert "sigma_mu" in show()
+    assert json.loads(show("--json"))["run"]["seed"] == 1
 
 
 @pytest.mark.parametrize("command", ["merge", "show", "columns"])

@@ -514,6 +514,40 @@ def test_a_run_told_to_stop_keeps_a_checkpoint_and_no_half_written_file(
 
 
 @pytest.mark.slow
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder, why in (("file", "File exists"), ("file/out", "Not a directory"), ("/proc", "No such file")):
+        done = command(*TINY, f"hydra.run.dir={folder}", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"nothing can be written in the folder {folder} ({why}")
+        assert line.endswith("set hydra.run.dir to another one")
+
+
+@pytest.mark.slow
+def test_a_run_loses_no_table_to_its_outputs_encoding(tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = command(*TINY, "hydra.run.dir=out", cwd=tmp_path, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "sigma_mu  cos_c/t" in done.stdout
+    assert "ln_f  " in done.stdout
+    assert "σ_μ  cos_c/t" in (tmp_path / "out" / "run.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    line = [sys.executable, str(ROOT / "run.py"), *TINY, "hydra.run.dir=out"]
+    process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    process.stdout.close()
+    assert process.stderr
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+    assert len(lnjac.load_run(tmp_path / "out").layers) == 5
+
+
+@pytest.mark.slow
 def test_one_run_is_not_told_what_is_said_of_sweeps(tmp_path: Path) -> None:
     done = command(*TINY, "sweep=A", cwd=tmp_path)
     assert done.returncode != 0

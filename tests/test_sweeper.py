@@ -295,6 +295,33 @@ def test_odd_values_work(tmp_path: Path) -> None:
     assert "no report" not in done.stdout
 
 
+@pytest.mark.slow
+def test_a_sweep_outlives_the_reader_of_its_output_and_needs_its_folders(tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    words = ("-m", *TINY, "seed=1,2", "hydra.launcher.jobs=2", "hydra/launcher=local")
+    line = [sys.executable, str(ROOT / "run.py"), *words, "sweep=A"]
+    process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    process.stdout.close()
+    assert process.stderr
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+    assert len(pd.read_parquet(tmp_path / "multirun/A/all.runs.parquet")) == 2
+    names = sorted(path.name for path in folders(tmp_path / "multirun" / "A").values())
+    (tmp_path / "multirun" / "B").touch()
+    (tmp_path / "multirun" / "C").mkdir()
+    (tmp_path / "multirun" / "C" / names[0]).touch()
+    for name, folder in (("B", "B"), ("C", f"C/{names[0]}")):
+        done = command(*words, f"sweep={name}", cwd=tmp_path)
+        assert done.returncode == 1
+        assert done.stderr.startswith(
+            f"nothing can be written in the folder multirun/{folder} (File exists): set sweep"
+        )
+        assert "Traceback" not in done.stderr
+    assert not runs.in_use(tmp_path / "multirun" / "C" / names[1])
+    assert not (tmp_path / "multirun" / "C" / "all.parquet").exists()
+
+
 def one_job_fails(tmp_path: Path, *engine: str) -> None:
     """One job cannot write: the rest run and are merged, the exit code tells, and the next command retries."""
     words = ("-m", *TINY, "seed=1,2", "sweep=A", *engine)
