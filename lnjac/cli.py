@@ -65,7 +65,7 @@ def merge(
 
     with bar("reading runs") as progress:
         report = sweep.merge(sources, output, strict=strict, rtol=rtol, progress=progress)
-    print(json.dumps(json.loads(report.to_json()), indent=1) if as_json else "\n".join(report.lines()))
+    print(report.to_json().rstrip() if as_json else "\n".join(report.lines()))
 
 
 @app.command()

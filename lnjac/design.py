@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lnjac import pooling, runs, sweep
@@ -20,7 +21,7 @@ from lnjac.config import ConfigError
 from lnjac.placing import finish
 from lnjac.sources import companion, companions, search
 from lnjac.summary import exact, listed
-from lnjac.tables import SCHEMA_VERSION, TABLES, VOLATILE
+from lnjac.tables import KEYS, SCHEMA_VERSION, TABLES, VOLATILE
 from lnjac.where import Where, known_column
 
 if TYPE_CHECKING:
@@ -43,8 +44,11 @@ class Study:
     held: Any = field(default=None, repr=False)
     """Keeps a temporary folder as long as the study."""
 
+    def schema(self, table: str) -> pa.Schema:
+        return pq.read_schema(self._file(table))
+
     def columns(self, table: str) -> list[str]:
-        return list(pq.read_schema(self._file(table)).names)
+        return list(self.schema(table).names)
 
     def frame(self, table: str, columns: Sequence[str] | None = None) -> "pd.DataFrame":
         """A table, or some of its columns; NaN stands for null in columns of numbers. Raises ConfigError if it is missing."""
@@ -219,19 +223,17 @@ def _rows(
     if table == "runs":
         if at is not None:
             raise ConfigError(f"--at {at}: a run's row is of its last update; leave --at out, or compare --layers")
-        _require_numbers(every, metrics)
+        require_metrics(study, table, metrics)
         kept = every[chosen.holds(every)] if chosen else every
         return _some(kept[metrics].assign(run=kept.index, site=""), chosen, every), False
+    require_metrics(study, table, metrics)
     known = study.columns(table)
-    for name in metrics:
-        known_column(name, known, "no column for --metric is called")
     named = chosen.columns if chosen else []
     if chosen:
         chosen.require([*map(str, every), *known])
     own = [name for name in named if name in known and name not in every]
     wanted = dict.fromkeys([*RUN, "step", "site", "call", *metrics, *own])
     layers = study.frame(table, list(wanted))
-    _require_numbers(layers, metrics)
     known_runs, in_part = every[RUN].assign(run=every.index), False
     layers = layers.merge(known_runs, on=RUN, how="left")
     if chosen:
@@ -294,11 +296,29 @@ def _some(rows: "pd.DataFrame", chosen: Where | None, every: "pd.DataFrame") -> 
     return rows
 
 
-def _require_numbers(frame: "pd.DataFrame", metrics: Sequence[str]) -> None:
+def require_metrics(study: Study, table: str, metrics: Sequence[str]) -> None:
+    """Raise ConfigError for a metric that is no column of numbers in this table, with the nearest one that is."""
+    schema = study.schema(table)
     for name in metrics:
-        known_column(name, list(map(str, frame)), "no column for --metric is called")
-        if frame[name].dtype.kind not in "if":
-            raise ConfigError(f"--metric {name} holds no numbers: choose a column of numbers")
+        if name in schema.names:
+            if not _is_number(schema.field(name)):
+                raise ConfigError(f"--metric {name} holds no numbers: choose a column of numbers")
+            continue
+        other = "runs" if table == "layers" else "layers"
+        others = study.columns(other) if companion(study.path, other).exists() else []
+        if name in others:
+            raise ConfigError(
+                f"--metric {name} is a column of {other}, and not of {table}, which are compared here: "
+                "compare and scaling choose the table by --runs or --layers"
+            )
+        shared = {*KEYS[table], *others}  # the config
+        measured = [field.name for field in schema if _is_number(field) and field.name not in shared]
+        declared = {column.name for column in TABLES[table]}
+        known_column(name, sorted(measured, key=lambda name: name not in declared), "no column for --metric is called")
+
+
+def _is_number(field: pa.Field) -> bool:
+    return bool(pa.types.is_integer(field.type) or pa.types.is_floating(field.type))
 
 
 def strata(every: "pd.DataFrame", by: Sequence[str], vary: Sequence[str]) -> list[str]:

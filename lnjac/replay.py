@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lnjac import runs, tracking
+from lnjac import runs, sources, tracking
 from lnjac.config import PLUGIN_GROUPS, ConfigError, RunConfig, build
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
     from torch import Tensor
 
     from lnjac.gpt import GPT
@@ -23,11 +24,11 @@ class Run:
         self.folder, self.trust = Path(folder), trust
         self.status = runs.read_status(self.folder)
         if (state := self.status.get("status")) not in runs.FINISHED:
-            said = f"status {state}" if state else f"no {runs.STATUS}"
+            said = f"status {state}" if state else runs.no_status(self.folder)
             raise ConfigError(
                 f"{folder} is not a finished run ({said}): name a folder whose status is done or diverged"
             )
-        self.metadata = runs.read_metadata(self._verified(runs.FILES["runs"]))
+        _, self.metadata = self._read("runs")
 
     @cached_property
     def config(self) -> RunConfig:
@@ -90,8 +91,15 @@ class Run:
         return found["idx"], found["targets"]
 
     def _frame(self, name: str) -> pd.DataFrame:
-        frame: pd.DataFrame = runs.read_table(self._verified(runs.FILES[name])).to_pandas()
+        frame: pd.DataFrame = self._read(name)[0].to_pandas()
         return frame
+
+    def _read(self, name: str) -> tuple[pa.Table, dict[str, Any]]:
+        """A table and its note, held to what a merge holds it to: schema version, columns and types."""
+        try:
+            return sources.read_checked(self._verified(runs.FILES[name]), name, merged=False)
+        except sources.Unfit as error:
+            raise ConfigError(f"{self.folder}: {error}") from None
 
     def _verified(self, file: str) -> Path:
         """The file's path; ConfigError where it is not, to the last bit, what the run wrote."""
@@ -104,6 +112,6 @@ class Run:
 def load_run(folder: str | Path, *, trust: bool = False) -> Run:
     """Open the run in folder; `trust` lets it import the modules its config names beside lnjac's own.
 
-    Raises ConfigError unless the run's status is done or diverged.
+    Raises ConfigError unless the run's status is done or diverged, and its tables are those of this lnjac.
     """
     return Run(folder, trust=trust)

@@ -176,16 +176,7 @@ def read(source: Source) -> Tables:
             continue
         path = companion(source.path, name) if source.merged else source.path / runs.FILES[name]
         blob = None if source.merged else _bytes(path)
-        data, note = read_noted(path, blob)
-        if note.get("table") != name or bool(note.get("merged")) != source.merged:
-            kind = "of an earlier merge" if source.merged else "of a run"
-            raise Unfit(f"{path.name} does not hold the {name} {kind}")
-        if (version := note.get("schema_version")) != SCHEMA_VERSION:
-            raise Unfit(f"{path.name} has schema version {version}, this lnjac reads {SCHEMA_VERSION}")
-        try:
-            tables[name] = conform(data, _DECLARED[name])
-        except Unfit as error:
-            raise Unfit(f"{path.name} {error}") from None
+        tables[name], note = read_checked(path, name, source.merged, blob)
         if source.merged:
             notes.append((note.get("merge_id"), note.get("rows")))
             there |= set(note.get("rows") or ())
@@ -196,6 +187,20 @@ def read(source: Source) -> Tables:
         raise Unfit("its files are not of one merge: merge again")
     _require_whole(tables, source.merged)
     return tables
+
+
+def read_checked(path: Path, name: str, merged: bool, blob: bytes | None = None) -> tuple[pa.Table, dict[str, Any]]:
+    """One file of a run or of a merge, cast to the schema of this table, and its note."""
+    data, note = read_noted(path, blob)
+    if note.get("table") != name or bool(note.get("merged")) != merged:
+        kind = "of an earlier merge" if merged else "of a run"
+        raise Unfit(f"{path.name} does not hold the {name} {kind}")
+    if (version := note.get("schema_version")) != SCHEMA_VERSION:
+        raise Unfit(f"{path.name} has schema version {version}, this lnjac reads {SCHEMA_VERSION}")
+    try:
+        return conform(data, _DECLARED[name]), note
+    except Unfit as error:
+        raise Unfit(f"{path.name} {error}") from None
 
 
 def _bytes(path: Path) -> bytes:

@@ -164,8 +164,7 @@ def layer_values(view: View, metrics: Sequence[str], *, last: bool) -> "pd.DataF
     """
     import pandas as pd
 
-    for name in metrics:
-        known_column(name, view.study.columns("layers"), "--metric names")
+    design.require_metrics(view.study, "layers", metrics)
     done = view.runs[view.runs["status"] == runs.DONE]
     known = [*dict.fromkeys([*RUN, "step", "site", "call", *metrics])]
     rows = view.study.frame("layers", known)
@@ -313,7 +312,7 @@ def heatmap(view: View, metric: str | None = None) -> Drawing:
     """The difference of every metric at every norm, shaded against the metric's largest."""
     by = _required(view)
     if metric:
-        known_column(metric, view.study.columns("layers"), "--metric names")
+        design.require_metrics(view.study, "layers", [metric])
     found = _compared(view, metric) if metric else view.layers_compared
     rows = _by_cell(found.rows[found.rows["metric"] == metric] if metric else found.rows, found.cells)
     rows = rows.assign(

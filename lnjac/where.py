@@ -182,6 +182,6 @@ class Where:
 def known_column(name: str, columns: list[str], said: str) -> None:
     """Raise ConfigError, with the nearest name there is, if `name` is none of the columns."""
     if name not in columns:
-        close = get_close_matches(name, columns, 1)
+        close = [column for column in columns if column.startswith(name)][:1] or get_close_matches(name, columns, 1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(columns[:10])}, …"
         raise ConfigError(f"{said} {name}: {hint}")

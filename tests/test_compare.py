@@ -668,3 +668,22 @@ def test_costs_are_read_from_the_table_of_runs_alone(tmp_path: Path):
     pd.testing.assert_frame_equal(cost(alone, by=None).costs.rows, expected)
     with pytest.raises(ConfigError, match=r"all\.parquet, the layers of this merge, is missing: bring it here too"):
         compare(alone, "ln_backward", metrics=["radial_share"])
+
+
+def test_a_metric_that_is_none_is_hinted_at_from_the_table_at_hand(tmp_path: Path):
+    """Never a column of the other table, a key, or a setting of the config: none of them can be compared there."""
+    rows = [run(seed, attn_mode=mode) for seed in (1, 2) for mode in ("softmax", "sigmoid")]
+    found = study(tmp_path, rows, my_own=0.5, steps=100)
+    with pytest.raises(ConfigError, match=r"called radial_shar: did you mean radial_share\?"):
+        compare(found, "attn_mode", metrics=["radial_shar"])
+    with pytest.raises(ConfigError, match=r"--metric val_loss_nats is a column of runs, .* --runs or --layers"):
+        compare(found, "attn_mode", metrics=["val_loss_nats"])
+    with pytest.raises(ConfigError, match=r"--metric radial_share is a column of layers"):
+        cost(found, by=None, metric="radial_share")
+    with pytest.raises(ConfigError, match=r"called step_: there are radial_share, my_own, …$"):
+        compare(found, "attn_mode", metrics=["step_"])
+    with pytest.raises(ConfigError, match=r"called steps_: there are numerics_version, val_loss_nats, ") as caught:
+        compare(found, "attn_mode", metrics=["steps_"], table="runs")
+    assert "steps," not in str(caught.value)  # the layers have it too
+    with pytest.raises(ConfigError, match=r"called val: did you mean val_loss_nats\?"):
+        compare(found, "attn_mode", metrics=["val"], table="runs")

@@ -450,6 +450,6 @@ def test_an_unknown_metric_of_a_view_is_named(tmp_path: Path):
     view = views.view(design.read([write_study(tmp_path, TWO)]))
     with pytest.raises(ConfigError, match="no_such"):
         views.trajectory(view, "no_such")
-    with pytest.raises(ConfigError, match="--metric names val_loss_nats"):
+    with pytest.raises(ConfigError, match="--metric val_loss_nats is a column of runs"):
         views.heatmap(view, "val_loss_nats")
     assert figures.FORMATS == (".svg", ".png", ".pdf")

@@ -23,7 +23,7 @@ from folders import SITES, make_run, rewrite, rows_of, with_column
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lnjac import design, pile, placing, plan, reading, runs, sweep
+from lnjac import design, load_run, pile, placing, plan, reading, runs, sweep
 from lnjac.config import ConfigError
 from lnjac.diff import diff
 from lnjac.sources import search
@@ -151,6 +151,29 @@ def test_what_may_not_be_read_is_skipped_by_name(tmp_path: Path, out: Path, deni
     assert plan.state(secret, identity) == plan.State(plan.BROKEN, "status.json: permission denied")
 
 
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_lock_left_where_flock_is_not_offered_is_said_and_not_taken_for_a_living_run(
+    tmp_path: Path, monkeypatch: Any
+):
+    folder = make_run(tmp_path / "0", status="running")
+    identity = {"run_id": "softmax-1", "diag_id": "d"}
+    held = runs.claimed(folder)
+    assert plan.state(folder, identity) == plan.State(runs.RUNNING)
+    held.release()
+    shutil.copytree(folder, other := tmp_path / "2")  # what a killed process leaves: its lock's file, empty
+    assert plan.state(other, identity) == plan.State(runs.INTERRUPTED)
+    monkeypatch.setattr(placing.fcntl, "flock", lambda *_: raise_(OSError(errno.ENOSYS, "Function not implemented")))
+    found = plan.state(other, identity)
+    assert found.name == plan.BROKEN
+    assert found.reason.endswith(f"if no run writes there, delete {other / runs.LOCK}")
+    with pytest.raises(runs.InUse, match="offers no flock"):
+        runs.RunFolder(other, identity)
+    (other / runs.LOCK).unlink()
+    assert plan.state(other, identity) == plan.State(runs.INTERRUPTED)
+    out = runs.RunFolder(other, identity)
+    out.release()
+
+
 def test_a_folder_that_may_hold_runs_is_not_taken_for_its_merged_table(tmp_path: Path, denied: Callable[[Path], None]):
     merge([make_run(tmp_path / "0")], tmp_path / "s" / "all.parquet")
     (tmp_path / "s" / "closed").mkdir()
@@ -265,6 +288,23 @@ def test_a_damaged_run_is_named_and_the_others_merged(tmp_path: Path, out: Path,
     assert reason in report.skipped[0].reason
     assert "\n" not in report.skipped[0].reason
     assert load(companions(out)["runs"])["seed"].tolist() == [1]
+
+
+@pytest.mark.parametrize("table", list(CORE))
+@pytest.mark.parametrize(
+    "kind", ["foreign", "another table", "next schema", "column lost", "text for numbers", "half a step"]
+)
+def test_load_run_holds_a_table_to_what_a_merge_does(tmp_path: Path, table: str, kind: str):
+    folder = make_run(tmp_path / "0", note={"config": {}})
+    damage, reason = DAMAGE[kind]
+    whole = load_run(folder)
+    assert len(whole.table(table)) == {"layers": 6, "runs": 1, "curves": 3}[table]
+    damage(folder / runs.FILES[table])
+    status = json.loads((folder / runs.STATUS).read_text())
+    status["sha256"][runs.FILES[table]] = runs.file_sha256(folder / runs.FILES[table])
+    (folder / runs.STATUS).write_text(json.dumps(status))
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(folder))}: .*{re.escape(reason)}"):
+        load_run(folder).table(table)
 
 
 @pytest.mark.parametrize("file", [runs.FILES[table] for table in CORE])
