@@ -304,12 +304,12 @@ def _grids(found: "Comparison", confidence: float, seeds: bool, what: str = "dif
             if "site" in row and headline[at]:
                 strong.add(len(lines))
             numbers = [_number(row["mean_a"], 5), _number(row["mean_b"], 5), _number(row["difference"])]
-            lines.append([*names, *numbers, _interval(row), _number(row["effect"], 2)])
+            lines.append([*names, *numbers, row["agreement"] or _interval(row), _number(row["effect"], 2)])
             lines[-1] += [_p(row["p_adjusted"]), str(row["n"])]
             if diverged:
                 lines[-1].append(" ".join(f"{row[f'diverged_{side}']}/{row[f'runs_{side}']}" for side in "ab"))
-            for seed, a, b in zip(found.seed[at], found.a[at], found.b[at], strict=True) if seeds else ():
-                if seed >= 0 and not (math.isnan(a) and math.isnan(b)):
+            for seed, a, b in zip(found.seed, found.a[at], found.b[at], strict=True) if seeds else ():
+                if not (math.isnan(a) and math.isnan(b)):
                     lines.append(_of_seed(seed, len(names), [a, b, a - b], heads))
         yield Grid(title, heads, len(labels) + bool(pair), lines, strong)
 

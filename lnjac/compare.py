@@ -5,6 +5,7 @@ notes that say what a reader must know: what was paired, what is missing, what d
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from lnjac import stats
 from lnjac.config import ConfigError
-from lnjac.design import LAST_NORM, Study, Values, gather, read, varying
+from lnjac.design import LAST_NORM, Study, Values, gather, named, read, varying, word
 from lnjac.stats import STUDENT, Inference
 from lnjac.summary import listed
 
@@ -52,10 +53,10 @@ class Comparison:
 
     `rows`: the cell's columns, metric, site, the levels `a` and `b`, `mean_a` and `mean_b` over the seeds compared,
     `difference` = a − b with its interval `low` to `high`, `p`, `p_adjusted` (Holm's, over the `family` p values of this
-    metric in this cell), `effect`, `n`, `paired`, `missing` (seeds that only one of the levels has), `diverged_a` of
-    `runs_a`, `diverged_b` of `runs_b`.
-    `by` is the column compared, `cells` names the cell's. `seed`, `a`, `b`: (rows, seeds), NaN where a level has no
-    number, seed −1 for none.
+    metric in this cell), `effect`, `agreement` ("identical" or "the same in every seed": no p then), `n`, `paired`,
+    `missing` (seeds that only one of the levels has), `diverged_a` of `runs_a`, `diverged_b` of `runs_b`.
+    `by` is the column compared, `cells` names the cell's, null where the column is not the same at both levels. `a`, `b`:
+    (rows, seeds), NaN where a level has no number; `seed`: (seeds,).
     """
 
     rows: "pd.DataFrame"
@@ -73,7 +74,7 @@ class Comparison:
         a, b = self.a[row, slot], self.b[row, slot]
         lines = self.rows[key].iloc[row].reset_index(drop=True)
         difference = np.where(self.rows["paired"].to_numpy()[row], a - b, np.nan)
-        return lines.assign(seed=self.seed[row, slot], value_a=a, value_b=b, difference=difference)
+        return lines.assign(seed=self.seed[slot], value_a=a, value_b=b, difference=difference)
 
     def headline(self) -> Booleans:
         """Mark the rows to name first: LAST_NORM, and the norm with the largest difference of each comparison.
@@ -114,21 +115,50 @@ class Scaling:
     notes: list[str]
 
 
+Levels = tuple[int, ...]
+"""A level of each column compared, by its number."""
+
+
+Moving = list[tuple[str, tuple[str, ...]]]
+"""Of each compared column that some move with: its name and theirs."""
+
+
+class Contrast(NamedTuple):
+    """Two levels to compare, and more columns for their rows.
+
+    A side is the runs of one level, or those of a first minus those of a second: the cost of a backward.
+    """
+
+    more: dict[str, Any]
+    a: tuple[Any, Sequence[Levels]]
+    b: tuple[Any, Sequence[Levels]]
+
+    @property
+    def name(self) -> str:
+        return " ".join([*map(str, self.more.values()), f"{word(self.a[0])} − {word(self.b[0])}"])
+
+
 class Side(NamedTuple):
-    """One level of a comparison: data (metric, site, cell, seed); which runs there are and which diverged (cell, seed)."""
+    """One level of a comparison: data (metric, site, cell, seed); which runs there are and which diverged (cell, seed).
+
+    `size` is the largest magnitude among the stored numbers that the data were made of.
+    """
 
     name: Any
     data: Array
+    size: Array
     there: Booleans
     diverged: Booleans
 
 
 class Pair(NamedTuple):
-    """Two levels to compare, and what else to say of their rows."""
+    """The two sides of a contrast, and in each cell the arms it is made of and the columns that move with a level."""
 
-    more: dict[str, Any]
+    contrast: Contrast
     a: Side
     b: Side
+    arms: list[list[int]]
+    moving: list[Moving]
 
 
 def compare(
@@ -150,12 +180,9 @@ def compare(
     """
     chosen = metrics or (LAYER_METRICS if table == "layers" else RUN_METRICS)
     values = gather(study, [by], chosen, table=table, at=at, where=where)
-    sides = [
-        Side(name, values.data[..., i, :], values.there[:, i], values.diverged[:, i])
-        for i, name in enumerate(values.levels[0])
-    ]
-    pairs = [Pair({}, sides[i], sides[j]) for i, j in _pairs(values.levels[0], by, reference)]
-    return _compared(values, pairs, how)
+    names = values.levels[0]
+    contrasts = [Contrast({}, *((names[k], [(k,)]) for k in pair)) for pair in _pairs(names, by, reference)]
+    return _compared(values, contrasts, how)
 
 
 def cost(
@@ -185,19 +212,13 @@ def cost(
     backwards, levels = values.levels
     exact = backwards.index(EXACT)
 
-    def side(backward: int, level: int) -> Side:
-        there = values.there[:, backward, level] & values.there[:, exact, level]
-        diverged = values.diverged[:, backward, level] | values.diverged[:, exact, level]
-        data = values.data[..., backward, level, :] - values.data[..., exact, level, :]
-        return Side(levels[level], data, there, there & diverged)
-
-    pairs = [
-        Pair({"ln_backward": name}, side(backward, i), side(backward, j))
+    contrasts = [
+        Contrast({"ln_backward": name}, *((levels[k], [(backward, k), (exact, k)]) for k in pair))
         for backward, name in enumerate(backwards)
         if backward != exact
-        for i, j in _pairs(levels, by, reference)
+        for pair in _pairs(levels, by, reference)
     ]
-    return Costs(by, costs, _compared(values, pairs, how))
+    return Costs(by, costs, _compared(values, contrasts, how))
 
 
 def scaling(
@@ -226,7 +247,7 @@ def scaling(
     of_slope = stats.paired(slopes, how)
     of_point = stats.paired(values.data, how._replace(method="t"))
     metric, site, cell = (part.ravel() for part in np.indices(of_slope.n.shape))
-    key = _key(values, metric, site, cell)
+    key = _key(values, values.cells, metric, site, cell)
     rows = key.assign(
         slope=of_slope.estimate.ravel(),
         low=of_slope.low.ravel(),
@@ -239,11 +260,10 @@ def scaling(
     points = at_x.assign(**{name: np.moveaxis(part, -1, 0).ravel() for name, part in columns.items()})
     line, slot = np.nonzero(~np.isnan(slopes.reshape(len(key), -1)))
     seeds = key.iloc[line].reset_index(drop=True)
-    seeds = seeds.assign(seed=values.seeds[cell[line], slot], slope=slopes.reshape(len(key), -1)[line, slot])
+    seeds = seeds.assign(seed=values.seeds[slot], slope=slopes.reshape(len(key), -1)[line, slot])
     notes = [f"slope of log metric against log {x} of each seed; its mean over seeds with a {_interval_name(how)}"]
     not_positive = int(((lines <= 0).any(-1)).sum())
-    if values.confounded:
-        notes.append(_confounded(values))
+    notes += _confounded([("", named(values.cells, i), _along(values, i)) for i in range(len(values.cells))])
     if not_positive:
         notes.append(f"{not_positive} lines of a seed have a value that is not positive, so no slope")
     few = rows[(rows["n"] > 0) & (rows["n"] < FEW)]
@@ -260,9 +280,15 @@ def scaling(
     )
 
 
+def _along(values: Values, cell: int) -> Moving:
+    """The columns that move with the level in one cell."""
+    moving = values.moving([int(arm) for arm in values.arm[cell]])
+    return [(values.by[0], moving)] if moving else []
+
+
 def _pairs(levels: Sequence[Any], by: str, reference: str | None) -> list[tuple[int, int]]:
     """Which levels to compare: all pairs, later minus earlier; or each minus the reference."""
-    names = [str(level) for level in levels]
+    names = [word(level) for level in levels]
     if reference is None and by == "ln_backward" and EXACT in names:
         reference = EXACT
     if reference is None:
@@ -273,8 +299,85 @@ def _pairs(levels: Sequence[Any], by: str, reference: str | None) -> list[tuple[
     return [(i, at) for i in range(len(names)) if i != at]
 
 
-def _compared(values: Values, pairs: Sequence[Pair], how: Inference) -> Comparison:
+def _matched(values: Values, contrasts: Sequence[Contrast]) -> "tuple[list[Pair], pd.DataFrame]":
+    """The sides of every contrast, cell by cell, and the cells.
+
+    Each contrast is matched by its own runs alone. A cell is named by the columns in which its runs agree: those that
+    move with a level are null in its name.
+    """
+    met = [values.met([*contrast.a[1], *contrast.b[1]]) for contrast in contrasts]
+    names = values.settings[:, [values.others.index(str(name)) for name in values.cells]]  # (arm, column of cells)
+    found: dict[tuple[int, ...], int] = {}  # the first of the cells that it is made of, by its name
+
+    def key(contrast: Contrast, at: Sequence[int]) -> tuple[int, ...]:
+        codes = names[_arms(values, contrast, at)]
+        return tuple(np.where((codes == codes[0]).all(0), codes[0], -1).tolist())
+
+    for contrast, meetings in zip(contrasts, met, strict=True):
+        for at in meetings:
+            found.setdefault(key(contrast, at), min(cell for cell in at if cell >= 0))
+    order = sorted(found, key=lambda name: (found[name], name))
+    cells = values.cells.iloc[[found[name] for name in order]].reset_index(drop=True)
+    for column, codes in zip(cells, zip(*order, strict=True), strict=True):
+        if -1 in codes:
+            cells[column] = cells[column].where(np.array(codes) >= 0)
+    pairs = []
+    for contrast, meetings in zip(contrasts, met, strict=True):
+        place = np.full((len(order), len(contrast.a[1]) + len(contrast.b[1])), -1)
+        for meeting in meetings:
+            place[order.index(key(contrast, meeting))] = meeting
+        a, b = np.split(place, [len(contrast.a[1])], axis=1)
+        arms = [_arms(values, contrast, cell) for cell in place.tolist()]
+        moving = [_moving(values, contrast, cell) for cell in place.tolist()]
+        pairs.append(Pair(contrast, _side(values, *contrast.a, a), _side(values, *contrast.b, b), arms, moving))
+    return pairs, cells
+
+
+def _side(values: Values, name: Any, corners: Sequence[Levels], at: Integers) -> Side:
+    """The runs of these levels, each in its cell (cell of the comparison, level), −1 where it has none."""
+
+    def taken(whole: Any, axis: int, which: int) -> Any:
+        """Of one corner, its levels chosen: what stands at −1 is empty."""
+        front = range(1 + len(corners[which]))
+        part = np.moveaxis(whole, [axis + i for i in front], front)[(at[:, which], *corners[which])]
+        gap = at[:, which].reshape(-1, *[1] * (part.ndim - 1)) < 0
+        return np.moveaxis(np.where(gap, np.nan if whole.dtype.kind == "f" else False, part), 0, axis)
+
+    each = range(len(corners))
+    there = np.logical_and.reduce([taken(values.there, 0, i) for i in each])
+    diverged = np.logical_or.reduce([taken(values.diverged, 0, i) for i in each])
+    data = [taken(values.data, 2, i) for i in each]
+    size = np.maximum.reduce([np.abs(part) for part in data])
+    return Side(name, data[0] - data[1] if len(data) > 1 else data[0], size, there, there & diverged)
+
+
+def _arms(values: Values, contrast: Contrast, at: Sequence[int]) -> list[int]:
+    """The arms of a contrast's corners, left out where a corner has no cell."""
+    corners = [*contrast.a[1], *contrast.b[1]]
+    return [int(values.arm[cell, *levels]) for cell, levels in zip(at, corners, strict=True) if cell >= 0]
+
+
+def _moving(values: Values, contrast: Contrast, at: Sequence[int]) -> Moving:
+    """The columns that move with the level of each compared column, if all corners are there."""
+    arms = _arms(values, contrast, at)
+    if len(arms) < len(at):
+        return []
+    if len(arms) == 2:
+        found = {values.by[-1]: values.moving(arms)}
+    else:  # backward and exact of a, backward and exact of b
+        a, exact_a, b, exact_b = arms
+        along = {values.by[0]: [(a, exact_a), (b, exact_b)], values.by[-1]: [(a, b), (exact_a, exact_b)]}
+        found = {
+            by: tuple(dict.fromkeys(name for two in sides for name in values.moving(two)))
+            for by, sides in along.items()
+        }
+    return [(by, names) for by, names in found.items() if names]
+
+
+def _compared(values: Values, contrasts: Sequence[Contrast], how: Inference) -> Comparison:
+    pairs, cells = _matched(values, contrasts)
     a, b = np.stack([pair.a.data for pair in pairs]), np.stack([pair.b.data for pair in pairs])
+    size_a, size_b = np.stack([pair.a.size for pair in pairs]), np.stack([pair.b.size for pair in pairs])
     there_a, there_b = np.stack([pair.a.there for pair in pairs]), np.stack([pair.b.there for pair in pairs])
     diverged_a, diverged_b = (
         np.stack([pair.a.diverged for pair in pairs]),
@@ -282,12 +385,13 @@ def _compared(values: Values, pairs: Sequence[Pair], how: Inference) -> Comparis
     )
     # data is (pair, metric, site, cell, seed) from here on, what is known of the runs (pair, cell, seed)
     both: Booleans = np.asarray(there_a.any(-1) & there_b.any(-1))
-    twins: Booleans = np.asarray((there_a & there_b).any(-1) & (not values.confounded))
+    twins: Booleans = np.asarray((there_a & there_b).any(-1))
     as_pairs = twins[:, None, None, :, None]
     a, b = (np.where(as_pairs & np.isnan(a - b), np.nan, side) for side in (a, b))
-    found = stats.paired(np.where(as_pairs, a - b, np.nan), how)
+    found = stats.paired(np.where(as_pairs, a - b, np.nan), how, np.fmax(size_a, size_b))
     if (both & ~twins).any():
-        apart = stats.unpaired(np.where(as_pairs, np.nan, a), np.where(as_pairs, np.nan, b), how)
+        alone_a, alone_b = (np.where(as_pairs, np.nan, side) for side in (a, b))
+        apart = stats.unpaired(alone_a, alone_b, how, (size_a, size_b))
         found = stats.either(as_pairs[..., 0], found, apart)
     by_pair = {
         "paired": twins,
@@ -305,8 +409,8 @@ def _compared(values: Values, pairs: Sequence[Pair], how: Inference) -> Comparis
     at = (pair, metric, site, cell)
     with warnings.catch_warnings(action="ignore"):  # the mean of nothing is NaN
         means = {"mean_a": np.nanmean(a[at], -1), "mean_b": np.nanmean(b[at], -1)}
-    rows = _key(values, metric, site, cell).assign(
-        **{name: [pairs[i].more[name] for i in pair] for name in pairs[0].more},
+    rows = _key(values, cells, metric, site, cell).assign(
+        **{name: [contrasts[i].more[name] for i in pair] for name in contrasts[0].more},
         a=[pairs[i].a.name for i in pair],
         b=[pairs[i].b.name for i in pair],
         **means,
@@ -317,19 +421,56 @@ def _compared(values: Values, pairs: Sequence[Pair], how: Inference) -> Comparis
         p_adjusted=np.nan,
         family=0,
         effect=found.effect[at],
+        agreement=found.agreement[at],
         n=found.n[at],
         **{name: part[pair, cell] for name, part in by_pair.items()},
     )
-    for family in rows.groupby([cell, metric]).indices.values():  # every norm and pair of one metric in one cell
+    # every norm and pair of one metric in one cell
+    for family in rows.groupby([_families(pairs, both)[pair, cell], metric]).indices.values():
         p = rows["p"].to_numpy()[family]
         rows.loc[family, "p_adjusted"] = stats.holm(p)
         rows.loc[family, "family"] = int((~np.isnan(p)).sum())
-    notes = [*_how(values, rows, how), *_lacking(values, pairs, both, rows), *_about(values)]
-    return Comparison(rows, values.by[-1], list(map(str, values.cells)), values.seeds[cell], a[at], b[at], notes)
+    notes = [
+        *_how(values, rows, how),
+        *_confounded(
+            [
+                (pair.contrast.name, named(cells, number), pair.moving[number])
+                for pair, compared in zip(pairs, both, strict=True)
+                for number in np.flatnonzero(compared)
+            ]
+        ),
+        *_lacking(values, cells, pairs, both, rows),
+        *_about(values),
+    ]
+    return Comparison(rows, values.by[-1], list(map(str, cells)), values.seeds, a[at], b[at], notes)
 
 
-def _key(values: Values, metric: Integers, site: Integers, cell: Integers) -> "pd.DataFrame":
-    key = values.cells.iloc[cell].reset_index(drop=True).assign(metric=np.array(values.metrics)[metric])
+def _families(pairs: Sequence[Pair], both: Booleans) -> Integers:
+    """(pair, cell): a number for each comparison, the same for those that share runs, be it through others.
+
+    Within a cell all do, through the level that they have in common. Where a column moves with a level, comparisons of some
+    of the cell's pairs have names of their own: they share its runs all the same.
+    """
+    first: dict[int, int] = {}  # of an arm: another one of its family, at the end itself
+
+    def root(arm: int) -> int:
+        while (before := first.setdefault(arm, arm)) != arm:
+            arm = before
+        return arm
+
+    compared = np.argwhere(both).tolist()
+    for pair, cell in compared:
+        one, *others = pairs[pair].arms[cell]
+        for other in others:
+            first[root(other)] = root(one)
+    found = np.full(both.shape, -1)
+    for pair, cell in compared:
+        found[pair, cell] = root(pairs[pair].arms[cell][0])
+    return found
+
+
+def _key(values: Values, cells: "pd.DataFrame", metric: Integers, site: Integers, cell: Integers) -> "pd.DataFrame":
+    key = cells.iloc[cell].reset_index(drop=True).assign(metric=np.array(values.metrics)[metric])
     return key if values.sites == [""] else key.assign(site=np.array(values.sites)[site])
 
 
@@ -339,9 +480,7 @@ def _key(values: Values, metric: Integers, site: Integers, cell: Integers) -> "p
 def _how(values: Values, rows: "pd.DataFrame", how: Inference) -> list[str]:
     """What was computed."""
     found = []
-    if values.confounded:
-        found.append(f"unpaired (Welch): {_confounded(values)}")
-    elif not rows["paired"].all():
+    if not rows["paired"].all():
         found.append(f"unpaired (Welch) in {_of(~rows['paired'])}: no seed is at both levels")
     if rows["paired"].any():
         found.append(f"paired by seed, {_interval_name(how)}")
@@ -358,7 +497,26 @@ def _how(values: Values, rows: "pd.DataFrame", how: Inference) -> list[str]:
     return found
 
 
-def _lacking(values: Values, pairs: Sequence[Pair], both: Booleans, rows: "pd.DataFrame") -> list[str]:
+def _confounded(compared: Sequence[tuple[str, str, Moving]]) -> list[str]:
+    """Which columns move with the level; and in which comparisons (by name and cell), unless in all."""
+    places: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {}
+    for name, cell, moving in compared:
+        for by_columns in moving:
+            places.setdefault(by_columns, []).append((name, cell))
+    known = Counter(name for name, *_ in compared)
+    found = []
+    for (by, columns), where in places.items():
+        change = "changes" if len(columns) == 1 else "change"
+        said = f"{listed(columns)} {change} together with {by}, so their effects cannot be told apart"
+        whole = [name for name, n in Counter(name for name, _ in where).items() if n == known[name]]
+        parts = [" at ".join(filter(None, (name, cell))) for name, cell in where if name not in whole]
+        found += [said] if len(where) == len(compared) else _capped(said, [*whole, *parts])
+    return found
+
+
+def _lacking(
+    values: Values, cells: "pd.DataFrame", pairs: Sequence[Pair], both: Booleans, rows: "pd.DataFrame"
+) -> list[str]:
     """What there are too few of."""
     found = []
     few = rows["n"] < FEW
@@ -366,7 +524,9 @@ def _lacking(values: Values, pairs: Sequence[Pair], both: Booleans, rows: "pd.Da
         found.append(_few_seeds(int(few.sum()), len(rows)))
     by = values.by[-1]
     single = {
-        " ".join([values.named(cell), *map(str, pair.more.values()), f"has no {by}={absent.name}"]).strip()
+        " ".join(
+            [named(cells, cell), *map(str, pair.contrast.more.values()), f"has no {by}={word(absent.name)}"]
+        ).strip()
         for number, pair in enumerate(pairs)
         for cell in np.flatnonzero(~both[number])
         for absent in (pair.a, pair.b)
@@ -374,7 +534,7 @@ def _lacking(values: Values, pairs: Sequence[Pair], both: Booleans, rows: "pd.Da
     }
     found += _capped("not compared", sorted(single))
     missing = {
-        f"{values.named(cell)} {by}={side.name} lacks seed {listed(values.seeds[cell][lacks].tolist())}"
+        f"{named(cells, cell)} {by}={word(side.name)} lacks seed {listed(values.seeds[lacks].tolist())}"
         for pair in pairs
         for side, other in ((pair.a, pair.b), (pair.b, pair.a))
         for cell in np.flatnonzero((other.there & ~side.there).any(-1) & side.there.any(-1))
@@ -393,16 +553,13 @@ def _about(values: Values) -> list[str]:
     if n := int(values.diverged.sum()):
         lines = []
         for at in np.argwhere(values.diverged.any(-1)):
-            levels = " ".join(f"{b}={known[i]}" for b, known, i in zip(values.by, values.levels, at[1:], strict=True))
+            levels = " ".join(
+                f"{b}={word(known[i])}" for b, known, i in zip(values.by, values.levels, at[1:], strict=True)
+            )
             counts = values.diverged[tuple(at)].sum(), values.there[tuple(at)].sum()
-            lines.append(f"{values.named(at[0])} {levels} {counts[0]} of {counts[1]}".strip())
+            lines.append(f"{named(values.cells, at[0])} {levels} {counts[0]} of {counts[1]}".strip())
         found += _capped(f"{n} runs diverged, left out of every mean", lines)
     return found + values.doubts
-
-
-def _confounded(values: Values) -> str:
-    change = "changes" if len(values.confounded) == 1 else "change"
-    return f"{listed(values.confounded)} {change} together with {values.by[-1]}, so their effects cannot be told apart"
 
 
 def _few_seeds(few: int, rows: int) -> str:

@@ -96,8 +96,10 @@ def labelled(frame: "pd.DataFrame", column: str) -> "pd.Series[Any]":
 class Values:
     """One number per seed: data (metric, site, cell, level of each `by`, seed), NaN where there is none.
 
-    Seeds are numbered within their cell, so that one number means the same seed at all levels. Diverged runs have no
-    numbers here; `there` and `diverged` (cell, level of each `by`, seed) say which runs there are.
+    Diverged runs have no numbers here; `there` and `diverged` (cell, level of each `by`, seed) say which runs there are.
+
+    Runs that differ in nothing but the seed are an arm: `arm` (cell, level of each `by`) is its number, −1 for none, and
+    `settings` (arm, column of `others`) holds a code for each value, equal where values are, of what else varies.
     """
 
     data: npt.NDArray[np.float64]
@@ -109,11 +111,42 @@ class Values:
     seeds: npt.NDArray[np.int64]
     there: npt.NDArray[np.bool_]
     diverged: npt.NDArray[np.bool_]
-    confounded: list[str]
+    arm: npt.NDArray[np.int64]
+    others: list[str]
+    settings: npt.NDArray[np.int64]
     doubts: list[str]
 
-    def named(self, cell: int | np.signedinteger[Any]) -> str:
-        return " ".join(f"{name}={value}" for name, value in self.cells.iloc[int(cell)].items())
+    def met(self, corners: Sequence[tuple[int, ...]]) -> list[list[int]]:
+        """The cells in which runs of these levels (of each `by`) meet: for each meeting, the cell of each, −1 for none.
+
+        They are judged by themselves: what varies only among runs of other levels keeps none of them apart.
+        """
+        arms = np.stack([self.arm[(slice(None), *levels)] for levels in corners])  # type: ignore[arg-type]
+        corner, cell = np.nonzero(arms >= 0)
+        known = self.settings[arms[corner, cell]]
+        meeting = np.zeros(len(cell), int)
+        for column in _telling_apart(corner, known):
+            meeting = _finer(meeting, known[:, column])
+        found = np.full((meeting.max(initial=-1) + 1, len(corners)), -1)
+        found[meeting, corner] = cell
+        return sorted(found.tolist(), key=lambda row: min(at for at in row if at >= 0))
+
+    def moving(self, arms: Sequence[int]) -> tuple[str, ...]:
+        """The columns that are not the same in all of these arms, but for settings of a group that is one of them."""
+        known = self.settings[[arm for arm in arms if arm >= 0]]
+        found = [name for name, codes in zip(self.others, known.T, strict=True) if len(set(codes)) > 1]
+        own = tuple(f"{name}." for name in found) + ("data_sha256",) * ("data" in self.by)
+        return tuple(name for name in found if not name.startswith(own))
+
+
+def named(cells: "pd.DataFrame", cell: int | np.signedinteger[Any]) -> str:
+    """A cell in words: `method=fa model.n_embd=64`."""
+    return " ".join(f"{name}={word(value)}" for name, value in cells.iloc[int(cell)].items())
+
+
+def word(value: Any) -> str:
+    """A level in words; a missing one is null (only NaN differs from itself)."""
+    return "null" if value is None or value != value else str(value)
 
 
 def gather(
@@ -151,8 +184,9 @@ def gather(
     for name in by:
         if every[name].nunique(dropna=False) < 2:
             raise ConfigError(f"all {len(every)} runs chosen have {name}={every[name].iloc[0]}: nothing to compare")
-    cells, confounded = strata(every, list(by), [name for name in vary if name != "ln_backward.sites"])
-    return _arranged(rows, every, list(by), list(metrics), cells, confounded, list(study.doubts))
+    vary = [name for name in vary if name != "ln_backward.sites"]
+    rows, left_out = _finite(rows, every, list(by), list(metrics))
+    return _arranged(rows, every, list(by), list(metrics), vary, [*left_out, *study.doubts])
 
 
 def _rows(
@@ -192,6 +226,32 @@ def _rows(
     return _some(layers[["run", "step", "site", *metrics]], chosen, every)
 
 
+def _finite(
+    rows: "pd.DataFrame", every: "pd.DataFrame", by: list[str], metrics: list[str]
+) -> "tuple[pd.DataFrame, list[str]]":
+    """The rows, what is no finite number in them made missing; and how many such values runs have that did not diverge."""
+    import pandas as pd
+
+    done = (every["status"] != runs.DIVERGED)[rows["run"]].to_numpy()
+    levels = [" ".join(f"{name}={word(value)}" for name, value in row.items()) for row in every[by].to_dict("records")]
+    level = pd.Series(levels, index=every.index)[rows["run"]].to_numpy()
+    kept, said = {}, []
+    for name in metrics:
+        values = rows[name].to_numpy(float)
+        lost = ~np.isfinite(values) & done
+        kept[name] = np.where(np.isinf(values), np.nan, values)
+        if lost.any():
+            infinite = int((np.isinf(values) & done).sum())
+            kinds = {"infinite": infinite, "NaN or null": int(lost.sum()) - infinite}
+            what = " and ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
+            where = [
+                f"{one} {int((lost & (level == one)).sum())} of {int((done & (level == one)).sum())}"
+                for one in dict.fromkeys(level[lost])
+            ]
+            said.append(f"{what} values of {name} are left out: {listed(where, 5)}")
+    return rows.assign(**kept), said
+
+
 def _without_rows(every: "pd.DataFrame", rows: "pd.DataFrame", chosen: Where | None, by: Sequence[str]) -> list[Any]:
     """Chosen runs that diverged before any norm was measured: they have no numbers, but they count."""
     if "step" in by or (chosen and not set(chosen.columns) <= set(every)):
@@ -215,23 +275,44 @@ def _require_numbers(frame: "pd.DataFrame", metrics: Sequence[str]) -> None:
             raise ConfigError(f"--metric {name} holds no numbers: choose a column of numbers")
 
 
-def strata(every: "pd.DataFrame", by: list[str], vary: list[str]) -> tuple[list[str], list[str]]:
-    """The fewest varying columns that make cells, and those that vary within a cell all the same.
+def strata(every: "pd.DataFrame", by: Sequence[str], vary: Sequence[str]) -> list[str]:
+    """The fewest varying columns that make cells: with `by`, they tell apart all runs that differ in more than the seed."""
+    others = _others(by, vary)
+    return [others[i] for i in _telling_apart(_codes(every, by), _settings(every, others))]
 
-    The latter change together with `by`, so that their effects cannot be told apart from its own. A setting of `by`'s
-    own members (`attn_mode.bias`) is part of their level.
-    """
-    others = [name for name in vary if name not in by and not name.startswith(tuple(f"{name}." for name in by))]
-    cells: list[str] = []
-    n_groups = every.groupby(by, dropna=False).ngroups
-    for name in others:
-        if (n := every.groupby([*by, *cells, name], dropna=False).ngroups) > n_groups:
-            cells, n_groups = [*cells, name], n
-    rest = [name for name in others if name not in cells and not ("data" in by and name == "data_sha256")]
-    if not cells:
-        return cells, rest
-    groups = every.groupby(cells, dropna=False)
-    return cells, [name for name in rest if groups[name].nunique(dropna=False).max() > 1]
+
+def _others(by: Sequence[str], vary: Sequence[str]) -> list[str]:
+    """The varying columns but `by` and the settings of its members (`attn_mode.bias`), which are part of their level."""
+    return [name for name in vary if name not in by and not name.startswith(tuple(f"{name}." for name in by))]
+
+
+def _settings(every: "pd.DataFrame", names: Sequence[str]) -> npt.NDArray[np.int64]:
+    """(runs, names): a code for each value, missing ones alike."""
+    return np.stack([_codes(every, [name]) for name in names], -1) if names else np.zeros((len(every), 0), int)
+
+
+def _codes(every: "pd.DataFrame", names: Sequence[str]) -> npt.NDArray[np.int64]:
+    """One number for each combination of the columns' values."""
+    found = np.zeros(len(every), int)
+    for name in names:
+        found = _finer(found, every[name].factorize(use_na_sentinel=False)[0])
+    return found
+
+
+def _finer(groups: npt.NDArray[np.int64], codes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The groups divided further by the codes."""
+    return np.unique(groups * (codes.max(initial=0) + 1) + codes, return_inverse=True)[1]
+
+
+def _telling_apart(groups: npt.NDArray[np.int64], settings: npt.NDArray[np.int64]) -> list[int]:
+    """The fewest columns, taken in their order, that divide the groups as far as all of them do."""
+    found, groups = [], _finer(groups, np.zeros_like(groups))
+    for i, codes in enumerate(settings.T):
+        finer = _finer(groups, codes)
+        if finer.max(initial=0) > groups.max(initial=0):
+            found.append(i)
+            groups = finer
+    return found
 
 
 def _arranged(
@@ -239,14 +320,14 @@ def _arranged(
     every: "pd.DataFrame",
     by: list[str],
     metrics: list[str],
-    cells: list[str],
-    confounded: list[str],
+    vary: list[str],
     doubts: list[str],
 ) -> Values:
     import pandas as pd
 
+    cells, others = strata(every, by, vary), _others(by, vary)
     cell = every.groupby(cells, dropna=False, sort=False).ngroup().to_numpy() if cells else np.zeros(len(every), int)
-    slot = (every["seed"].groupby(cell).rank("dense").to_numpy() - 1).astype(int)
+    seeds, slot = np.unique(every["seed"], return_inverse=True)
     levels: list[list[Any]] = []
     level: list[npt.NDArray[np.int64]] = []
     for name in by:
@@ -255,7 +336,7 @@ def _arranged(
         number = every[name].map({value: i for i, value in enumerate(found)}).fillna(len(found) - 1)
         level.append(number.to_numpy(int))
     place = (cell, *level, slot)
-    shape = (cell.max() + 1, *map(len, levels), slot.max() + 1)
+    shape = (cell.max() + 1, *map(len, levels), len(seeds))
     count = np.zeros(shape, int)
     np.add.at(count, place, 1)
     if (count > 1).any():
@@ -264,8 +345,10 @@ def _arranged(
         raise ConfigError(f"several runs have one config and seed ({names}): choose by --where")
     diverged = np.zeros(shape, bool)
     diverged[place] = every["status"] == runs.DIVERGED
-    seeds = np.full((shape[0], shape[-1]), -1)
-    seeds[cell, slot] = every["seed"]
+    arms, first = np.unique(np.stack(place[:-1]), axis=1, return_index=True)
+    arm = np.full(shape[:-1], -1)
+    arm[tuple(arms)] = np.arange(len(first))
+    settings = _settings(every, others)[first]
 
     sites = list(dict.fromkeys(rows["site"]))
     at = pd.Series(range(len(every)), index=every.index)[rows["run"]].to_numpy()
@@ -275,9 +358,9 @@ def _arranged(
     for plane, metric in zip(data, metrics, strict=True):
         plane[of_row] = rows[metric].to_numpy(float)
     data[..., diverged] = np.nan
-    first = pd.Series(cell).drop_duplicates().index
-    table = every[cells].iloc[first].reset_index(drop=True)
-    return Values(data, metrics, sites, table, by, levels, seeds, count > 0, diverged, confounded, doubts)
+    table = every[cells].iloc[pd.Series(cell).drop_duplicates().index].reset_index(drop=True)
+    there = count > 0
+    return Values(data, metrics, sites, table, by, levels, seeds, there, diverged, arm, others, settings, doubts)
 
 
 def _merge_of(source: Path) -> Path:

@@ -20,6 +20,12 @@ BOOTSTRAPS = {"bootstrap": "BCa", "percentile": "percentile"}
 
 RESAMPLES = 9999
 
+ROUNDING = 8 * 2.0**-52
+"""Relative size of a difference that rounding alone may make: 8 units in the last place of the stored float64."""
+
+IDENTICAL = "identical"
+SAME = "the same in every seed"
+
 
 class Inference(NamedTuple):
     """How intervals are made: one of METHODS, the confidence, and the randomness of what is resampled."""
@@ -37,6 +43,10 @@ class Interval(NamedTuple):
 
     `p` is two-sided against 0, and NaN for a bootstrap, which gives none. `effect` is in standard deviations: d_z of
     paired differences, Hedges' g of two groups. With one seed all but the estimate are NaN.
+
+    `agreement` is IDENTICAL where no seed's difference is larger than rounding, SAME where the differences of two or more
+    seeds spread no wider than rounding, else "". Such rows have no `p` and no `effect`, since a spread of rounding errors
+    is no sample of anything, and an interval of no width.
     """
 
     estimate: Array
@@ -45,28 +55,80 @@ class Interval(NamedTuple):
     p: Array
     effect: Array
     n: npt.NDArray[np.int64]
+    agreement: npt.NDArray[np.str_]
     method: str
 
 
-def paired(differences: npt.ArrayLike, how: Inference = STUDENT) -> Interval:
-    """The mean of (…, seeds) values: of differences within a seed, or of one level's values.
+def paired(differences: npt.ArrayLike, how: Inference = STUDENT, size: npt.ArrayLike | None = None) -> Interval:
+    """Return the mean of (…, seeds) values: of differences within a seed, or of one level's values.
 
     d_z = mean/sd. A sign-flip test of n seeds cannot give a p below 2^(1−n): 0.0625 at n = 5.
+
+    Args:
+        differences: (…, seeds), NaN where a seed is missing.
+        how: The kind of interval.
+        size: (…, seeds), the largest magnitude among the stored numbers that each difference was made of; the
+            differences' own magnitude unless given.
     """
     values = np.asarray(differences, dtype=np.float64)
-    return _by_size([values], lambda parts: _one_sample(parts[0], how), how)
+    bound = _bound(values, size)
+    found = _by_size([values], lambda parts: _one_sample(parts[0], how), how)
+    return _agreeing(found, _within(values, bound, 0.0), _constant(values, bound))
 
 
-def unpaired(a: npt.ArrayLike, b: npt.ArrayLike, how: Inference = STUDENT) -> Interval:
-    """mean(a) − mean(b) of (…, seeds) values of different seeds: Welch's t, unequal variances; `n` counts the fewer."""
-    parts = [np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)]
-    return _by_size(parts, lambda parts: _two_samples(parts[0], parts[1], how), how)
+def unpaired(
+    a: npt.ArrayLike,
+    b: npt.ArrayLike,
+    how: Inference = STUDENT,
+    sizes: tuple[npt.ArrayLike | None, npt.ArrayLike | None] = (None, None),
+) -> Interval:
+    """Return mean(a) − mean(b) of (…, seeds) values of different seeds: Welch's t, unequal variances.
+
+    `n` counts the seeds of the side that has fewer. `sizes` are as in `paired`, of each side.
+    """
+    one, other = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    bounds = _bound(one, sizes[0]), _bound(other, sizes[1])
+    found = _by_size([one, other], lambda parts: _two_samples(parts[0], parts[1], how), how)
+    identical = _constant(np.concatenate([one, other], -1), np.concatenate(bounds, -1)) & (found.n > 0)
+    return _agreeing(found, identical, _constant(one, bounds[0]) & _constant(other, bounds[1]))
 
 
 def either(first: npt.NDArray[np.bool_], one: Interval, other: Interval) -> Interval:
     """The one where `first` holds, elsewhere the other."""
     estimate, low, high, p, effect, n = (np.where(first, *two) for two in zip(one[:6], other[:6], strict=True))
-    return Interval(estimate, low, high, p, effect, n, one.method)
+    agreement = np.where(first, one.agreement, other.agreement)
+    return Interval(estimate, low, high, p, effect, n, agreement, one.method)
+
+
+def _bound(values: Array, size: npt.ArrayLike | None) -> Array:
+    """The largest difference that rounding may make, of each seed; NaN, within which nothing is, where that is infinite."""
+    size = np.abs(values if size is None else np.asarray(size, dtype=np.float64))
+    return np.where(np.isfinite(size), ROUNDING * size, np.nan)
+
+
+def _within(values: Array, bound: Array, center: float) -> npt.NDArray[np.bool_]:
+    """Whether every known value of a row, and at least one, is no further than its bound from the center."""
+    known = ~np.isnan(values)
+    near = ~known | (np.abs(values - center) <= bound)
+    return np.asarray(near.all(-1) & known.any(-1))
+
+
+def _constant(values: Array, bound: Array) -> npt.NDArray[np.bool_]:
+    """Whether two or more values are known, no two of them further apart than the mean of their bounds."""
+    known = ~np.isnan(values)
+    lowest = np.where(known, values + bound / 2, np.inf).min(-1, initial=np.inf)
+    highest = np.where(known, values - bound / 2, -np.inf).max(-1, initial=-np.inf)
+    return np.asarray((known.sum(-1) > 1) & (highest <= lowest))
+
+
+def _agreeing(found: Interval, identical: npt.NDArray[np.bool_], same: npt.NDArray[np.bool_]) -> Interval:
+    """The intervals with what rounding made taken out of them: a difference that is none is 0."""
+    estimate = np.where(identical, 0.0, found.estimate)
+    agree = identical | same
+    low, high = (np.where(agree, estimate, end) for end in (found.low, found.high))
+    p, effect = (np.where(agree, np.nan, part) for part in (found.p, found.effect))
+    agreement = np.where(identical, IDENTICAL, np.where(same, SAME, ""))
+    return Interval(estimate, low, high, p, effect, found.n, agreement, found.method)
 
 
 def holm(p: npt.ArrayLike) -> Array:
@@ -179,7 +241,7 @@ def _by_size(parts: list[Array], test: Callable[[list[Array]], list[Array]], how
                 same = (sizes == size).all(-1)
                 found[:, same] = test([part[same, :n] for part, n in zip(rows, size, strict=True)])
     estimate, low, high, p, effect = found.reshape(5, *shape)
-    return Interval(estimate, low, high, p, effect, sizes.min(-1).reshape(shape), how.method)
+    return Interval(estimate, low, high, p, effect, sizes.min(-1).reshape(shape), np.full(shape, ""), how.method)
 
 
 def _gathered(rows: Array) -> Array:

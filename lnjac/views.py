@@ -81,7 +81,7 @@ class View:
             known_column(name, design.factors(every), "runs are not told apart by")
         vary = [name for name in design.varying(every) if name != "ln_backward.sites"]
         every = every.assign(**{name: design.labelled(every, name) for name in {"ln_backward", *by} & set(every)})
-        cells, _ = design.strata(every, by, vary) if by else (vary, [])
+        cells = design.strata(every, by, vary) if by else vary
         every = _by_cell(every, cells)
         return every.assign(level=every[self.by].map(word) if self.by else ONE, cell=cell_names(every, cells))
 
@@ -148,10 +148,8 @@ def cell_names(frame: "pd.DataFrame", cells: Sequence[str]) -> list[str]:
 
 
 def word(value: Any) -> str:
-    """A level as its column's name is followed by it; only NaN differs from itself."""
-    if value is None or value != value:
-        return "null"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """A level as its column's name is followed by it."""
+    return f"{value:g}" if isinstance(value, float) and value == value else design.word(value)
 
 
 # One number per seed
@@ -184,6 +182,15 @@ def _named_norm(values: "pd.DataFrame") -> str:
     """The norm that a chart of a single one shows: the last one."""
     sites = values["site"].tolist()
     return LAST_NORM if LAST_NORM in sites else str(sites[-1])
+
+
+def _finite(values: "pd.DataFrame") -> "tuple[pd.DataFrame, list[str]]":
+    """The values that are finite numbers; and how many of each metric are not, in words."""
+    known = np.isfinite(values["value"])
+    total = values["metric"].value_counts()
+    counts = values.loc[~known, "metric"].value_counts(sort=False)
+    said = [f"{n} of {total[name]} values of {name} are infinite, NaN or null: left out" for name, n in counts.items()]
+    return values[known], said
 
 
 def intervals(frame: "pd.DataFrame", keys: Sequence[str], value: str = "value") -> "pd.DataFrame":
@@ -298,7 +305,7 @@ def _pairs(frame: "pd.DataFrame") -> "pd.Series[str]":
     return frame["a"].map(word) + " − " + frame["b"].map(word)
 
 
-_RESULTS = ["difference", "low", "high", "p", "p_adjusted", "family", "effect", "n"]
+_RESULTS = ["difference", "low", "high", "p", "p_adjusted", "family", "effect", "agreement", "n"]
 _EFFECT = "effect: d_z, the mean difference in its standard deviations over seeds; Hedges' g where unpaired"
 
 
@@ -336,7 +343,7 @@ def heatmap(view: View, metric: str | None = None) -> Drawing:
 def enrichment(view: View) -> Drawing:
     """Energy shares against chance, 1, at every norm and level."""
     metrics = [name for name in ENRICHMENTS if name in _known(view)]
-    values = layer_values(view, metrics, last=True).dropna(subset="value")
+    values, notes = _finite(layer_values(view, metrics, last=True))
     if values.empty:
         raise ConfigError("no enrichment was measured in these runs")
     lines = _lines(view, values, ["cell", "level", "site", "metric"])
@@ -354,14 +361,15 @@ def enrichment(view: View) -> Drawing:
         "chance (1), blue below, orange above, full colour from 16 times."
     )
     wide = cells.pivot_table("mean", [*own, "site"], "column", sort=False).reset_index()
-    return view.drawing(chart, caption, wide, choices=choices(cells, "cell"))
+    return view.drawing(chart, caption, wide, notes, choices(cells, "cell"))
 
 
 def curves(view: View) -> Drawing:
     """Every metric at every norm over the updates, of which the chart shows one. The table holds them all."""
-    values = layer_values(view, _known(view), last=False).dropna(subset="value")
+    values, lost = _finite(layer_values(view, _known(view), last=False))
     per_step = len(values[["site", "metric", "level"]].drop_duplicates())
     values, notes = _thinned(values, max(2, min(MOST_STEPS, MOST_ROWS // per_step)))
+    notes += lost
     lines = _lines(view, values, ["cell", "site", "metric", "step", "level"]).drop(columns="n")
     lines = lines.assign(later=lines["site"] != LAST_NORM).sort_values(["later", "step"], kind="stable")
     lines = lines.drop(columns="later")  # the chart opens at the first row's norm
@@ -383,14 +391,17 @@ def trajectory(view: View, metric: str | None = None) -> Drawing:
         done = view.runs[(view.runs["status"] == runs.DONE) & ~view.runs["run_id"].duplicated()]
         values = view.study.frame("curves", ["run_id", "step", metric]).dropna(subset=metric)
         values = values.merge(done[["run_id", "cell", "level", "seed"]], on="run_id").rename(columns={metric: "value"})
+        values, lost = _finite(values.assign(metric=metric, site=""))
         what = metric
     else:
         values = layer_values(view, [metric], last=False)
         norm = _named_norm(values)
-        values, what = values[values["site"] == norm].dropna(subset="value"), f"{metric} at {norm}"
+        values, lost = _finite(values[values["site"] == norm])
+        what = f"{metric} at {norm}"
     if values.empty or values.groupby(["cell", "level", "seed"])["step"].nunique().max() < 2:
         raise ConfigError(f"{metric} was measured at most once in a run: {_MORE_OFTEN.get(metric, _MORE_OFTEN[''])}")
     values, notes = _thinned(values, MOST_STEPS)
+    notes += lost
     lines = _lines(view, values, ["cell", "step", "level"])
     caption = f"{what} after so many updates: mean over seeds and its 95% interval."
     if metric in compare.RUN_METRICS:
@@ -455,7 +466,7 @@ def cost_differences(view: View) -> "tuple[pd.DataFrame, Sequence[str]] | None":
 def depth(view: View, metric: str | None = None) -> Drawing:
     """A metric at every norm, from the first to the last."""
     metric = metric or "sigma_mean"
-    values = layer_values(view, [metric], last=True).dropna(subset="value")
+    values, notes = _finite(layer_values(view, [metric], last=True))
     lines = _lines(view, values, ["cell", "level", "site"])
     caption = f"{metric} from the first norm to the last: mean over seeds and its 95% interval, after the last update."
     if metric in (by_chance := {share: enriched for enriched, share in SAME.items()}):
@@ -465,7 +476,7 @@ def depth(view: View, metric: str | None = None) -> Drawing:
         caption += " Dashed: that of a random direction."
     log = metric.startswith("sigma") and bool((lines[["mean", "low"]].min() > 0).all())
     chart = figures.depth(lines.drop(columns="n"), by=view.title, title=metric, log=log)
-    return view.drawing(chart, caption, lines, choices=choices(lines, "cell"))
+    return view.drawing(chart, caption, lines, notes, choices(lines, "cell"))
 
 
 def scaling(view: View, metric: str | None = None, x: str = "") -> Drawing:

@@ -44,6 +44,22 @@ def test_compare_prints_one_line_a_norm(modes: Path):
     ]
 
 
+def test_agreement_stands_where_an_interval_would(tmp_path: Path):
+    rows = [
+        run(seed, loss + 2.0**-52 * (mode == "sigmoid"), [seed / 8 + 0.5 * (mode == "softmax"), 0.1], attn_mode=mode)
+        for mode in ("softmax", "sigmoid")
+        for seed, loss in ((1, 1.2), (2, 1.3), (3, 1.1))
+    ]
+    path = study(tmp_path, rows).path
+    lines = call("compare", path, "--by", "attn_mode", "--runs", "--metric", "val_loss_nats").splitlines()
+    assert lines[1].split()[-5:] == ["interval", "effect", "p", "adj.", "n"]
+    assert lines[2].split()[-5:] == ["0", "identical", "-", "-", "3"]
+    text = call("compare", path, "--by", "attn_mode", "--metric", "radial_share")
+    assert text.splitlines()[2].split()[3:] == ["0.5", "the", "same", "in", "every", "seed", "-", "-", "3"]
+    found = json.loads(call("compare", path, "--by", "attn_mode", "--metric", "radial_share", "--json"))["rows"][0]
+    assert (found["agreement"], found["p"], found["effect"]) == ("the same in every seed", None, None)
+
+
 def test_every_seed_on_request(modes: Path):
     text = call("compare", modes, "--by", "attn_mode", "--runs", "--metric", "val_loss_nats", "--seeds")
     assert text.splitlines()[:5] == [

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,17 @@ def test_a_family_is_one_metric_in_one_cell_over_all_norms_and_pairs(tmp_path: P
     )
 
 
+def test_pairs_that_share_runs_are_one_family_whatever_their_cells_are_called(tmp_path: Path):
+    """One level ran in both precisions, the others in one each: each pair is in a cell of another name."""
+    precisions = {"linear": ["fp32"], "sigmoid": ["fp32", "bf16"], "softmax": ["bf16"]}
+    rows = [row | {"precision": name} for row in three_modes() for name in precisions[row["attn_mode"]]]
+    found = losses(tmp_path, "attn_mode", [row | {"method": method} for row in rows for method in ("bp", "fa")]).rows
+    pairs = found.groupby("method")[["a", "b"]].apply(lambda part: set(part.itertuples(index=False, name=None)))
+    assert pairs["fa"] == pairs["bp"] == {("softmax", "sigmoid"), ("softmax", "linear"), ("sigmoid", "linear")}
+    assert found["precision"].nunique(dropna=False) == 3
+    assert found["family"].tolist() == [3] * 6
+
+
 def test_a_norm_without_a_p_does_not_count_in_its_family(tmp_path: Path):
     rows = three_modes()
     for row in rows:
@@ -243,8 +255,7 @@ def test_an_adjusted_p_depends_on_its_question_alone(tmp_path: Path):
     assert again["p_adjusted"].tolist() == found["p_adjusted"].tolist()
     backwards = dict(zip(("linear", "sigmoid", "softmax"), ("exact", "ste", "scale"), strict=True))
     of_modes = [
-        dict(row)
-        | {"ln_backward": backwards[row["attn_mode"]], "attn_mode": mode, "val_loss_nats": loss + row["seed"] * k}
+        dict(row) | {"ln_backward": backwards[row["attn_mode"]], "attn_mode": mode, "val_loss_nats": loss * (1 + k)}
         for k, mode in enumerate(("softmax", "sigmoid"))
         for row in rows
         for loss in [row["val_loss_nats"]]
@@ -268,17 +279,109 @@ def _config(row: dict[str, Any]) -> dict[str, Any]:
     return {name.replace(".", "__"): row[name] for name in ("attn_mode", "attn_mode.bias")}
 
 
-def test_a_column_that_changes_along_is_confounded_and_never_paired(tmp_path: Path):
+def test_a_column_that_changes_along_is_named_and_seeds_stay_paired(tmp_path: Path):
     rows = [dict(row) | {"optimizer.lr": 0.01 if row["attn_mode"] == "sigmoid" else 0.001} for row in TWO_MODES]
     found = losses(tmp_path, "attn_mode", rows)
     (row,) = found.rows.to_dict("records")
-    assert (row["paired"], row["n"], row["difference"]) == (False, 3, pytest.approx(1.0))
-    welch = stats.unpaired([3.0, 3.5, 5.0], [2.0, 3.0, 3.5])
-    assert (row["low"], row["effect"]) == (pytest.approx(float(welch.low)), pytest.approx(float(welch.effect)))
-    assert noted(found, "unpaired") == (
-        "unpaired (Welch): optimizer.lr changes together with attn_mode, so their effects cannot be told apart"
+    assert (row["paired"], row["n"], row["difference"]) == (True, 3, pytest.approx(1.0))
+    assert row["effect"] == pytest.approx(2.0)
+    assert [note for note in found.notes if not note.startswith("p adjusted")] == [
+        "paired by seed, 95% t interval",
+        "optimizer.lr changes together with attn_mode, so their effects cannot be told apart",
+    ]
+
+
+def test_each_pair_is_judged_by_its_own_two_levels(tmp_path: Path):
+    """fa shares its precision with neither of the others, which share one: the same rows as without fa."""
+    rows = [
+        run(seed, loss + seed / 8, method=method, precision=precision, optimizer__lr=0.001)
+        for method, precision, loss in (("bp", "fp32", 2.0), ("dfa", "fp32", 3.0), ("fa", "bf16", 4.0))
+        for seed in (1, 2, 3)
+    ]
+    rows[3]["val_loss_nats"] += 0.5
+    found = losses(tmp_path, "method", rows)
+    assert found.rows["paired"].all()
+    assert found.cells == []
+    assert noted(found, "precision") == (
+        "precision changes together with method, so their effects cannot be told apart: fa − bp; fa − dfa"
     )
-    assert found.seeds()["difference"].isna().all()
+    alone = losses(tmp_path, "method", rows[:6])
+    assert [note.split(" by ")[0] for note in alone.notes] == ["paired", "p adjusted"]
+    columns = ["difference", "low", "high", "p", "effect"]
+    pd.testing.assert_frame_equal(found.rows[columns].iloc[:1], alone.rows[columns])
+
+
+def test_a_third_level_does_not_keep_two_apart(tmp_path: Path):
+    """dfa at both rates makes the rate a cell's column; bp and fa have one each, and are compared as without dfa."""
+    rows = [
+        run(seed, loss + seed * lr, method=method, optimizer__lr=lr)
+        for method, lr, loss in (("bp", 0.01, 2.0), ("fa", 0.001, 4.0), ("dfa", 0.01, 3.0), ("dfa", 0.001, 7.0))
+        for seed in (1, 2, 3)
+    ]
+    found = losses(tmp_path, "method", rows)
+    assert found.cells == ["optimizer.lr"]
+    of_rows = found.rows.set_index(["a", "b"])
+    assert of_rows["difference"].to_dict() == pytest.approx(
+        {("dfa", "bp"): 1.0, ("fa", "dfa"): -3.0, ("fa", "bp"): 2 - 2 * 0.009}
+    )
+    assert of_rows["optimizer.lr"].fillna(-1).to_dict() == {("dfa", "bp"): 0.01, ("fa", "dfa"): 0.001, ("fa", "bp"): -1}
+    assert noted(found, "optimizer.lr changes") == (
+        "optimizer.lr changes together with method, so their effects cannot be told apart: fa − bp"
+    )
+    assert [note for note in found.notes if note.startswith("not compared")] == [
+        "not compared: optimizer.lr=0.001 has no method=bp; optimizer.lr=0.01 has no method=fa"
+    ]
+    alone = losses(tmp_path, "method", rows, where="method != 'dfa'").rows.iloc[0]
+    pd.testing.assert_series_equal(
+        alone[["difference", "low", "high", "p"]],
+        of_rows.loc[("fa", "bp")][["difference", "low", "high", "p"]],
+        check_names=False,
+    )
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_two_levels_are_compared_as_if_there_were_no_others(tmp_path: Path, number: int):
+    """Law, on designs with holes: each pair's rows and the columns that move are those of a table of its runs alone."""
+    rng = np.random.default_rng(number)
+    settings = list(product((0.001, 0.01), ("fp32", "bf16"), (64, 128)))
+    rows = [
+        run(seed, float(rng.normal()), method=method, optimizer__lr=lr, precision=precision, model__n_embd=width)
+        for method in ("bp", "dfa", "fa")
+        for lr, precision, width in rng.permutation(np.array(settings, object))[: rng.integers(1, 5)]
+        for seed in rng.permutation(4)[:3].tolist()
+    ]
+    found = losses(tmp_path, "method", rows)
+    for two in combinations(("bp", "dfa", "fa"), 2):
+        alone = losses(tmp_path, "method", rows, where=f"method in {list(two)}")
+        kept = found.rows[found.rows["a"].isin(two) & found.rows["b"].isin(two)]
+        numbers = ["mean_a", "mean_b", "difference", "low", "high", "p", "effect", "n", "paired", "missing"]
+        one, other = (rows[numbers].sort_values(["mean_a", "mean_b"], ignore_index=True) for rows in (kept, alone.rows))
+        pd.testing.assert_frame_equal(one, other)
+        said = [note.partition(": ") for note in found.notes if "told apart" in note and len(kept)]
+        mine = [
+            head for head, _, where in said if not where or f" {two[1]} − {two[0]} " in f" {where.replace(';', ' ')} "
+        ]
+        assert mine == [note.partition(": ")[0] for note in alone.notes if "told apart" in note]
+
+
+def test_a_column_that_moves_in_one_cell_is_named_for_that_cell(tmp_path: Path):
+    more = [dict(row) | {"method": "bp", "val_loss_nats": 2 * row["val_loss_nats"]} for row in TWO_MODES]
+    for row in more[:3]:
+        row |= {"optimizer": "sgd", "optimizer.lr": 0.1}
+    found = losses(tmp_path, "attn_mode", [*TWO_MODES, *more])
+    assert found.rows["paired"].all()
+    assert noted(found, "optimizer") == (  # and not optimizer.lr, a setting of its member
+        "optimizer changes together with attn_mode, so their effects cannot be told apart: "
+        "softmax − sigmoid at method=bp"
+    )
+
+
+def test_seeds_at_another_setting_are_paired_where_they_have_a_twin(tmp_path: Path):
+    rows = [dict(row) | {"precision": "bf16" if row["seed"] == 3 else "fp32"} for row in TWO_MODES]
+    found = losses(tmp_path, "attn_mode", [*rows, dict(rows[2]) | {"precision": "fp32", "val_loss_nats": 9.0}])
+    rows = found.rows.set_index("precision")[["n", "missing"]]
+    assert rows.T.to_dict("list") == {"fp32": [2, 1], "bf16": [1, 0]}
+    assert not [note for note in found.notes if "told apart" in note]
 
 
 def test_settings_of_a_member_are_part_of_its_level(tmp_path: Path):
@@ -324,6 +427,31 @@ def test_diverged_runs_are_counted_and_never_averaged(tmp_path: Path):
     (row,) = losses(tmp_path, "attn_mode", rows).rows.to_dict("records")
     assert (row["n"], row["diverged_a"]) == (0, 3)  # the line stays, without a number
     assert math.isnan(row["difference"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_and_missing_values_are_counted_and_never_averaged(tmp_path: Path):
+    rows = [dict(row) for row in TWO_MODES for _ in "a"]
+    rows += [dict(row) | {"seed": row["seed"] + 3} for row in TWO_MODES]
+    for i, value in ((0, math.inf), (3, math.inf), (1, -math.inf), (2, math.nan)):
+        rows[i]["val_loss_nats"] = value
+        rows[i]["share"] = [0.1 * i, value]
+    rows[5] |= {"status": "diverged", "val_loss_nats": math.inf}  # which is said as it was
+    found = losses(tmp_path, "attn_mode", rows)
+    (row,) = found.rows.to_dict("records")
+    assert (row["n"], row["difference"], row["missing"]) == (3, pytest.approx(1.0), 0)
+    assert noted(found, "3 infinite") == (
+        "3 infinite and 1 NaN or null values of val_loss_nats are left out: "
+        "attn_mode=softmax 3 of 6, attn_mode=sigmoid 1 of 5"
+    )
+    found = compare(study(tmp_path, rows), "attn_mode", metrics=["radial_share"])
+    of_site = found.rows.set_index("site")
+    assert of_site["n"].to_dict()["ln_f"] == 3
+    assert of_site["n"].to_dict()["blocks.0.ln_1"] == 5
+    assert noted(found, "3 infinite").endswith("attn_mode=softmax 3 of 12, attn_mode=sigmoid 1 of 10")
+    scaling(
+        study(tmp_path, [row | {"steps": s} for row in rows[:3] for s in (10, 100)]), "steps", metrics=["radial_share"]
+    )
 
 
 def test_a_run_that_diverged_before_any_norm_was_measured_counts(tmp_path: Path):
@@ -445,6 +573,41 @@ def test_cost_is_paired_with_exact_and_sites_are_told_apart(tmp_path: Path):
     assert differences[["a", "b"]].drop_duplicates().to_numpy().tolist() == [["softmax", "sigmoid"]]
     assert differences["difference"].to_dict() == pytest.approx({"center_scale": 0.75, "center_scale@ln_f": 0.5})
     assert differences["mean_a"].to_dict() == pytest.approx({"center_scale": 1.0, "center_scale@ln_f": 0.5})
+
+
+def test_cost_names_the_columns_that_move_with_the_backward(tmp_path: Path):
+    rows = [dict(row) | {"optimizer.lr": 0.01 if row["ln_backward"] == "exact" else 0.001} for row in COSTS]
+    found = cost(study(tmp_path, rows))
+    said = "optimizer.lr changes together with ln_backward, so their effects cannot be told apart"
+    assert found.costs.rows["paired"].all()
+    assert [note for note in found.costs.notes if "told apart" in note] == [said]
+    assert found.differences is not None
+    assert found.differences.rows["paired"].all()
+    assert [note for note in found.differences.notes if "told apart" in note] == [said]
+    for row in rows:  # now with attn_mode, whatever the backward
+        row |= {"optimizer.lr": 0.001, "precision": "bf16" if row["attn_mode"] == "softmax" else "fp32"}
+    found = cost(study(tmp_path, rows))
+    assert [note for note in found.costs.notes if "told apart" in note] == []
+    assert found.differences is not None
+    assert [note for note in found.differences.notes if "told apart" in note] == [
+        "precision changes together with attn_mode, so their effects cannot be told apart"
+    ]
+
+
+def test_costs_that_differ_by_the_rounding_of_their_losses_are_identical(tmp_path: Path):
+    """The losses are near 4 and 9, so that a cost of 0.001 is known to 1e-15 and no better."""
+    rows = [dict(row) for row in COSTS if row["ln_backward.sites"] == "all"]
+    for row in rows:
+        row["val_loss_nats"] = 4 + row["seed"] / 7 + 5 * (row["attn_mode"] == "softmax")
+        row["val_loss_nats"] += 0.001 * row["seed"] * (row["ln_backward"] != "exact")
+    found = cost(study(tmp_path, rows))
+    assert found.costs.rows["agreement"].tolist() == ["", ""]
+    assert found.differences is not None
+    (row,) = found.differences.rows.to_dict("records")
+    assert np.abs(found.differences.a - found.differences.b).max() > 0
+    assert (row["agreement"], row["difference"], row["n"]) == (stats.IDENTICAL, 0.0, 3)
+    assert math.isnan(row["p"])
+    assert math.isnan(row["p_adjusted"])
 
 
 def test_cost_of_a_diverged_run_is_a_rate(tmp_path: Path):

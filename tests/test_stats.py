@@ -100,10 +100,48 @@ def test_one_seed_has_an_estimate_only_and_none_has_nothing(method: str):
     assert np.isnan(stats.unpaired([1.0], [2.0, 3.0], how).low)
 
 
-def test_seeds_that_all_agree_make_an_interval_of_no_width():
-    found = stats.paired([[0.0, 0.0, 0.0], [0.5, 0.5, 0.5]])
-    np.testing.assert_array_equal([found.low, found.high], [[0.0, 0.5]] * 2)
-    assert np.isnan(found.p[0])
+@pytest.mark.parametrize("method", stats.METHODS)
+def test_differences_of_rounding_size_have_no_p_and_no_effect(method: str):
+    how, eps = Inference(method, rng=np.random.default_rng(0)), 2.0**-52
+    rows = [
+        ([0.5, 0.5, 0.5], 1.0, stats.SAME, 0.5),
+        ([0.3, 0.3 + eps, 0.3 - eps], 2.3, stats.SAME, 0.3),
+        ([0.0, 0.0, 0.0], 1.2, stats.IDENTICAL, 0.0),
+        ([eps, eps, eps], 1.2, stats.IDENTICAL, 0.0),
+        ([8 * eps, -8 * eps, 8 * eps], 1.0, stats.IDENTICAL, 0.0),  # at the bound
+        ([eps, math.nan, math.nan], 1.2, stats.IDENTICAL, 0.0),
+        ([0.5, math.nan, math.nan], 1.2, "", 0.5),
+        ([17 * eps, 8 * eps, 8 * eps], 1.0, "", 11 * eps),  # spread over the bound
+        ([math.inf, math.inf, math.inf], math.inf, "", math.inf),
+        ([math.nan, math.nan, math.nan], 1.2, "", math.nan),
+    ]
+    found = stats.paired([row[0] for row in rows], how, [[row[1]] * 3 for row in rows])
+    assert found.agreement.tolist() == [row[2] for row in rows]
+    np.testing.assert_allclose(found.estimate, [row[3] for row in rows], rtol=1e-15)
+    agree = found.agreement != ""
+    assert np.isnan(found.p[agree]).all()
+    assert np.isnan(found.effect[agree]).all()
+    np.testing.assert_array_equal(found.low[agree], found.estimate[agree])
+    np.testing.assert_array_equal(found.high[agree], found.estimate[agree])
+    assert np.isfinite(found.effect[7])
+
+
+def test_a_seed_of_large_numbers_does_not_excuse_the_spread_of_small_ones():
+    found = stats.paired([1e-10, 3e-10, 1e-10], size=[1.0, 1.0, 1e9])
+    assert found.agreement == ""
+    assert stats.paired([1e-10, 1e-10, 3e-10], size=[1.0, 1.0, 1e9]).agreement == stats.SAME
+
+
+def test_groups_of_one_value_each_differ_the_same_in_every_seed():
+    found = stats.unpaired(
+        [[1.0, 1.0], [1.0, 1.0], [1.0, 2.0], [1.0, math.nan]], [[0.5, 0.5], [1.0, 1.0], [0.5, 0.5], [0.5, 0.5]]
+    )
+    assert found.agreement.tolist() == [stats.SAME, stats.IDENTICAL, "", ""]
+    np.testing.assert_array_equal(found.estimate, [0.5, 0.0, 1.0, 0.5])
+    np.testing.assert_array_equal(np.isnan(found.p), [True, True, False, True])
+    assert stats.unpaired([1.0], [1.0]).agreement == stats.IDENTICAL
+    both = stats.either(np.array([True, False, False, True]), found, stats.paired([[1.0, 2.0]] * 4))
+    assert both.agreement.tolist() == [stats.SAME, "", "", ""]
 
 
 @pytest.mark.parametrize(("n", "p"), [(3, 0.25), (5, 0.0625), (6, 0.03125)])
