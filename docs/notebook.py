@@ -17,8 +17,6 @@
 import sys
 from pathlib import Path
 
-import pandas as pd
-
 import lnjac
 from lnjac.sweep import companions, load
 from lnjac.tables import LAYERS, RUNS
@@ -30,8 +28,7 @@ print(f"{len(runs)} runs, {len(layers)} layer rows; status: {runs['status'].valu
 
 # %% [markdown]
 # ## What varies
-# A column of the config that holds more than one value was swept. Seeds are the unit: average over layers first, then
-# compare seed by seed.
+# A column of the config that holds more than one value was swept. Seeds are the unit: compare norm by norm, seed by seed.
 
 # %%
 declared = {column.name for column in [*RUNS, *LAYERS]}
@@ -46,6 +43,16 @@ print("swept:", ", ".join(swept))
 last = layers[layers["step"] == layers.groupby("run_id")["step"].transform("max")]
 exact = last[last["ln_backward"] == "exact"]
 print(exact.pivot_table("enrichment_radial_share", "site", "attn_mode", sort=False).round(2))
+
+# %% [markdown]
+# ## Where is the gradient's energy?
+# Each norm's part of all ΣB + ΣC of its run; means over seeds. Energies add over calls and micro-batches of one norm, never
+# over norms: a share of such a sum tells where the energy lies, in which the modes differ.
+
+# %%
+energy = (exact["sum_B"] + exact["sum_C"]).groupby([exact["attn_mode"], exact["seed"], exact["site"]], sort=False).sum()
+part = energy / energy.groupby(["attn_mode", "seed"]).transform("sum")
+print(part.groupby(["site", "attn_mode"], sort=False).mean().unstack("attn_mode").round(4))
 
 # %% [markdown]
 # ## What does center_scale cost, and does softmax pay more?
@@ -76,8 +83,3 @@ run = lnjac.load_run(next(path.parent for path in sorted(folder.glob("*/status.j
 model, (idx, targets) = run.model(), run.diagnostic_batch()
 _, loss = model(idx[0], targets[0])
 print(run.run[["attn_mode", "ln_backward", "seed"]].iloc[0].to_dict(), "loss on its batch:", round(loss.item(), 4))
-
-# %%
-energies = [f"sum_{name}" for name in "ABC"]  # energies add over layers and batches, ratios do not
-sums = pd.concat([exact[["attn_mode", "role"]], exact[energies]], axis=1).groupby(["attn_mode", "role"]).sum()
-print((sums["sum_B"] / (sums["sum_B"] + sums["sum_C"])).unstack(0).round(4))

@@ -93,7 +93,7 @@ def compare(
     as_json: AsJson = False,
     output: Output = None,
 ) -> None:
-    """Compare the levels of a config column, norm by norm and overall, paired by seed.
+    """Compare the levels of a config column, norm by norm, paired by seed.
 
     \b
     Example:
@@ -283,7 +283,7 @@ class Grid(NamedTuple):
 
 def _grids(found: "Comparison", confidence: float, seeds: bool, what: str = "difference") -> Iterator[Grid]:
     """One for each metric, of norms also for each cell: a line for each comparison, and under it one for each seed."""
-    rows = found.rows
+    rows, headline = found.rows, found.headline()
     apart, labels = _layout(rows, found.cells, "a")
     single_a, single_b = rows["a"].nunique() == 1, rows["b"].nunique() == 1
     pair, means = "a − b", ["a", "b"]  # the column that says what a line compares, and the heads of its two means
@@ -310,7 +310,7 @@ def _grids(found: "Comparison", confidence: float, seeds: bool, what: str = "dif
             names = [_text(row[name]) for name in labels]
             if pair:
                 names.append(_text(row["a"]) if pair == found.by else f"{row['a']} − {row['b']}")
-            if "site" in row and row["adjusted_by"] == "holm":
+            if "site" in row and headline[at]:
                 strong.add(len(lines))
             numbers = [_number(row["mean_a"], 5), _number(row["mean_b"], 5), _number(row["difference"])]
             lines.append([*names, *numbers, row["agreement"] or _interval(row), _number(row["effect"], 2)])

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from lnjac import stats
 from lnjac.config import ConfigError
-from lnjac.design import ALL_SITES, Study, Values, gather, named, read, varying, word
+from lnjac.design import LAST_NORM, Study, Values, gather, named, read, varying, word
 from lnjac.stats import STUDENT, Inference
 from lnjac.summary import listed
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
-    "ALL_SITES",
     "Comparison",
     "Costs",
     "Scaling",
@@ -53,9 +52,9 @@ class Comparison:
     """A row for each comparison, the numbers of every seed behind it, and notes on both.
 
     `rows`: the cell's columns, metric, site, the levels `a` and `b`, `mean_a` and `mean_b` over the seeds compared,
-    `difference` = a − b with its interval `low` to `high`, `p`, `p_adjusted` and `adjusted_by`, `effect`, `agreement`
-    ("identical" or "the same in every seed": no p then), `n`, `paired`, `missing` (seeds that only one of the levels has),
-    `diverged_a` of `runs_a`, `diverged_b` of `runs_b`.
+    `difference` = a − b with its interval `low` to `high`, `p`, `p_adjusted` (Holm's, over the `family` p values of this
+    metric in this cell), `effect`, `agreement` ("identical" or "the same in every seed": no p then), `n`, `paired`,
+    `missing` (seeds that only one of the levels has), `diverged_a` of `runs_a`, `diverged_b` of `runs_b`.
     `by` is the column compared, `cells` names the cell's, null where the column is not the same at both levels. `a`, `b`:
     (rows, seeds), NaN where a level has no number; `seed`: (seeds,).
     """
@@ -76,6 +75,20 @@ class Comparison:
         lines = self.rows[key].iloc[row].reset_index(drop=True)
         difference = np.where(self.rows["paired"].to_numpy()[row], a - b, np.nan)
         return lines.assign(seed=self.seed[slot], value_a=a, value_b=b, difference=difference)
+
+    def headline(self) -> Booleans:
+        """Mark the rows to name first: LAST_NORM, and the norm with the largest difference of each comparison.
+
+        All rows where there are no norms. Which norm is the largest is chosen after the fact: `p_adjusted` allows for that,
+        the interval does not.
+        """
+        rows = self.rows
+        if "site" not in rows:
+            return np.ones(len(rows), bool)
+        key = [name for name in rows if name in ("metric", "a", "b") or name in self.cells]
+        sizes = rows["difference"].abs()
+        largest = rows[sizes == sizes.groupby([rows[name] for name in key], dropna=False).transform("max")]
+        return np.asarray((rows["site"] == LAST_NORM) | rows.index.isin(largest.drop_duplicates(key).index))
 
 
 @dataclass(frozen=True)
@@ -139,11 +152,12 @@ class Side(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """The two sides of a contrast, and in each cell the columns that move with a level."""
+    """The two sides of a contrast, and in each cell the arms it is made of and the columns that move with a level."""
 
     contrast: Contrast
     a: Side
     b: Side
+    arms: list[list[int]]
     moving: list[Moving]
 
 
@@ -161,8 +175,8 @@ def compare(
     """The levels of one config column against each other, within each cell of all others that vary.
 
     All pairs of levels, the later in order minus the earlier; each against one level if `reference` names it, and for
-    ln_backward against exact. Rows of ALL_SITES, and those of runs, are the headline family (Holm's adjustment); rows of
-    one site make an exploratory map (Benjamini and Hochberg's).
+    ln_backward against exact. The p values of one metric in one cell, of all norms and all pairs, are one family, adjusted by
+    Holm's method; nothing is adjusted over metrics or cells.
     """
     chosen = metrics or (LAYER_METRICS if table == "layers" else RUN_METRICS)
     values = gather(study, [by], chosen, table=table, at=at, where=where)
@@ -183,7 +197,7 @@ def cost(
     """What each backward costs: its runs' loss minus the exact one's, paired by seed, within each cell of all else.
 
     And the differences of these costs between the levels of `by` (attn_mode where that varies, unless given): softmax −
-    sigmoid. The costs are one family of Holm's adjustment, the differences another.
+    sigmoid. Within a cell the costs of all backwards are one family of Holm's adjustment, the differences another.
     """
     if by == "ln_backward":
         raise ConfigError(
@@ -313,8 +327,9 @@ def _matched(values: Values, contrasts: Sequence[Contrast]) -> "tuple[list[Pair]
         for meeting in meetings:
             place[order.index(key(contrast, meeting))] = meeting
         a, b = np.split(place, [len(contrast.a[1])], axis=1)
+        arms = [_arms(values, contrast, cell) for cell in place.tolist()]
         moving = [_moving(values, contrast, cell) for cell in place.tolist()]
-        pairs.append(Pair(contrast, _side(values, *contrast.a, a), _side(values, *contrast.b, b), moving))
+        pairs.append(Pair(contrast, _side(values, *contrast.a, a), _side(values, *contrast.b, b), arms, moving))
     return pairs, cells
 
 
@@ -386,8 +401,9 @@ def _compared(values: Values, contrasts: Sequence[Contrast], how: Inference) -> 
         "runs_b": there_b.sum(-1),
         "diverged_b": diverged_b.sum(-1),
     }
-    headline = np.isin(values.sites, ["", ALL_SITES])
-    shown = both[:, None, None, :] & ((found.n > 0) | headline[:, None])
+    known = found.n > 0
+    # a norm that these runs lack has no line; a comparison of which no norm has a number keeps them all, for its counts
+    shown = both[:, None, None, :] & (known | ~known.any(2, keepdims=True))
     order = np.argwhere(shown.transpose(3, 1, 0, 2))  # by cell, metric, pair, site
     cell, metric, pair, site = order.T
     at = (pair, metric, site, cell)
@@ -403,15 +419,17 @@ def _compared(values: Values, contrasts: Sequence[Contrast], how: Inference) -> 
         high=found.high[at],
         p=found.p[at],
         p_adjusted=np.nan,
-        adjusted_by=np.where(headline[site], "holm", "bh"),
+        family=0,
         effect=found.effect[at],
         agreement=found.agreement[at],
         n=found.n[at],
         **{name: part[pair, cell] for name, part in by_pair.items()},
     )
-    for family in ("holm", "bh"):
-        mine = rows["adjusted_by"] == family
-        rows.loc[mine, "p_adjusted"] = stats.adjusted(rows.loc[mine, "p"].to_numpy(), family)
+    # every norm and pair of one metric in one cell
+    for family in rows.groupby([_families(pairs, both)[pair, cell], metric]).indices.values():
+        p = rows["p"].to_numpy()[family]
+        rows.loc[family, "p_adjusted"] = stats.holm(p)
+        rows.loc[family, "family"] = int((~np.isnan(p)).sum())
     notes = [
         *_how(values, rows, how),
         *_confounded(
@@ -425,6 +443,30 @@ def _compared(values: Values, contrasts: Sequence[Contrast], how: Inference) -> 
         *_about(values),
     ]
     return Comparison(rows, values.by[-1], list(map(str, cells)), values.seeds, a[at], b[at], notes)
+
+
+def _families(pairs: Sequence[Pair], both: Booleans) -> Integers:
+    """(pair, cell): a number for each comparison, the same for those that share runs, be it through others.
+
+    Within a cell all do, through the level that they have in common. Where a column moves with a level, comparisons of some
+    of the cell's pairs have names of their own: they share its runs all the same.
+    """
+    first: dict[int, int] = {}  # of an arm: another one of its family, at the end itself
+
+    def root(arm: int) -> int:
+        while (before := first.setdefault(arm, arm)) != arm:
+            arm = before
+        return arm
+
+    compared = np.argwhere(both).tolist()
+    for pair, cell in compared:
+        one, *others = pairs[pair].arms[cell]
+        for other in others:
+            first[root(other)] = root(one)
+    found = np.full(both.shape, -1)
+    for pair, cell in compared:
+        found[pair, cell] = root(pairs[pair].arms[cell][0])
+    return found
 
 
 def _key(values: Values, cells: "pd.DataFrame", metric: Integers, site: Integers, cell: Integers) -> "pd.DataFrame":
@@ -442,11 +484,16 @@ def _how(values: Values, rows: "pd.DataFrame", how: Inference) -> list[str]:
         found.append(f"unpaired (Welch) in {_of(~rows['paired'])}: no seed is at both levels")
     if rows["paired"].any():
         found.append(f"paired by seed, {_interval_name(how)}")
-    n_holm, n_bh = (int((rows["adjusted_by"] == family).sum()) for family in ("holm", "bh"))
-    adjusted = [f"Holm over these {n_holm} rows" + (f" of {ALL_SITES}" if n_bh else "")] if n_holm > 1 else []
-    adjusted += [f"Benjamini-Hochberg over the map of {n_bh} rows of single sites"] if n_bh else []
-    if adjusted and not rows["p"].isna().all():
-        found.append("p adjusted: " + ", ".join(adjusted))
+    tested = rows[rows["p"].notna()]
+    if len(tested):
+        smallest, largest = tested["family"].min(), tested["family"].max()
+        sizes = f"{largest}" if smallest == largest else f"{smallest} to {largest}"
+        what = "p value" if largest == 1 else "p values"
+        of = "all norms, " * ("site" in rows) + "all backwards, " * (len(values.by) > 1) + "all pairs of levels"
+        found.append(
+            f"p adjusted by Holm's method over the {sizes} {what} of one metric in one cell ({of}); "
+            "never over metrics or cells"
+        )
     return found
 
 
@@ -503,8 +550,6 @@ def _about(values: Values) -> list[str]:
         found.append(
             f"within each of {len(values.cells)} cells of {', '.join(map(str, values.cells))}, which also vary"
         )
-    if ALL_SITES in values.sites and np.isfinite(values.data[:, -1]).any():  # else withheld, which the doubts say
-        found.append(f"{ALL_SITES}: the plain mean over the norms of a run")
     if n := int(values.diverged.sum()):
         lines = []
         for at in np.argwhere(values.diverged.any(-1)):

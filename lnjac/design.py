@@ -27,8 +27,8 @@ from lnjac.where import Where, known_column
 if TYPE_CHECKING:
     import pandas as pd
 
-ALL_SITES = "all sites"
-"""The site of a plain mean over a run's norms."""
+LAST_NORM = "ln_f"
+"""The norm before the head: a headline names it wherever it was measured."""
 
 RUN = ["run_id", "diag_id"]
 IDENTITY = ("data_sha256", "numerics_version")
@@ -187,7 +187,7 @@ def gather(
     for name in by:
         known_column(name, levels, "runs are not told apart by")
     chosen = Where(where) if where else None
-    rows, in_part = _rows(study, every, list(metrics), table, "every" if "step" in by else at, chosen)
+    rows = _rows(study, every, list(metrics), table, "every" if "step" in by else at, chosen)
     if "step" in by:  # a run is then one run for each step
         each = rows[["run", "step"]].drop_duplicates()
         every = every.loc[each["run"]].assign(step=each["step"].to_numpy()).reset_index(drop=True)
@@ -204,28 +204,19 @@ def gather(
             raise ConfigError(f"all {len(every)} runs chosen have {name}={every[name].iloc[0]}: nothing to compare")
     vary = [name for name in vary if name != "ln_backward.sites"]
     rows, left_out = _finite(rows, every, list(by), list(metrics))
-    doubts = [*left_out, *study.doubts]
-    if in_part:
-        doubts.append(f"{ALL_SITES}: no mean, as --where leaves one run other norms than another")
-    values = _arranged(rows, every, list(by), list(metrics), vary, doubts)
-    if in_part:
-        values.data[:, -1] = np.nan
-    return values
+    return _arranged(rows, every, list(by), list(metrics), vary, [*left_out, *study.doubts])
 
 
 def _rows(
     study: Study, every: "pd.DataFrame", metrics: list[str], table: str, at: int | str | None, chosen: Where | None
-) -> "tuple[pd.DataFrame, bool]":
-    """Chosen rows: `run` (its label in `every`), `step`, `site` and the metrics.
-
-    And whether one run keeps other norms than another.
-    """
+) -> "pd.DataFrame":
+    """Chosen rows: `run` (its label in `every`), `step`, `site` and the metrics."""
     if table == "runs":
         if at is not None:
             raise ConfigError(f"--at {at}: a run's row is of its last update; leave --at out, or compare --layers")
         require_metrics(study, table, metrics)
         kept = every[chosen.holds(every)] if chosen else every
-        return _some(kept[metrics].assign(run=kept.index, site=""), chosen, every), False
+        return _some(kept[metrics].assign(run=kept.index, site=""), chosen, every)
     require_metrics(study, table, metrics)
     known = study.columns(table)
     named = chosen.columns if chosen else []
@@ -234,15 +225,12 @@ def _rows(
     own = [name for name in named if name in known and name not in every]
     wanted = dict.fromkeys([*RUN, "step", "site", "call", *metrics, *own])
     layers = study.frame(table, list(wanted))
-    known_runs, in_part = every[RUN].assign(run=every.index), False
+    known_runs = every[RUN].assign(run=every.index)
     layers = layers.merge(known_runs, on=RUN, how="left")
     if chosen:
         shown = [name for name in named if name in every]
         context = layers.assign(**{name: every[name].to_numpy()[layers["run"]] for name in shown})
-        meant = chosen.holds(context)
-        beside = meant[meant.groupby([layers["run"], layers["step"]]).transform("any")]  # of one measurement with them
-        in_part = bool(beside.groupby(layers["site"]).nunique().gt(1).any())
-        layers = layers[meant]
+        layers = layers[chosen.holds(context)]
     if at != "every":
         steps = sorted(layers["step"].unique().tolist())
         layers = layers[layers["step"] == (layers.groupby("run")["step"].transform("max") if at is None else at)]
@@ -251,7 +239,7 @@ def _rows(
     if layers["call"].any():
         more = study.frame(table, list(dict.fromkeys([*wanted, *pooling.NEEDED]))).loc[layers.index]
         layers = pooling.pooled(more, metrics).merge(known_runs, on=RUN)
-    return _some(layers[["run", "step", "site", *metrics]], chosen, every), in_part
+    return _some(layers[["run", "step", "site", *metrics]], chosen, every)
 
 
 def _finite(
@@ -399,18 +387,11 @@ def _arranged(
     sites = list(dict.fromkeys(rows["site"]))
     at = pd.Series(range(len(every)), index=every.index)[rows["run"]].to_numpy()
     site = rows["site"].map({name: i for i, name in enumerate(sites)}).to_numpy()
-    data = np.full((len(metrics), len(sites) + 1, *shape), np.nan)
-    n_sites = np.maximum(np.bincount(at, minlength=len(every)), 1)
+    data = np.full((len(metrics), len(sites), *shape), np.nan)
     of_row: Any = (site, *(part[at] for part in place))
     for plane, metric in zip(data, metrics, strict=True):
-        values = rows[metric].to_numpy(float)
-        plane[of_row] = values
-        plane[-1][place] = np.bincount(at, weights=values, minlength=len(every)) / n_sites
+        plane[of_row] = rows[metric].to_numpy(float)
     data[..., diverged] = np.nan
-    if sites == [""]:
-        data = data[:, 1:]
-    else:
-        sites = [*sites, ALL_SITES]
     table = every[cells].iloc[pd.Series(cell).drop_duplicates().index].reset_index(drop=True)
     there = count > 0
     return Values(data, metrics, sites, table, by, levels, seeds, there, diverged, arm, others, settings, doubts)

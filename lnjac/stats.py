@@ -131,14 +131,17 @@ def _agreeing(found: Interval, identical: npt.NDArray[np.bool_], same: npt.NDArr
     return Interval(estimate, low, high, p, effect, found.n, agreement, found.method)
 
 
-def adjusted(p: npt.ArrayLike, method: str) -> Array:
-    """p values of one family adjusted for its size: `holm` (family-wise error) or `bh` (false discoveries). NaN stays."""
-    from statsmodels.stats.multitest import multipletests
+def holm(p: npt.ArrayLike) -> Array:
+    """Adjust the (m,) p values of one family by Holm's step-down method; NaN stays NaN and does not count.
 
+    The i-th smallest of m becomes the largest of (m + 1 − j)·p_j over j ≤ i, at most 1: rejecting what is below α then
+    keeps the probability of any false rejection in the family at or below α, however the tests depend on each other.
+    """
     p = np.asarray(p, dtype=np.float64)
     found = np.full(p.shape, np.nan)
-    if (known := ~np.isnan(p)).any():
-        found[known] = multipletests(p[known], method={"holm": "holm", "bh": "fdr_bh"}[method])[1]
+    known = np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known], kind="stable")]
+    found[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
     return found
 
 

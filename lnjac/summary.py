@@ -19,11 +19,15 @@ HEADINGS = {
 }
 """The table's columns of numbers: name in `lnjac.tables`, heading."""
 
+AVERAGE = "AVG: the plain mean of the norms, as the original script printed it"
+
 
 def layer_table(rows: "Sequence[Mapping[str, Any]] | pd.DataFrame") -> str:
-    """The layer rows of one step as text: a header, a line for each site (or call of it), the plain mean over all lines.
+    """Format the layer rows of one step: a header, a line for each site (or call of it), and the original's last line.
 
-    A value that is missing in a row is missing in the mean too: both are shown as `-`.
+    That line, AVG, is the plain mean of the lines above it. It repeats the original script and means no more: norms differ
+    in how much of the gradient's energy they hold, so nothing is tested or concluded from it. A value that is missing in a
+    row is missing in the mean too: both are shown as `-`.
     """
     records = _records(rows)
     calls = Counter(row["site"] for row in records)
@@ -33,7 +37,7 @@ def layer_table(rows: "Sequence[Mapping[str, Any]] | pd.DataFrame") -> str:
         lines.append([name, *(number(row[column]) for column in HEADINGS)])
     if records:
         lines.append(["AVG", *(number(_mean([row[column] for row in records])) for column in HEADINGS)])
-    return aligned(lines)
+    return aligned(lines) + f"\n{AVERAGE}" * bool(records)
 
 
 def number(value: float | None) -> str:

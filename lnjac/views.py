@@ -5,7 +5,7 @@ cells, a chart holds them all and shows the one that its parameter `cell` names.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +14,7 @@ import numpy as np
 
 from lnjac import compare, design, figures, pooling, runs, stats
 from lnjac.config import ConfigError
-from lnjac.design import ALL_SITES, RUN, Study
+from lnjac.design import LAST_NORM, RUN, Study
 from lnjac.where import Where, known_column
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ SAME = {"enrichment_radial_share": "radial_share"}
 """Metrics that within a width are a multiple of another: testing both would be testing one thing twice."""
 
 MOST_LINES = 4
-"""Comparisons up to which each norm has a row for every one of them; beyond, only the mean over norms is drawn."""
+"""Comparisons up to which every norm is drawn; beyond, those of a comparison's headline alone."""
 MOST_STEPS = 40
 MOST_ROWS = 16_000
 """Of the curves behind a map: a chart's data stay small whatever the number of runs."""
@@ -114,10 +114,8 @@ class View:
 
     @cached_property
     def layers_compared(self) -> compare.Comparison:
-        """Every metric of a layer, tested once: whatever shows a part of it shows the same adjusted p."""
-        found = compare.compare(self.study, _required(self), metrics=_tested(self), where=self.where)
-        together = f"these rows are of one family, whose p_adjusted are the same throughout: {', '.join(_tested(self))}"
-        return replace(found, notes=[*found.notes, together])
+        """Every metric of a layer, compared once."""
+        return compare.compare(self.study, _required(self), metrics=_tested(self), where=self.where)
 
 
 def view(study: Study, by: str | None = None, where: str | None = None, metrics: Sequence[str] = METRICS) -> View:
@@ -158,39 +156,38 @@ def word(value: Any) -> str:
 
 
 def layer_values(view: View, metrics: Sequence[str], *, last: bool) -> "pd.DataFrame":
-    """cell, level, site, metric, step, seed, value: of every norm and of the plain mean over a run's norms.
+    """cell, level, site, metric, step, seed, value of every norm.
 
     At the last step of each run, or at all of them. Diverged runs have no numbers here.
     """
-    import pandas as pd
-
     design.require_metrics(view.study, "layers", metrics)
     done = view.runs[view.runs["status"] == runs.DONE]
+    context = done[[*RUN, "cell", "level", "seed"]]
     known = [*dict.fromkeys([*RUN, "step", "site", "call", *metrics])]
     rows = view.study.frame("layers", known)
-    rows = rows.merge(done[[*RUN, "cell", "level", "seed"]], on=RUN)
+    if rows["call"].any():
+        rows = pooling.pooled(view.study.frame("layers", [*dict.fromkeys([*known, *pooling.NEEDED])]), list(metrics))
+    rows = rows.merge(context, on=RUN)
     if last:
         rows = rows[rows["step"] == rows.groupby(RUN)["step"].transform("max")]
     if done.empty:
         raise ConfigError("all of these runs diverged")
     if rows.empty:
         raise ConfigError("no norm of these runs was measured: leave diagnostics=off out")
-    if rows["call"].any():
-        more = view.study.frame("layers", [*dict.fromkeys([*known, *pooling.NEEDED])])
-        context = rows[[*RUN, "cell", "level", "seed"]].drop_duplicates()
-        rows = pooling.pooled(more, list(metrics)).merge(context, on=RUN)
-    keys = ["cell", "level", "step", "seed"]
-    mean = rows.groupby(keys, sort=False)[list(metrics)].mean().reset_index().assign(site=ALL_SITES)
-    every = pd.concat([rows[[*keys, "site", *metrics]], mean], ignore_index=True)
-    return every.melt([*keys, "site"], list(metrics), var_name="metric")
+    return rows.melt(["cell", "level", "step", "seed", "site"], list(metrics), var_name="metric")
+
+
+def _named_norm(values: "pd.DataFrame") -> str:
+    """The norm that a chart of a single one shows: the last one."""
+    sites = values["site"].tolist()
+    return LAST_NORM if LAST_NORM in sites else str(sites[-1])
 
 
 def _finite(values: "pd.DataFrame") -> "tuple[pd.DataFrame, list[str]]":
     """The values that are finite numbers; and how many of each metric are not, in words."""
     known = np.isfinite(values["value"])
-    lost = (values["site"] != ALL_SITES) & ~known
-    total = values.loc[values["site"] != ALL_SITES, "metric"].value_counts()
-    counts = values.loc[lost, "metric"].value_counts(sort=False)
+    total = values["metric"].value_counts()
+    counts = values.loc[~known, "metric"].value_counts(sort=False)
     said = [f"{n} of {total[name]} values of {name} are infinite, NaN or null: left out" for name, n in counts.items()]
     return values[known], said
 
@@ -217,20 +214,18 @@ def _lines(view: View, frame: "pd.DataFrame", keys: Sequence[str]) -> "pd.DataFr
 
 
 def _beside(lines: "pd.DataFrame", reference: "pd.Series[Any]") -> "pd.DataFrame":
-    """Lines with what they are seen against, which is known for each cell and level."""
-    keys = [name for name in ("cell", "level") if name in lines]
+    """Lines with what they are seen against, which is known for each cell and level, and for each norm if it is of norms."""
+    keys = [name for name in reference.index.names if name in lines]
     return lines.merge(reference.rename("reference").reset_index()[[*keys, "reference"]], on=keys, how="left")
 
 
 def _ordered(view: View, frame: "pd.DataFrame", cells: Sequence[str] | None = None) -> "pd.DataFrame":
-    """By cell, by pair or level, by site where there are: each in its order, the mean over norms before any of them."""
+    """By cell, by pair or level where there are, each in its order; norms stay in theirs."""
     order = frame[[]].assign(cell=_places(frame["cell"], view.cells if cells is None else cells))
     if "pair" in frame:
         order["pair"] = frame["pair"]
     if "level" in frame:
         order["level"] = _places(frame["level"], view.levels)
-    if "site" in frame:
-        order["site"] = frame["site"] != ALL_SITES
     return frame.loc[order.sort_values(list(map(str, order)), kind="stable").index].reset_index(drop=True)
 
 
@@ -242,13 +237,12 @@ def _places(column: "pd.Series[Any]", order: Sequence[str]) -> "pd.Series[Any]":
 
 
 def headline(view: View, metric: str | None = None) -> Drawing:
-    """Differences between the levels, every seed of them: at each norm and over all, or over all alone in each cell."""
-    import pandas as pd
-
+    """Differences between the levels, every seed of them: at each norm, or in each cell at those of the headline."""
     metric = metric or HEADLINE[0]
     by = _required(view)
     found = _compared(view, metric)
-    rows, seeds = (_by_cell(part[part["metric"] == metric], found.cells) for part in (found.rows, found.seeds()))
+    rows = found.rows.assign(headline=found.headline())
+    rows, seeds = (_by_cell(part[part["metric"] == metric], found.cells) for part in (rows, found.seeds()))
     if rows["difference"].isna().all():
         raise ConfigError(NO_PAIRS)
     by_site = "site" in rows
@@ -258,24 +252,30 @@ def headline(view: View, metric: str | None = None) -> Drawing:
     for frame in (rows, seeds):
         pair, cell = _pairs(frame), cell_names(frame, found.cells)
         frame["cell"] = cell
-        frame["place"] = frame["site"] if in_rows else cell
+        parts = [frame["cell"]] if found.cells and not in_rows else []
+        parts += [frame["site"]] if by_site else []
+        frame["place"] = [", ".join(of) for of in zip(*parts, strict=True)] if parts else cell
         frame["contrast"] = pair
         if in_rows and found.cells:
             frame["contrast"] = cell if len(pairs) == 1 else pair + "; " + cell
     table = rows[[*found.cells, *(["site"] if by_site else []), "a", "b", "mean_a", "mean_b", *_RESULTS]]
-    if by_site:
-        first = rows["site"] == ALL_SITES
-        rows = pd.concat([rows[first], rows[~first]]) if in_rows else rows[first]
-        seeds = seeds if in_rows else seeds[seeds["site"] == ALL_SITES]
+    shown = rows if in_rows else rows[rows["headline"]]
+    drawn = seeds.merge(shown[["place", "contrast"]])
     chart = figures.headline(
-        seeds.dropna(subset="difference")[["place", "contrast", "seed", "difference"]],
-        rows.rename(columns={"difference": "mean"})[["place", "contrast", "mean", "low", "high"]],
+        drawn.dropna(subset="difference")[["place", "contrast", "seed", "difference"]],
+        shown.rename(columns={"difference": "mean"})[["place", "contrast", "mean", "low", "high"]],
         title=f"{metric}: {_pairs(pairs).iloc[0]}" if len(pairs) == 1 else f"difference of {metric}",
     )
-    over = f" ({ALL_SITES})" if by_site and not in_rows else ""
-    caption = f"Difference of {metric}{over} between levels of {by}: every seed, the mean, its 95% interval."
+    at, notes = "", [*found.notes, _EFFECT]
+    if len(shown) < len(rows):
+        last = f"at {LAST_NORM} and " if (shown["site"] == LAST_NORM).any() else ""
+        at = f" {last}at the norm where it is largest"
+        notes.append(
+            "the largest is chosen by its size: its adjusted p, over all norms, allows for that, its interval does not"
+        )
+    caption = f"Difference of {metric}{at} between levels of {by}: every seed, the mean, its 95% interval."
     each = _each_seed(seeds, ["cell", "site"] if by_site else ["cell"], by)
-    return view.drawing(chart, caption, table, [*found.notes, _EFFECT], seeds=each)
+    return view.drawing(chart, caption, table, notes, seeds=each)
 
 
 def _compared(view: View, metric: str) -> compare.Comparison:
@@ -304,7 +304,7 @@ def _pairs(frame: "pd.DataFrame") -> "pd.Series[str]":
     return frame["a"].map(word) + " − " + frame["b"].map(word)
 
 
-_RESULTS = ["difference", "low", "high", "p", "p_adjusted", "adjusted_by", "effect", "agreement", "n"]
+_RESULTS = ["difference", "low", "high", "p", "p_adjusted", "family", "effect", "agreement", "n"]
 _EFFECT = "effect: d_z, the mean difference in its standard deviations over seeds; Hedges' g where unpaired"
 
 
@@ -332,8 +332,8 @@ def heatmap(view: View, metric: str | None = None) -> Drawing:
     chart = figures.heatmap(cells, legend="difference / the largest of its metric")
     caption = (
         f"Difference of each metric at each norm between levels of {by}{pair}: blue below 0, orange above, full colour "
-        f"for the largest of its metric. A star: adjusted p < 0.05, of {ALL_SITES} by Holm, of single norms by "
-        "Benjamini and Hochberg."
+        "for the largest of its metric. A star: adjusted p < 0.05, by Holm's method over all norms and pairs of levels of "
+        "one metric in one cell."
     )
     wide = cells.pivot_table("difference", [*own, "site"], "metric", sort=False).reset_index()
     return view.drawing(chart, caption, wide, found.notes, choices(cells, "cell", "pair"))
@@ -370,7 +370,8 @@ def curves(view: View) -> Drawing:
     values, notes = _thinned(values, max(2, min(MOST_STEPS, MOST_ROWS // per_step)))
     notes += lost
     lines = _lines(view, values, ["cell", "site", "metric", "step", "level"]).drop(columns="n")
-    lines = lines.sort_values("step", kind="stable")
+    lines = lines.assign(later=lines["site"] != LAST_NORM).sort_values(["later", "step"], kind="stable")
+    lines = lines.drop(columns="later")  # the chart opens at the first row's norm
     if len(lines) > MOST_ROWS:
         per_cell = len(lines) / len(view.cells)
         kept = view.cells[: max(1, int(MOST_ROWS / per_cell))]
@@ -382,7 +383,7 @@ def curves(view: View) -> Drawing:
 
 
 def trajectory(view: View, metric: str | None = None) -> Drawing:
-    """A loss, or a metric as the mean over norms, after so many updates."""
+    """A loss, or a metric at the last norm, after so many updates."""
     metric = metric or LOSS
     known = view.study.columns("curves")
     if metric in known:
@@ -392,8 +393,10 @@ def trajectory(view: View, metric: str | None = None) -> Drawing:
         values, lost = _finite(values.assign(metric=metric, site=""))
         what = metric
     else:
-        values, lost = _finite(layer_values(view, [metric], last=False))
-        values, what = values[values["site"] == ALL_SITES], f"{metric} ({ALL_SITES})"
+        values = layer_values(view, [metric], last=False)
+        norm = _named_norm(values)
+        values, lost = _finite(values[values["site"] == norm])
+        what = f"{metric} at {norm}"
     if values.empty or values.groupby(["cell", "level", "seed"])["step"].nunique().max() < 2:
         raise ConfigError(f"{metric} was measured at most once in a run: {_MORE_OFTEN.get(metric, _MORE_OFTEN[''])}")
     values, notes = _thinned(values, MOST_STEPS)
@@ -463,11 +466,11 @@ def depth(view: View, metric: str | None = None) -> Drawing:
     """A metric at every norm, from the first to the last."""
     metric = metric or "sigma_mean"
     values, notes = _finite(layer_values(view, [metric], last=True))
-    lines = _lines(view, values[values["site"] != ALL_SITES], ["cell", "level", "site"])
+    lines = _lines(view, values, ["cell", "level", "site"])
     caption = f"{metric} from the first norm to the last: mean over seeds and its 95% interval, after the last update."
     if metric in (by_chance := {share: enriched for enriched, share in SAME.items()}):
         both = layer_values(view, [metric, by_chance[metric]], last=True)
-        mean = both.pivot_table("value", ["cell", "level"], "metric")
+        mean = both.pivot_table("value", ["cell", "level", "site"], "metric")
         lines = _beside(lines, mean[metric] / mean[by_chance[metric]])
         caption += " Dashed: that of a random direction."
     log = metric.startswith("sigma") and bool((lines[["mean", "low"]].min() > 0).all())
@@ -483,9 +486,10 @@ def scaling(view: View, metric: str | None = None, x: str = "") -> Drawing:
         raise ConfigError(_SCALING)
     found = compare.scaling(view.study, x, metrics=[metric], table=_table(view, metric), where=view.where)
     others = [name for name in found.cells if name != view.by]
-    points = _by_cell(found.points, others)
-    if "site" in points:
-        points = points[points["site"] == ALL_SITES]
+    points, what = _by_cell(found.points, others), metric
+    if "site" in points and len(points):
+        norm = _named_norm(points)
+        points, what = points[points["site"] == norm], f"{metric} at {norm}"
     if points.empty:
         raise ConfigError(f"no run has a number for {metric}")
     points = points.assign(
@@ -499,9 +503,9 @@ def scaling(view: View, metric: str | None = None, x: str = "") -> Drawing:
         points[[*own, "x", "level", "mean", "low", "high"]],
         by=view.title if view.by in found.cells else "",
         x=x,
-        title=metric,
+        title=what,
     )
-    caption = f"{metric} against {x}: mean over seeds and its 95% interval."
+    caption = f"{what} against {x}: mean over seeds and its 95% interval."
     return view.drawing(chart, caption, _by_cell(found.slopes, others), found.notes, choices(points, *own))
 
 

@@ -193,12 +193,13 @@ def test_show_prints_the_last_step(lnjac: Any, tmp_path: Path):
     assert (code, err) == (0, "")
     lines = text.splitlines()
     assert lines[0] == "seed=1 | done | val loss 1.5000, unigram 3.0000, bigram 2.0000 nats/token"
-    assert [line.split()[:3] for line in lines[1:]] == [
+    assert [line.split()[:3] for line in lines[1:-1]] == [
         ["name", "r_mean", "r_rad"],
         ["blocks.0.ln_1", "0.1000", "-"],
         ["ln_f", "0.2000", "-"],
         ["AVG", "0.1500", "-"],
     ]
+    assert lines[-1].startswith("AVG: the plain mean of the norms")
 
 
 def test_show_another_step(lnjac: Any, tmp_path: Path):

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from folders import make_run, noise
-from test_compare import COSTS, TWO_MODES, _no_sweeping, run, study  # noqa: F401
+from test_compare import COSTS, TWO_MODES, run, study
 from typer.testing import CliRunner
 
 from lnjac import cli, cli_compare, runs, stats
@@ -30,18 +30,17 @@ def modes(tmp_path: Path) -> Path:
     return study(tmp_path, TWO_MODES).path
 
 
-def test_compare_prints_one_line_a_norm_and_the_headline_last(modes: Path):
+def test_compare_prints_one_line_a_norm(modes: Path):
     lines = call("compare", modes, "--by", "attn_mode", "--metric", "radial_share").splitlines()
     assert lines == [
         "radial_share",
         "site           softmax  sigmoid  difference      95% interval  effect  p adj.  n",
-        "blocks.0.ln_1  0.38333  0.28333         0.1  -0.0242 to 0.224       2   0.074  3",
-        "ln_f           0.76667  0.56667         0.2  -0.0484 to 0.448       2   0.074  3",
-        "all sites        0.575    0.425        0.15  -0.0363 to 0.336       2   0.074  3",
+        "blocks.0.ln_1  0.38333  0.28333         0.1  -0.0242 to 0.224       2    0.15  3",
+        "ln_f           0.76667  0.56667         0.2  -0.0484 to 0.448       2    0.15  3",
         "",
         "- paired by seed, 95% t interval",
-        "- p adjusted: Benjamini-Hochberg over the map of 2 rows of single sites",
-        "- all sites: the plain mean over the norms of a run",
+        "- p adjusted by Holm's method over the 2 p values of one metric in one cell (all norms, all pairs of levels); "
+        "never over metrics or cells",
     ]
 
 
@@ -77,7 +76,9 @@ def test_json_has_no_nan_and_the_numbers_of_the_library(modes: Path):
     found = json.loads(text, parse_constant=pytest.fail)
     assert found["rows"][0]["difference"] == pytest.approx(1.0)
     assert [seed["difference"] for seed in found["seeds"]] == pytest.approx([1.0, 0.5, 1.5])
-    assert found["notes"] == ["paired by seed, 95% t interval"]
+    assert found["rows"][0]["family"] == 1
+    assert found["notes"][0] == "paired by seed, 95% t interval"
+    assert "over the 1 p value of one metric in one cell" in found["notes"][1]
     one = call(
         "compare", modes, "--by", "attn_mode", "--runs", "--metric", "val_loss_nats", "--json", "--where", "seed==1"
     )
@@ -89,9 +90,9 @@ def test_exports(modes: Path, tmp_path: Path, suffix: str):
     out = tmp_path / f"x.{suffix}"
     call("compare", modes, "--by", "attn_mode", "--metric", "radial_share", "-o", out)
     if suffix == "parquet":
-        assert pd.read_parquet(out)["difference"].tolist() == pytest.approx([0.1, 0.2, 0.15])
+        assert pd.read_parquet(out)["difference"].tolist() == pytest.approx([0.1, 0.2])
     elif suffix == "csv":
-        assert pd.read_csv(out)["difference"].tolist() == pytest.approx([0.1, 0.2, 0.15])
+        assert pd.read_csv(out)["difference"].tolist() == pytest.approx([0.1, 0.2])
     else:
         lines = out.read_text().splitlines()
         assert [line for line in lines if "ln_f" in line or r"ln\_f" in line]

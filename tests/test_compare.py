@@ -1,11 +1,10 @@
 """Comparisons of small tables whose numbers can be computed by hand: pairing, cells, what is missing, and what is said."""
 
-import gc
 import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ import pytest
 from folders import make_run
 
 from lnjac import compare as comparing
-from lnjac import runs, stats, sweep
-from lnjac.compare import ALL_SITES, Study, compare, cost, read, scaling
+from lnjac import pooling, runs, stats, sweep
+from lnjac.compare import Study, compare, cost, read, scaling
 from lnjac.config import ConfigError
 from lnjac.stats import Inference
 
@@ -82,29 +81,50 @@ TWO_MODES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _no_sweeping(monkeypatch: pytest.MonkeyPatch) -> None:
-    """statsmodels collects garbage at every adjustment, which would take most of these tests' time."""
-    monkeypatch.setattr(gc, "collect", lambda: 0)
-
-
 # compare
 
 
-def test_no_mean_over_norms_that_differ_between_runs(tmp_path: Path):
-    made = study(tmp_path, TWO_MODES)
-    whole = compare(made, "attn_mode", metrics=["radial_share"]).rows
-    value = whole.loc[whole["site"] == "ln_f", "mean_a"].item()
-    found = compare(
-        made, "attn_mode", metrics=["radial_share"], where=f"site == 'ln_f' or radial_share > {value - 0.3}"
-    )
-    assert math.isnan(found.rows.loc[found.rows["site"] == ALL_SITES, "difference"].item())
-    assert noted(found, f"{ALL_SITES}:").startswith(f"{ALL_SITES}: no mean")  # and nothing else about it
-    one = compare(made, "attn_mode", metrics=["radial_share"], where="site == 'ln_f' and seed < 3")
-    assert one.rows["difference"].notna().all()
-    late = compare(made, "attn_mode", metrics=["radial_share"], where="step > 0")  # every norm of a measurement
-    assert late.rows["difference"].tolist() == whole["difference"].tolist()
-    assert made.doubts == []
+def of_energies(folder: Path, energy: Mapping[str, Sequence[float]]) -> Study:
+    """Two modes whose norms have the same shares seed by seed; `energy`: sum_B + sum_C of each norm, by mode."""
+    made = study(folder, [run(seed, attn_mode=mode) for mode in energy for seed in (1, 2, 3)])
+    rows = made.frame("layers").merge(made.frame("runs")[["run_id", "attn_mode", "seed"]], on="run_id")
+    ln_f = rows["site"] == "ln_f"
+    total = [energy[mode][SITES.index(site)] for mode, site in zip(rows["attn_mode"], rows["site"], strict=True)]
+    share = np.where(ln_f, 0.04, 0.01) * (1 + 0.1 * rows["seed"])
+    parts = []
+    for call, (part, of) in enumerate(
+        ((0.25, 0.4), (0.75, 1.2))
+    ):  # of the norm's energy, and of its share, in this call
+        radial = part * of * share * np.array(total)
+        sums = dict.fromkeys(pooling.NEEDED, 0.0) | {"d": 8, "norm": "layernorm", "n_tokens": 10}
+        sums |= {"sum_B": radial, "sum_C": part * np.array(total) - radial, "call": call}
+        parts.append(rows.assign(radial_share=of * share, **sums))
+    note = {"table": "layers", "merged": True, "merge_id": "m"}
+    table = pa.Table.from_pandas(pd.concat(parts), preserve_index=False).drop_columns(["attn_mode", "seed"])
+    runs.write_table(made.path, table.replace_schema_metadata(), note)
+    return made
+
+
+def test_where_the_energy_lies_is_no_difference_between_levels(tmp_path: Path):
+    made = of_energies(tmp_path, {"softmax": (1.0, 99.0), "sigmoid": (78.0, 22.0)})
+    rows = compare(made, "attn_mode", metrics=["radial_share"]).rows
+    assert rows["site"].tolist() == [*SITES]  # and nothing that pools them, whose shares would be 0.048 and 0.020
+    assert rows["mean_a"].tolist() == pytest.approx(
+        [0.012, 0.048]
+    )  # the calls of one norm are pooled by their energies
+    assert rows["difference"].tolist() == pytest.approx([0, 0], abs=1e-15)
+
+
+def test_a_headline_names_the_last_norm_and_the_one_with_the_largest_difference(tmp_path: Path):
+    rows = [run(seed, share=[0.1 + a, 0.2 - b], method=m) for m, a, b in _SHIFTS for seed in (1, 2, 3)]
+    found = compare(study(tmp_path, rows), "method", metrics=["radial_share"])
+    named = found.rows[found.headline()].groupby(["a", "b"], sort=False)["site"].agg(list).to_dict()
+    assert named == {("dfa", "bp"): ["ln_f"], ("fa", "bp"): [*SITES], ("fa", "dfa"): [*SITES]}
+    of_runs = losses(tmp_path, "method", rows)
+    assert of_runs.headline().tolist() == [True] * 3
+
+
+_SHIFTS = (("bp", 0.0, 0.0), ("dfa", 0.01, 0.02), ("fa", 0.05, 0.04))
 
 
 def test_where_without_a_row_says_what_there_is(tmp_path: Path):
@@ -129,7 +149,11 @@ def test_pairs_by_seed(tmp_path: Path):
         [2, 3.5, 3.0, 0.5],
         [3, 5.0, 3.5, 1.5],
     ]
-    assert found.notes == ["paired by seed, 95% t interval"]  # attn_mode.bias is sigmoid's own, no second factor
+    assert found.notes == [  # attn_mode.bias is sigmoid's own, no second factor
+        "paired by seed, 95% t interval",
+        "p adjusted by Holm's method over the 1 p value of one metric in one cell (all pairs of levels); "
+        "never over metrics or cells",
+    ]
 
 
 def test_order_of_rows_does_not_matter(tmp_path: Path):
@@ -138,15 +162,12 @@ def test_order_of_rows_does_not_matter(tmp_path: Path):
     pd.testing.assert_frame_equal(one.rows, other.rows)
 
 
-def test_norm_by_norm_at_the_last_step_and_their_plain_mean(tmp_path: Path):
+def test_norm_by_norm_at_the_last_step(tmp_path: Path):
     found = compare(study(tmp_path, TWO_MODES), "attn_mode", metrics=["radial_share"])
     rows = found.rows.set_index("site")
-    assert list(rows.index) == [*SITES, ALL_SITES]
-    assert rows["difference"].tolist() == pytest.approx([0.1, 0.2, 0.15])
-    assert rows["adjusted_by"].tolist() == ["bh", "bh", "holm"]
-    np.testing.assert_allclose(rows["p_adjusted"].iloc[:2], stats.adjusted(rows["p"].iloc[:2], "bh"))
-    assert rows.loc[ALL_SITES, "p_adjusted"] == rows.loc[ALL_SITES, "p"]
-    assert len(found.seeds()) == 9
+    assert list(rows.index) == [*SITES]
+    assert rows["difference"].tolist() == pytest.approx([0.1, 0.2])
+    assert len(found.seeds()) == 6
     assert compare(study(tmp_path, TWO_MODES), "attn_mode", metrics=["radial_share"], at=0).rows["mean_a"].eq(0).all()
     with pytest.raises(ConfigError, match="no norm was measured at step 7: choose one of 0, 100"):
         compare(study(tmp_path, TWO_MODES), "attn_mode", metrics=["radial_share"], at=7)
@@ -165,9 +186,95 @@ def test_other_columns_that_vary_make_cells(tmp_path: Path):
     assert found.cells == ["method"]
     assert found.rows.set_index("method")["difference"].to_dict() == pytest.approx({"fa": 1.0, "bp": 7.0})
     assert noted(found, "within") == "within each of 2 cells of method, which also vary"
-    both = found.rows["p"].to_numpy()
-    np.testing.assert_allclose(found.rows["p_adjusted"], stats.adjusted(both, "holm"))
-    assert noted(found, "p adjusted") == "p adjusted: Holm over these 2 rows"
+    assert found.rows["p_adjusted"].tolist() == found.rows["p"].tolist()  # each cell asks a question of its own
+    assert noted(found, "p adjusted").startswith(
+        "p adjusted by Holm's method over the 1 p value of one metric in one cell"
+    )
+
+
+def three_modes(step: float = 0.1) -> list[dict[str, Any]]:
+    """Runs of three modes and four seeds, whose differences at each norm have p values between 0.001 and 0.3."""
+    rng = np.random.default_rng(1)
+    modes = ("linear", "sigmoid", "softmax")
+    return [
+        run(seed, 2 + step * i + 0.1 * rng.normal(), [0.1 * i + 0.1 * rng.normal(), 0.2 * i + 0.1 * rng.normal()])
+        | {"attn_mode": mode}
+        for i, mode in enumerate(modes)
+        for seed in (1, 2, 3, 4)
+    ]
+
+
+def test_a_family_is_one_metric_in_one_cell_over_all_norms_and_pairs(tmp_path: Path):
+    rows = [row | {"method": method} for method in ("bp", "fa") for row in three_modes()]
+    layers = {"sigma_mean": 1.0, "cos_center_vs_true": math.nan}
+    found = compare(study(tmp_path, rows, **layers), "attn_mode", metrics=["radial_share", "cos_center_vs_true"])
+    shares = found.rows[found.rows["metric"] == "radial_share"]
+    for _, family in shares.groupby("method"):
+        assert len(family) == 6
+        assert family["family"].tolist() == [6] * 6
+        order = np.argsort(family["p"])
+        by_hand = np.minimum(1, np.maximum.accumulate(family["p"].to_numpy()[order] * [6, 5, 4, 3, 2, 1]))
+        assert family["p_adjusted"].to_numpy()[order].tolist() == pytest.approx(by_hand.tolist())
+        assert (family["p_adjusted"] > family["p"]).any()
+    assert (found.rows.loc[found.rows["metric"] != "radial_share", "family"] == 0).all()  # no p: no part of a family
+    assert noted(found, "p adjusted") == (
+        "p adjusted by Holm's method over the 6 p values of one metric in one cell (all norms, all pairs of levels); "
+        "never over metrics or cells"
+    )
+
+
+def test_pairs_that_share_runs_are_one_family_whatever_their_cells_are_called(tmp_path: Path):
+    """One level ran in both precisions, the others in one each: each pair is in a cell of another name."""
+    precisions = {"linear": ["fp32"], "sigmoid": ["fp32", "bf16"], "softmax": ["bf16"]}
+    rows = [row | {"precision": name} for row in three_modes() for name in precisions[row["attn_mode"]]]
+    found = losses(tmp_path, "attn_mode", [row | {"method": method} for row in rows for method in ("bp", "fa")]).rows
+    pairs = found.groupby("method")[["a", "b"]].apply(lambda part: set(part.itertuples(index=False, name=None)))
+    assert pairs["fa"] == pairs["bp"] == {("softmax", "sigmoid"), ("softmax", "linear"), ("sigmoid", "linear")}
+    assert found["precision"].nunique(dropna=False) == 3
+    assert found["family"].tolist() == [3] * 6
+
+
+def test_a_norm_without_a_p_does_not_count_in_its_family(tmp_path: Path):
+    rows = three_modes()
+    for row in rows:
+        if row["attn_mode"] == "linear":
+            row["share"][0] = math.nan
+    found = compare(study(tmp_path, rows), "attn_mode", metrics=["radial_share"]).rows
+    assert found["p"].notna().sum() == 4
+    assert found.loc[found["p"].notna(), "family"].tolist() == [4] * 4
+    assert found["p_adjusted"].min() == pytest.approx(4 * found["p"].min())
+
+
+def test_an_adjusted_p_depends_on_its_question_alone(tmp_path: Path):
+    """Not on what else is asked: other metrics, other cells, another command."""
+    rows = three_modes()
+    found = compare(study(tmp_path, rows), "attn_mode", metrics=["radial_share"]).rows
+    other = [dict(row) | {"method": "bp", "share": [0.1, row["seed"]]} for row in rows]
+    more = compare(
+        study(tmp_path, [*rows, *other], sigma_mean=1.0), "attn_mode", metrics=["sigma_mean", "radial_share"]
+    )
+    again = more.rows[(more.rows["method"] == "fa") & (more.rows["metric"] == "radial_share")]
+    assert again["p_adjusted"].tolist() == found["p_adjusted"].tolist()
+    backwards = dict(zip(("linear", "sigmoid", "softmax"), ("exact", "ste", "scale"), strict=True))
+    of_modes = [
+        dict(row) | {"ln_backward": backwards[row["attn_mode"]], "attn_mode": mode, "val_loss_nats": loss * (1 + k)}
+        for k, mode in enumerate(("softmax", "sigmoid"))
+        for row in rows
+        for loss in [row["val_loss_nats"]]
+    ]
+    made = study(tmp_path, of_modes)
+    costs = cost(made)
+    compared = compare(made, "ln_backward", metrics=["val_loss_nats", "seed"], table="runs").rows
+    compared = compared[compared["metric"] == "val_loss_nats"]
+    assert costs.costs.rows["p_adjusted"].tolist() == compared["p_adjusted"].tolist()
+    assert costs.costs.rows["family"].tolist() == [2] * 4
+    one = cost(made, where="attn_mode == 'softmax'").costs.rows
+    assert one["p_adjusted"].tolist() == costs.costs.rows.query("attn_mode == 'softmax'")["p_adjusted"].tolist()
+    assert costs.differences is not None
+    assert costs.differences.rows["family"].tolist() == [2] * 2
+    assert noted(costs.differences, "p adjusted").endswith(
+        "over the 2 p values of one metric in one cell (all backwards, all pairs of levels); never over metrics or cells"
+    )
 
 
 def _config(row: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +287,7 @@ def test_a_column_that_changes_along_is_named_and_seeds_stay_paired(tmp_path: Pa
     (row,) = found.rows.to_dict("records")
     assert (row["paired"], row["n"], row["difference"]) == (True, 3, pytest.approx(1.0))
     assert row["effect"] == pytest.approx(2.0)
-    assert found.notes == [
+    assert [note for note in found.notes if not note.startswith("p adjusted")] == [
         "paired by seed, 95% t interval",
         "optimizer.lr changes together with attn_mode, so their effects cannot be told apart",
     ]
@@ -201,7 +308,7 @@ def test_each_pair_is_judged_by_its_own_two_levels(tmp_path: Path):
         "precision changes together with method, so their effects cannot be told apart: fa − bp; fa − dfa"
     )
     alone = losses(tmp_path, "method", rows[:6])
-    assert alone.notes == ["paired by seed, 95% t interval"]
+    assert [note.split(" by ")[0] for note in alone.notes] == ["paired", "p adjusted"]
     columns = ["difference", "low", "high", "p", "effect"]
     pd.testing.assert_frame_equal(found.rows[columns].iloc[:1], alone.rows[columns])
 
@@ -354,7 +461,7 @@ def test_a_run_that_diverged_before_any_norm_was_measured_counts(tmp_path: Path)
     one = study(tmp_path, [*TWO_MODES, run(4), run(4) | lost, run(5, method="bp") | lost])
     rows = compare(one, "attn_mode", metrics=["radial_share"], where="method == 'fa'").rows
     assert rows[["n", "diverged_b", "runs_b", "missing"]].drop_duplicates().to_numpy().tolist() == [[3, 1, 4, 0]]
-    assert rows["difference"].tolist() == pytest.approx([0.1, 0.2, 0.15])
+    assert rows["difference"].tolist() == pytest.approx([0.1, 0.2])
 
 
 def test_a_level_that_a_cell_lacks_is_said(tmp_path: Path):
@@ -373,7 +480,7 @@ def test_one_run_with_two_diagnostics_is_one_run_and_two_of_its_layers(tmp_path:
     assert losses(tmp_path, "attn_mode", [*TWO_MODES, *again]).rows["n"].tolist() == [3]
     found = compare(study(tmp_path, [*TWO_MODES, *again]), "attn_mode", metrics=["radial_share"])
     assert found.cells == ["diagnostics"]
-    assert found.rows["n"].tolist() == [3] * 6
+    assert found.rows["n"].tolist() == [3] * 4
 
 
 def test_two_runs_of_one_config_and_seed_are_refused(tmp_path: Path):
@@ -390,8 +497,8 @@ def test_where_chooses_runs_and_norms_before_anything_is_found_to_vary(tmp_path:
         where="method == 'fa' and role == 'ln_f' and val_loss_nats < 5",
     )
     assert found.cells == []
-    assert found.rows["site"].tolist() == ["ln_f", ALL_SITES]
-    assert found.rows["n"].tolist() == [2, 2]
+    assert found.rows["site"].tolist() == ["ln_f"]
+    assert found.rows["n"].tolist() == [2]
 
 
 @pytest.mark.parametrize(

@@ -162,8 +162,8 @@ def test_the_notebook_reads_a_sweep(root: Path, tmp_path: Path) -> None:
     assert "8 runs, 120 layer rows; status: {'done': 8}" in done.stdout
     assert "softmax - sigmoid" in done.stdout
     cells = jupytext.read(script)["cells"]
-    assert [cell["cell_type"] for cell in cells].count("markdown") == 6
-    assert "load_run" in cells[-2]["source"]
+    assert [cell["cell_type"] for cell in cells].count("markdown") == 7
+    assert "load_run" in cells[-1]["source"]
 
 
 def _here(root: Path) -> dict[str, str]:

@@ -176,10 +176,47 @@ def test_the_comparison_that_is_shown_is_the_one_of_compare(tmp_path: Path):
     drawing = views.headline(views.view(study), "radial_share")
     shown = drawing.table.set_index("site")
     assert (shown["difference"] == found["difference"]).all()
-    assert shown.loc["all sites", "n"] == 3
+    assert (shown["n"] == 3).all()
     datasets = drawing.chart.to_dict()["datasets"].values()
     (dots,) = [rows for rows in datasets if "seed" in rows[0]]
     assert len(dots) == len(found) * 3
+
+
+def test_each_number_of_a_layer_is_of_one_norm(tmp_path: Path):
+    """No row, choice or caption is of norms together."""
+    path = write_study(tmp_path, TWO | {"model.n_embd": [32, 64], "method": ["bp", "fa", "dfa"]})
+    view = views.view(design.read([path]))
+    sites = set(pd.read_parquet(path)["site"])
+    drawn = [views.headline(view), views.heatmap(view), views.enrichment(view), views.curves(view), views.depth(view)]
+    for drawing in (*drawn, views.scaling(view)):
+        assert set(drawing.table["site"]) == sites
+        assert set(drawing.choices.get("site", sites)) == sites
+    assert drawn[0].caption.startswith("Difference of radial_share at ln_f and at the norm where it is largest")
+    assert drawn[3].choices["site"][0] == "ln_f"  # where the chart opens
+    values = pd.read_parquet(path).query("site == 'ln_f' and step == 100")
+    shown = views.trajectory(view, "radial_share")
+    assert shown.caption.startswith("radial_share at ln_f after")
+    mean = values.query("attn_mode == 'softmax' and method == 'bp' and `model.n_embd` == 32")["radial_share"].mean()
+    assert mean == pytest.approx(shown.table.query("step == 100 and level == 'softmax'")["mean"].iloc[0])
+    assert views.scaling(view).caption.startswith("radial_share at ln_f against")
+
+
+def test_a_headline_of_many_comparisons_draws_the_norms_that_it_names(tmp_path: Path):
+    study = design.read([write_study(tmp_path, TWO | {"model.n_embd": [32, 64], "method": ["bp", "fa", "dfa"]})])
+    drawing = views.headline(views.view(study))
+    datasets = drawing.chart.to_dict()["datasets"].values()
+    (bars,) = [rows for rows in datasets if "low" in rows[0]]
+    largest = drawing.table.assign(size=drawing.table["difference"].abs()).sort_values("size")
+    largest = largest.drop_duplicates(["model.n_embd", "method"], keep="last")
+    named = {
+        f"method={row['method']}, n_embd={row['model.n_embd']}, {site}"
+        for row in largest.to_dict("records")
+        for site in (row["site"], "ln_f")
+    }
+    assert {row["place"] for row in bars} == named
+    (dots,) = [rows for rows in datasets if "seed" in rows[0]]
+    assert len(dots) == 3 * len(bars)
+    assert any("the largest is chosen by its size" in note for note in drawing.notes)
 
 
 def test_bands_are_t_intervals_of_seeds_and_diverged_runs_are_in_none(tmp_path: Path):
@@ -213,7 +250,7 @@ def test_curves_stay_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert 1000 < len(drawing.table) <= 2000
     assert set(drawing.table["step"]) >= {0, 99}
     thinned, left_out = drawing.notes
-    assert thinned.startswith("20 of the 100 measured steps are shown")
+    assert thinned.startswith("25 of the 100 measured steps are shown")
     assert left_out == "curves of the first 1 of 3 cells: choose others by --where"
 
 
@@ -228,14 +265,11 @@ def test_losses_are_seen_against_bigrams_and_shares_against_chance(tmp_path: Pat
     path = write_study(tmp_path, TWO)
     view = views.view(design.read([path]))
     assert (views.trajectory(view, "val_loss_nats").table["reference"] == 0.25).all()
-    layers = (
-        pd.read_parquet(path).query("step == 100").groupby("attn_mode")[["radial_share", "enrichment_radial_share"]]
-    )
-    chance = layers.mean()["radial_share"] / layers.mean()["enrichment_radial_share"]  # of made-up numbers
-    shown = views.depth(view, "radial_share").table.groupby("level")["reference"].unique()
-    assert {level: list(values) for level, values in shown.items()} == {
-        level: [pytest.approx(value)] for level, value in chance.items()
-    }
+    layers = pd.read_parquet(path).query("step == 100").groupby(["attn_mode", "site"])
+    layers = layers[["radial_share", "enrichment_radial_share"]].mean()
+    chance = layers["radial_share"] / layers["enrichment_radial_share"]  # of made-up numbers
+    shown = views.depth(view, "radial_share").table.set_index(["level", "site"])["reference"]
+    assert shown.to_dict() == pytest.approx(chance.to_dict())
     assert "reference" not in views.depth(view, "sigma_mean").table
 
 
@@ -268,6 +302,8 @@ def test_cells_are_in_the_order_of_their_numbers_exact_runs_first(tmp_path: Path
 
 
 def test_an_effect_has_one_adjusted_p_wherever_it_is_shown(tmp_path: Path):
+    from lnjac import compare
+
     view = views.view(design.read([write_study(tmp_path, TWO)]))
     drawn = views.heatmap(view)
     (cells,) = drawn.chart.to_dict()["datasets"].values()
@@ -277,9 +313,10 @@ def test_an_effect_has_one_adjusted_p_wherever_it_is_shown(tmp_path: Path):
         assert {(metric, row.site): row.p_adjusted for row in table.itertuples()}.items() <= of_map.items()
     tested = {metric for metric, _ in of_map}
     assert tested == {*views.METRICS} - {"enrichment_radial_share"}  # (d−1)·radial_share: the very same test
-    for drawing in (drawn, views.headline(view, "radial_share")):
-        assert any(f"Holm over these {len(tested)} rows" in note for note in drawing.notes)
-        assert any(", ".join(name for name in views.METRICS if name in tested) in note for note in drawing.notes)
+    for drawing in (drawn, views.headline(view, "radial_share"), views.heatmap(view, "radial_share")):
+        assert any("Holm's method over the 5 p values of one metric in one cell" in note for note in drawing.notes)
+    alone = compare.compare(view.study, "attn_mode", metrics=["radial_share"]).rows.set_index("site")["p_adjusted"]
+    assert {site: p for (metric, site), p in of_map.items() if metric == "radial_share"} == alone.to_dict()
 
 
 def test_tables_have_p_effect_and_every_seed(tmp_path: Path):

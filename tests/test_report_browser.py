@@ -137,7 +137,7 @@ def test_a_click_on_a_maps_cell_updates_the_curves(browser: Any, file: Path):
     lists = browser.find_elements(By.CSS_SELECTOR, f"{MAPS} select")
     values = [one.get_property("value") for one in lists]
     assert said == ", ".join(values)
-    assert values[1:] != ["all sites", "radial_share"]
+    assert values[1:] != ["ln_f", "radial_share"]
 
 
 def test_the_lists_do_the_same_for_a_keyboard(browser: Any, file: Path):

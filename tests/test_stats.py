@@ -185,20 +185,22 @@ def test_an_unknown_method_is_named():
 
 @quick
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_holm_and_bh_by_their_definitions(p: list[float]):
-    order, m = np.argsort(p, kind="stable"), len(p)
-    ranked = np.array(p)[order]
-    holm, bh = np.empty(m), np.empty(m)
-    holm[order] = np.minimum(1, np.maximum.accumulate(ranked * (m - np.arange(m))))
-    bh[order] = np.minimum(1, np.minimum.accumulate((ranked * m / np.arange(1, m + 1))[::-1])[::-1])
-    with patch.object(
-        gc, "collect"
-    ):  # statsmodels sweeps the memory at every call, which takes all of this test's time
-        np.testing.assert_allclose(stats.adjusted(p, "holm"), holm, rtol=1e-12, atol=1e-15)
-        np.testing.assert_allclose(stats.adjusted(p, "bh"), bh, rtol=1e-12, atol=1e-15)
-        with_gap = stats.adjusted([math.nan, *p], "holm")
-    assert np.isnan(with_gap[0])
-    np.testing.assert_allclose(with_gap[1:], holm, rtol=1e-12, atol=1e-15)
+def test_holm_rejects_what_its_steps_down_reject(p: list[float]):
+    """Against statsmodels', and against the procedure itself: reject the smallest as long as p ≤ α/(tests left)."""
+    from statsmodels.stats.multitest import multipletests
+
+    found = stats.holm([math.nan, *p])
+    assert np.isnan(found[0])
+    with patch.object(gc, "collect"):  # statsmodels sweeps the memory at every call, most of this test's time
+        np.testing.assert_allclose(found[1:], multipletests(p, method="holm")[1], rtol=1e-12, atol=1e-15)
+    for alpha in (0.01, 0.05, 0.5):
+        rejected = set()
+        for left, i in zip(range(len(p), 0, -1), np.argsort(p, kind="stable"), strict=True):
+            if p[i] * left > alpha:
+                break
+            rejected.add(i)
+        assert {i for i in range(len(p)) if found[1 + i] <= alpha} == rejected
+    assert stats.holm([]).shape == (0,)
 
 
 @quick
