@@ -19,20 +19,22 @@ def task(cfg: "DictConfig") -> str:
     from hydra.errors import CompactHydraException  # shown as its text alone, without a traceback
     from hydra.types import RunMode
 
-    from lnjac import config, train
+    from lnjac import errors
+    from lnjac.config import schema
     from lnjac.escape import visible_lines
+    from lnjac.training import run as train
 
     job = HydraConfig.get()
     try:
-        settings = config.build(cfg, job.runtime.choices)
+        settings = schema.build(cfg, job.runtime.choices)
         corpus = train.admit(settings)
         if job.mode == RunMode.RUN and (meant := [word for word in job.overrides.task if word.startswith("sweep=")]):
-            raise config.ConfigError(f"{meant[0]} names the folder of a sweep, and this is one run: add -m")
+            raise errors.ConfigError(f"{meant[0]} names the folder of a sweep, and this is one run: add -m")
         if cfg.dry_run:
             log.info("dry_run: the config is sound; nothing was started")
             return "dry_run"
         return train.run(settings, Path(job.runtime.output_dir), corpus)
-    except config.ConfigError as error:
+    except errors.ConfigError as error:
         raise CompactHydraException(visible_lines(str(error))) from None
     except Exception:
         log.exception("the run failed")
@@ -45,7 +47,7 @@ def task(cfg: "DictConfig") -> str:
 
 def after_interruption(folder: Path) -> str:
     """Say how an interrupted run is continued: from its checkpoint only if it has one."""
-    from lnjac import runs
+    from lnjac.runs import folder as runs
 
     if runs.read_status(folder).get("status") in runs.FINISHED:
         return f"the run is finished, in {folder}"
@@ -71,7 +73,8 @@ if __name__ == "__main__":
         import hydra  # half a second in which Ctrl-C may come, too
         from hydra.errors import CompactHydraException
 
-        from lnjac.config import ConfigError, as_typed, broken_yaml, spelled
+        from lnjac.config.compose import as_typed, broken_yaml, spelled
+        from lnjac.errors import ConfigError
 
         try:
             with broken_yaml():

@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py [ROUNDS]
 
-`lnjac.attention.Softmax` picks the kernel by what this shows.
+`lnjac.gpt.attention.Softmax` picks the kernel by what this shows.
 """
 
 import statistics
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from interleaved import interleaved, ratio
 from torch import Tensor
 
-from lnjac import train
-from lnjac.attention import Attention, Softmax
-from lnjac.config import compose
+from lnjac.config.compose import compose
+from lnjac.gpt.attention import Attention, Softmax
+from lnjac.training import run as train
 
 
 class Fused(Softmax):

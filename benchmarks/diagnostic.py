@@ -15,8 +15,8 @@ from typing import Any
 from interleaved import interleaved, ratio
 from torch.profiler import ProfilerActivity, profile
 
-from lnjac import train
-from lnjac.config import compose
+from lnjac.config.compose import compose
+from lnjac.training import run as train
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:

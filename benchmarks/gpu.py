@@ -22,8 +22,10 @@ import torch
 from plain import PlainTraining
 from torch.profiler import ProfilerActivity, profile
 
-from lnjac import analyse, gpt, train
-from lnjac.config import compose
+from lnjac.config.compose import compose
+from lnjac.gpt import model as gpt
+from lnjac.norms import analyse
+from lnjac.training import run as train
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.cuda.is_available()

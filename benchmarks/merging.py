@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from lnjac import config as configs
-from lnjac import runs
-from lnjac.tables import CORE
+from lnjac.config import compose, schema
+from lnjac.config import identity as config_identity
+from lnjac.runs import folder as runs
+from lnjac.runs.schema import CORE
 
 SITES = [*(f"blocks.{i}.ln_{j}" for i in range(4) for j in (1, 2)), "ln_f", "ln_out"]
 GRID = [f"ln_backward={way} model.n_embd={d}" for way in ("exact", "center_scale", "ste", "scale") for d in (64, 128)]
@@ -51,10 +52,14 @@ def _make(numbers: range, folder: Path, steps: int) -> None:
             "curves": {"step": np.arange(10)},
         }
         out = runs.RunFolder(folder / "-".join(identity.values()), identity)
-        metadata = {**identity, "config": configs.to_dict(config), "provenance": {"commit": "0" * 40, "threads": 1}}
+        metadata = {
+            **identity,
+            "config": config_identity.to_dict(config),
+            "provenance": {"commit": "0" * 40, "threads": 1},
+        }
         for name, n_rows in (("layers", len(SITES) * steps), ("runs", 1), ("curves", 10)):
             columns = [(c, _value(c.dtype, n_rows, random)) for c in CORE[name]]
-            columns += [] if name == "curves" else configs.columns(config)
+            columns += [] if name == "curves" else config_identity.columns(config)
             values = {c.name: (identity | known[name]).get(c.name, value) for c, value in columns}
             arrays = [value if np.ndim(value) else [value] * n_rows for value in values.values()]
             data = pa.table(arrays, schema=runs.schema(c for c, _ in columns))
@@ -64,8 +69,8 @@ def _make(numbers: range, folder: Path, steps: int) -> None:
 
 
 @cache
-def _config(words: str) -> configs.RunConfig:
-    return configs.compose(*words.split())
+def _config(words: str) -> schema.RunConfig:
+    return compose.compose(*words.split())
 
 
 def _value(dtype: str, n_rows: int, random: np.random.Generator) -> Any:
@@ -93,7 +98,7 @@ def main(folder: Path, n_runs: int, steps: int = 1, rounds: int = 1) -> None:
         make(folder, range(n_runs), steps)
     commands = {
         "merge": ("-m", "lnjac", "merge", folder, "-o", folder / "all.parquet"),
-        "start-up": ("-c", "import lnjac.sweep, pandas"),
+        "start-up": ("-c", "import lnjac.runs.merge, pandas"),
     }
     for _ in range(rounds):
         for name, words in commands.items():

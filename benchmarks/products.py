@@ -3,7 +3,7 @@
     python benchmarks/products.py [ROUNDS]
 
 The products are those of the forward pass and the two of the backward, into memory already there: by torch.mm and torch.bmm,
-and the linear layers' also by `lnjac.credit.product`, which an update uses.
+and the linear layers' also by `lnjac.gpt.credit.product`, which an update uses.
 """
 
 import statistics
@@ -14,9 +14,10 @@ import torch
 from interleaved import interleaved, ratio
 from torch import Tensor
 
-from lnjac import train
-from lnjac.config import RunConfig, compose
-from lnjac.credit import linears, product
+from lnjac.config.compose import compose
+from lnjac.config.schema import RunConfig
+from lnjac.gpt.credit import linears, product
+from lnjac.training import run as train
 
 Call = Callable[[], object]
 

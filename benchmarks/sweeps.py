@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from plain import PlainTraining
 
-from lnjac import train
-from lnjac.config import compose
+from lnjac.config.compose import compose
+from lnjac.training import run as train
 
 RUN = Path(__file__).resolve().parent.parent / "run.py"
 STEPS = 250

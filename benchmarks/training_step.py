@@ -10,8 +10,8 @@ import torch
 from interleaved import interleaved, ratio
 from plain import PlainTraining
 
-from lnjac import train
-from lnjac.config import compose
+from lnjac.config.compose import compose
+from lnjac.training import run as train
 
 
 def main(rounds: int) -> None:

@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 
 import lnjac
-from lnjac.sweep import companions, load
-from lnjac.tables import LAYERS, RUNS
+from lnjac.runs.merge import companions, load
+from lnjac.runs.schema import LAYERS, RUNS
 
 folder = Path(sys.argv[1]) if len(sys.argv) == 2 and Path(sys.argv[1]).is_dir() else Path("multirun/NAME")
 files = companions(folder / "all.parquet")

@@ -216,7 +216,7 @@ def _warm_up() -> None:
     if context.get_start_method() == "forkserver":
         from multiprocessing import forkserver
 
-        preload = ["__main__", "lnjac.train", "torch._dynamo", __name__]  # the compiler, which optimizers import
+        preload = ["__main__", "lnjac.training.run", "torch._dynamo", __name__]  # the compiler, which optimizers import
         context.set_forkserver_preload(preload)
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is this process's affair
         forkserver.ensure_running()
@@ -450,7 +450,7 @@ def lost(config: DictConfig, why: str) -> JobReturn:
 
 
 def _outcome(job: JobReturn, folder: Path) -> str:
-    from lnjac.runs import read_status
+    from lnjac.runs.folder import read_status
 
     if job.status != JobStatus.COMPLETED:
         return f"FAILED ({reason(job)})"

@@ -43,8 +43,8 @@ POLL_S = 1.0
 class Job:
     """One job of the sweep: how it was asked for, what it is, and where it goes.
 
-    `config` is a lnjac.config.RunConfig and `state` a lnjac.plan.State: Hydra loads this module in a way that dataclasses
-    cannot resolve names in quotes.
+    `config` is a lnjac.config.schema.RunConfig and `state` a lnjac.runs.state.State: Hydra loads this module in a way that
+    dataclasses cannot resolve names in quotes.
     """
 
     overrides: list[str]
@@ -118,14 +118,14 @@ class LnjacSweeper(BasicSweeper):
         return folder
 
     def _parse_config(self) -> list[str]:
-        from lnjac.config import as_typed
+        from lnjac.config.compose import as_typed
 
         words: list[str] = super()._parse_config()
         return as_typed(words)
 
     def _grid(self, arguments: Sequence[str]) -> list[list[str]]:
         assert self.hydra_context is not None
-        from lnjac.config import spelled
+        from lnjac.config.compose import spelled
 
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides(spelled([*self._parse_config(), *arguments]))
@@ -152,14 +152,17 @@ class LnjacSweeper(BasicSweeper):
         assert self.hydra_context is not None
         if isinstance(self.launcher, Engine) and not self.config.dry_run:
             self.launcher.prepare()
-        from lnjac import config as configs
-        from lnjac import plan, train
+        from lnjac import errors
+        from lnjac.config import compose, schema
+        from lnjac.config import identity as config_identity
         from lnjac.escape import visible
+        from lnjac.runs import state as plan
+        from lnjac.training import run as train
 
         log.info("checking %d jobs", len(grid))
         here = not getattr(self.launcher, "elsewhere", False)
         loader, master = self.hydra_context.config_loader, self.config
-        composer = configs.Composer(loader, lambda words: loader.load_sweep_config(master, words))
+        composer = compose.Composer(loader, lambda words: loader.load_sweep_config(master, words))
         jobs, bad, unknown = [], [], _Unknown()
         for overrides in grid:
             choices: Mapping[str, str] = {}
@@ -167,15 +170,15 @@ class LnjacSweeper(BasicSweeper):
             try:
                 composed = self._composed(composer, overrides)
                 choices = composed.hydra.runtime.choices
-                config = configs.build(composed)
+                config = schema.build(composed)
                 sha256 = train.admit(config, here=here).sha256
-            except (configs.ConfigError, HydraException, OmegaConfBaseException) as error:
-                said = str(error) if isinstance(error, configs.ConfigError) else _in_one_line(error)
+            except (errors.ConfigError, HydraException, OmegaConfBaseException) as error:
+                said = str(error) if isinstance(error, errors.ConfigError) else _in_one_line(error)
             unknown.add(choices, said)
             if said:
                 bad.append("\n  ".join([_words(overrides), *map(visible, said.split("\n"))]))
                 continue
-            identity = {"run_id": configs.run_id(config, sha256), "diag_id": configs.diag_id(config)}
+            identity = {"run_id": config_identity.run_id(config, sha256), "diag_id": config_identity.diag_id(config)}
             own = folder / "-".join(identity.values())
             jobs.append(Job(overrides, composed, config, identity, own, plan.state(own, identity)))
         if bad:
@@ -210,7 +213,8 @@ class LnjacSweeper(BasicSweeper):
 
     def _todo(self, jobs: Sequence[Job]) -> list[Job]:
         """The jobs that are to run; says how many there are of each kind, and why a run is made again."""
-        from lnjac import plan, runs
+        from lnjac.runs import folder as runs
+        from lnjac.runs import state as plan
 
         assert self.config is not None
         kept = (*runs.FINISHED, runs.RUNNING, *(() if self.config.retry_failed else (runs.FAILED,)))
@@ -229,7 +233,7 @@ class LnjacSweeper(BasicSweeper):
         return todo
 
     def _estimate(self, todo: Sequence[Job], folder: Path) -> None:
-        from lnjac import plan
+        from lnjac.runs import state as plan
 
         for job in todo:
             log.info("to do (%s): %s", job.state.name, job.name)
@@ -274,7 +278,8 @@ class LnjacSweeper(BasicSweeper):
 
     def _wait_for_others(self, jobs: Sequence[Job]) -> bool:
         """Wait until no other command runs any of these jobs, and bring their states up to date; whether there was one."""
-        from lnjac import plan, runs
+        from lnjac.runs import folder as runs
+        from lnjac.runs import state as plan
 
         others = [job for job in jobs if job.state.name == runs.RUNNING]
         for n, job in enumerate(others):
@@ -363,14 +368,15 @@ def _within(key: str, keys: Iterable[str]) -> bool:
 
 
 def _is_whole(override: Override) -> bool:
-    from lnjac.config import SWEEP
+    from lnjac.config.schema import SWEEP
 
     return override.get_key_element().lstrip("+") in (*SWEEP, "experiment")
 
 
 def _settle(job: Job, said: str) -> None:
     """Bring the job's state up to date; one that is not finished, has not failed and is not alive has died: it failed."""
-    from lnjac import plan, runs
+    from lnjac.runs import folder as runs
+    from lnjac.runs import state as plan
 
     job.state = plan.state(job.folder, job.identity)
     if not job.state.finished and job.state.name not in (runs.FAILED, runs.RUNNING, plan.FOREIGN):
@@ -386,8 +392,8 @@ def _settle(job: Job, said: str) -> None:
 
 def _unfinished(jobs: Sequence[Job]) -> list[str]:
     """A line for each job that has failed, now or earlier."""
-    from lnjac import runs
     from lnjac.escape import visible
+    from lnjac.runs import folder as runs
 
     return [
         visible(f"  {job.name}: {(job.state.reason or job.state.name).splitlines()[0]} ({job.folder})")
@@ -398,8 +404,8 @@ def _unfinished(jobs: Sequence[Job]) -> list[str]:
 
 def _show(jobs: Sequence[Job]) -> None:
     """The norms' table of each run just made, unless there are too many to read."""
-    from lnjac import runs
-    from lnjac.summary import layer_table
+    from lnjac.runs import folder as runs
+    from lnjac.text import layer_table
 
     done = [job for job in jobs if job.state.finished]
     for job in done[:TABLES_SHOWN]:
@@ -415,7 +421,8 @@ def _report(folder: Path) -> None:
     """Write the report of the merged table, where what draws it is installed: no sweep fails for want of a report."""
     if not (find_spec("altair") and find_spec("vl_convert")):
         return
-    from lnjac import design, report
+    from lnjac.comparing import study as design
+    from lnjac.reporting import report
 
     try:
         report.make(design.read([folder / "all.parquet"]), title=folder.name).write(folder / REPORT)
@@ -432,8 +439,8 @@ def _duration(seconds: float) -> str:
 
 def _merge(folder: Path) -> bool:
     """Whether there was anything to merge."""
-    from lnjac import sweep
-    from lnjac.config import ConfigError
+    from lnjac.errors import ConfigError
+    from lnjac.runs import merge as sweep
 
     try:
         log.info("\n".join(sweep.merge([folder], folder / "all.parquet").lines()))

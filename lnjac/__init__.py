@@ -1,10 +1,57 @@
 """lnjac: what scaling, mean-centring and radial removal each contribute to a LayerNorm's backward pass.
 
-`load_run(folder)` re-opens a finished run, and imports torch only when a model is asked for. For a model of your own:
-`from lnjac.analyse import analyse`.
+Everything public is here, and is imported when it is first used: `import lnjac` itself takes milliseconds.
 """
 
-from lnjac.replay import Run, load_run
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Run", "__version__", "load_run"]
+if TYPE_CHECKING:
+    from lnjac.comparing.compare import compare, cost, scaling
+    from lnjac.config.compose import compose
+    from lnjac.norms.analyse import analyse
+    from lnjac.norms.capture import capture
+    from lnjac.runs.diff import diff
+    from lnjac.runs.merge import load, merge
+    from lnjac.training.run import run
+    from lnjac.training.saved_run import Run, load_run
+
 __version__ = "0.1.0"
+
+_HOME = {
+    "Run": "training.saved_run",
+    "analyse": "norms.analyse",
+    "capture": "norms.capture",
+    "compare": "comparing.compare",
+    "compose": "config.compose",
+    "cost": "comparing.compare",
+    "diff": "runs.diff",
+    "load": "runs.merge",
+    "load_run": "training.saved_run",
+    "merge": "runs.merge",
+    "run": "training.run",
+    "scaling": "comparing.compare",
+}
+"""The public names, and the module that each lives in."""
+
+__all__ = [  # noqa: PLE0604, RUF100 (written out for readers; a test holds it equal to _HOME)
+    "Run",
+    "__version__",
+    "analyse",
+    "capture",
+    "compare",
+    "compose",
+    "cost",
+    "diff",
+    "load",
+    "load_run",
+    "merge",
+    "run",
+    "scaling",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lnjac' has no attribute {name!r}")
+    return getattr(import_module(f"lnjac.{_HOME[name]}"), name)

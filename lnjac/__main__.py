@@ -1,5 +1,5 @@
 """`python -m lnjac` is `lnjac`."""
 
-from lnjac.cli import main
+from lnjac.cli.main import main
 
 main()

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lnjac import cli, config
+from lnjac.cli import main as cli
+from lnjac.config import compose
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +52,7 @@ def add_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def add(group: str, text: str, name: str = "") -> str:
         if not conf.exists():
-            monkeypatch.setattr(config, "CONF", shutil.copytree(config.CONF, conf))
+            monkeypatch.setattr(compose, "CONF", shutil.copytree(compose.CONF, conf))
         name = name or re.findall(rf"^# conf/{group}/(\w+)\.yaml", text)[0]
         (conf / group / f"{name}.yaml").write_text(text)
         return name

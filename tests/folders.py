@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from lnjac import runs
-from lnjac.sweep import companions
-from lnjac.tables import CURVES, LAYERS, RUNS, TABLES, Column
+from lnjac.runs import folder as runs
+from lnjac.runs.merge import companions
+from lnjac.runs.schema import CURVES, LAYERS, RUNS, TABLES, Column
 
 SITES = (
     "blocks.0.ln_1",

@@ -10,7 +10,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from lnjac import runs, sources, sweep, tables
+from lnjac.runs import folder as runs
+from lnjac.runs import merge as sweep
+from lnjac.runs import read as sources
+from lnjac.runs import schema as tables
 
 FILL = {"int64": 7, "float64": 0.25, "string": "x", "bool": False}
 CONFIG = {"model": "tiny", "model.n_embd": 32, "model.n_layer": 2, "method": "fa", "ln_backward": "exact"}

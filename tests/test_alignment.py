@@ -12,14 +12,18 @@ import torch.nn.functional as F
 from test_conformance import SMALL, corpus
 from torch import Tensor, nn
 
-from lnjac import credit, gpt, runs, train
-from lnjac.alignment import Alignment, Comparison, over_draws
-from lnjac.analyse import analyse, fresh_grads
-from lnjac.capture import capture
-from lnjac.config import RunConfig, check, compose
-from lnjac.norm import norms
-from lnjac.tables import DIAG_ID, RUN_ID, TENSORS
-from lnjac.train import Training
+from lnjac.config.compose import compose
+from lnjac.config.schema import RunConfig, check
+from lnjac.diagnostics.alignment import Alignment, Comparison, over_draws
+from lnjac.gpt import credit
+from lnjac.gpt import model as gpt
+from lnjac.norms.analyse import analyse, fresh_grads
+from lnjac.norms.capture import capture
+from lnjac.norms.layers import norms
+from lnjac.runs import folder as runs
+from lnjac.runs.schema import DIAG_ID, RUN_ID, TENSORS
+from lnjac.training import run as train
+from lnjac.training.run import Training
 
 VOCAB = 11
 Batch = tuple[Tensor, Tensor]

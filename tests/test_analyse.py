@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lnjac import tables
-from lnjac.analyse import analyse
-from lnjac.norm import Factors, Norm
+from lnjac.norms.analyse import analyse
+from lnjac.norms.layers import Factors, Norm
+from lnjac.runs import schema as tables
 
 D, T, CLASSES, EPS = 12, 5, 7, 1e-2
 SITES = [f"encoder.layers.{i}.{norm}" for i in range(2) for norm in ("norm1", "norm2")] + ["encoder.norm"]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lnjac import gpt
-from lnjac.attention import Attention
-from lnjac.config import RunConfig, check, compose
+from lnjac.config.compose import compose
+from lnjac.config.schema import RunConfig, check
+from lnjac.gpt import model as gpt
+from lnjac.gpt.attention import Attention
 
 MODES = ("softmax", "sigmoid", "relu", "linear")
 BLOCK = 12

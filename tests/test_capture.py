@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lnjac.capture import Capture, capture
-from lnjac.norm import Factors, Norm
+from lnjac.norms.capture import Capture, capture
+from lnjac.norms.layers import Factors, Norm
 
 D, T, B, VOCAB = 8, 5, 3, 11
 

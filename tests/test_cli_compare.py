@@ -13,7 +13,10 @@ from folders import make_run, noise
 from test_compare import COSTS, TWO_MODES, run, study
 from typer.testing import CliRunner
 
-from lnjac import cli, cli_compare, runs, stats
+from lnjac.cli import compare as cli_compare
+from lnjac.cli import main as cli
+from lnjac.comparing import intervals as stats
+from lnjac.runs import folder as runs
 
 RUNNER = CliRunner()
 
@@ -200,7 +203,13 @@ def test_a_slip_is_one_line_on_stderr(modes: Path):
 
 
 def test_completion_can_be_shown():
-    words = [sys.executable, "-c", "from lnjac.cli import app; app(prog_name='lnjac')", "--show-completion", "bash"]
+    words = [
+        sys.executable,
+        "-c",
+        "from lnjac.cli.main import app; app(prog_name='lnjac')",
+        "--show-completion",
+        "bash",
+    ]
     done = subprocess.run(
         words, capture_output=True, text=True, env={"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     )
@@ -264,7 +273,7 @@ def test_diff_names_rows_that_one_lacks(merged: Any):
 
 
 def test_diff_tells_null_from_nan_and_sees_columns(merged: Any):
-    from lnjac.tables import Column
+    from lnjac.runs.schema import Column
 
     one = merged("a", run={"val_loss_nats": math.nan})
     other = merged("b", run={"val_loss_nats": None}, config=[(Column("extra", "int64", "", ""), 1)])

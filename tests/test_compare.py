@@ -15,11 +15,14 @@ import pyarrow as pa
 import pytest
 from folders import make_run
 
-from lnjac import compare as comparing
-from lnjac import pooling, runs, stats, sweep
-from lnjac.compare import Study, compare, cost, read, scaling
-from lnjac.config import ConfigError
-from lnjac.stats import Inference
+from lnjac.comparing import compare as comparing
+from lnjac.comparing import intervals as stats
+from lnjac.comparing import pooling
+from lnjac.comparing.compare import Study, compare, cost, read, scaling
+from lnjac.comparing.intervals import Inference
+from lnjac.errors import ConfigError
+from lnjac.runs import folder as runs
+from lnjac.runs import merge as sweep
 
 PLAIN = {
     "attn_mode": "softmax",

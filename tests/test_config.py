@@ -16,9 +16,15 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.errors import HydraException
 
-from lnjac import config, runs, train
-from lnjac.attention import Softmax
-from lnjac.config import ConfigError, build, check, columns, compose, diag_id, run_id, to_dict
+from lnjac.config import compose as config_compose
+from lnjac.config import identity, schema
+from lnjac.config.compose import compose
+from lnjac.config.identity import columns, diag_id, run_id, to_dict
+from lnjac.config.schema import build, check
+from lnjac.errors import ConfigError
+from lnjac.gpt.attention import Softmax
+from lnjac.runs import folder as runs
+from lnjac.training import run as train
 
 
 def problems(*overrides: str) -> str:
@@ -95,14 +101,14 @@ def test_every_bad_value_is_said_at_once() -> None:
 def test_configs_are_composed_as_hydra_composes_them(overrides: tuple[str, ...]) -> None:
     for _ in range(2):  # the second time from what is known
         ours = compose(*overrides)
-        with initialize_config_dir(version_base="1.3", config_dir=str(config.CONF)):
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_compose.CONF)):
             assert ours == build(hydra_compose("config", list(overrides), return_hydra_config=True))
         ours.batch_size = -1  # which the next one does not see
 
 
 def test_an_edited_file_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    conf = shutil.copytree(config.CONF, tmp_path / "conf")
-    monkeypatch.setattr(config, "CONF", conf)
+    conf = shutil.copytree(config_compose.CONF, tmp_path / "conf")
+    monkeypatch.setattr(config_compose, "CONF", conf)
     assert compose("optimizer=sgd").optimizer.momentum != 0.25
     file = conf / "optimizer" / "sgd.yaml"
     file.write_text(re.sub("momentum: .*", "momentum: 0.25", file.read_text()))
@@ -149,12 +155,12 @@ def test_an_unknown_key_is_refused_by_the_schema_however_it_is_typed(override: s
     ("--multirun", "--multirun"),
 ])  # fmt: skip
 def test_a_command_is_read_as_it_is_typed(word: str, marked: str) -> None:
-    assert config.as_typed([word]) == [marked]
-    assert config.as_typed([marked]) == [marked]
+    assert config_compose.as_typed([word]) == [marked]
+    assert config_compose.as_typed([marked]) == [marked]
 
 
 def test_a_primary_config_of_ones_own_may_have_groups_of_its_own() -> None:
-    assert config.as_typed(["-cn=mine", "preset=1"]) == ["-cn=mine", "preset=1"]
+    assert config_compose.as_typed(["-cn=mine", "preset=1"]) == ["-cn=mine", "preset=1"]
 
 
 def test_a_pattern_without_a_site_is_refused() -> None:
@@ -163,8 +169,8 @@ def test_a_pattern_without_a_site_is_refused() -> None:
 
 
 def test_too_long_a_block_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert config.check_corpus(compose("model.block_size=10"), 11, 11) == []
-    (said,) = config.check_corpus(compose("model.block_size=11"), 1000, 11)
+    assert schema.check_corpus(compose("model.block_size=10"), 11, 11) == []
+    (said,) = schema.check_corpus(compose("model.block_size=11"), 1000, 11)
     assert "validation split has 11 tokens" in said
     assert "block_size <= 10" in said
 
@@ -181,7 +187,7 @@ def test_a_number_too_large_for_a_table_is_one_line(override: str) -> None:
 
 # ---------------------------------------------------------------- members and their labels
 
-SIGMOID = "_target_: lnjac.attention.Sigmoid\nbias: null\n"
+SIGMOID = "_target_: lnjac.gpt.attention.Sigmoid\nbias: null\n"
 
 
 @pytest.mark.parametrize("name", ["nan", "1e3", "1_0", "-inf", "007", "true", "NULL", "plain"])
@@ -201,7 +207,7 @@ def test_a_label_is_the_chosen_members_name_and_never_typed(add_member: Callable
     assert "labelled by the chosen member, mine" in problems("attn_mode=mine", "+attn_mode.name=softmax")
     with pytest.raises((ConfigError, HydraException)):
         compose("attn_mode=mine", "attn_mode.name=softmax")
-    target = "attn_mode._target_=lnjac.attention.Sigmoid"
+    target = "attn_mode._target_=lnjac.gpt.attention.Sigmoid"
     assert "rows would carry the label of another class: name this one in a file conf/attn_mode" in problems(target)
     whole = ["~attn_mode", "+attn_mode.bias=0", "+attn_mode.name=softmax"]
     assert "attn_mode has no chosen member to label its rows by: give attn_mode=NAME" in problems(*whole)
@@ -231,14 +237,14 @@ def test_a_broken_yaml_is_one_line_that_names_it(text: str, said: str, add_membe
 
 def test_a_yaml_that_is_not_utf8_is_named(add_member: Callable[..., str]) -> None:
     add_member("attn_mode", SIGMOID, "mine")
-    (config.CONF / "attn_mode" / "mine.yaml").write_bytes(b"name: caf\xe9\n")
+    (config_compose.CONF / "attn_mode" / "mine.yaml").write_bytes(b"name: caf\xe9\n")
     assert problems("attn_mode=mine").startswith("attn_mode/mine.yaml is not UTF-8")
 
 
 CODE = """
 from dataclasses import dataclass
-from lnjac.attention import Attention, Softmax
-from lnjac.norm import Backward
+from lnjac.gpt.attention import Attention, Softmax
+from lnjac.norms.layers import Backward
 
 class Bare:
     name = "bare"
@@ -298,9 +304,9 @@ class Static(Attention):
         ("lnjac.nomodule.X", "names a module that is not there, lnjac.nomodule"),
         ("needy.X", "names a module that cannot be imported: ModuleNotFoundError: No module named 'nosuchpackage'"),
         ("slip.X", "names a module that cannot be imported: SyntaxError: "),
-        ("lnjac.attention.Sofmax", "names no class of lnjac.attention: did you mean Softmax?"),
+        ("lnjac.gpt.attention.Sofmax", "names no class of lnjac.gpt.attention: did you mean Softmax?"),
         ("Softmax", "names no class: write package.module.Class"),
-        ("lnjac.attention.Attention", "is abstract: define weights, or name a subclass"),
+        ("lnjac.gpt.attention.Attention", "is abstract: define weights, or name a subclass"),
         ("code.Unfinished", "is abstract: define weights"),
         ("code.Bare", "is not a dataclass"),
         ("code.Unnamed", "has no field for its label, only bias: add `name: str`"),
@@ -338,10 +344,10 @@ def test_each_group_asks_for_its_own_methods(
     foreign(tmp_path, monkeypatch)
     for group, target, said in (
         ("ln_backward", "strangers_code.Silent", "is abstract: define surrogate"),
-        ("optimizer", "lnjac.optim.Optimizer", "is abstract: define build"),
-        ("method", "lnjac.tracking.Untracked", "Untracked has no method install(model, seed)"),
-        ("tracker", "lnjac.attention.Softmax", "Softmax has no method start(run)"),
-        ("data", "lnjac.attention.Softmax", "Softmax has no method load()"),
+        ("optimizer", "lnjac.gpt.optimizers.Optimizer", "is abstract: define build"),
+        ("method", "lnjac.training.trackers.Untracked", "Untracked has no method install(model, seed)"),
+        ("tracker", "lnjac.gpt.attention.Softmax", "Softmax has no method start(run)"),
+        ("data", "lnjac.gpt.attention.Softmax", "Softmax has no method load()"),
     ):
         add_member(group, f"_target_: {target}\n", "mine")
         assert said in problems(f"{group}=mine")
@@ -378,7 +384,7 @@ def test_run_id_changes_with_science_alone() -> None:
 
 def test_run_id_depends_on_the_numerics_version(monkeypatch: pytest.MonkeyPatch) -> None:
     bare = run_id(compose(), "data")
-    monkeypatch.setattr(config, "NUMERICS_VERSION", config.NUMERICS_VERSION + 1)
+    monkeypatch.setattr(identity, "NUMERICS_VERSION", identity.NUMERICS_VERSION + 1)
     assert run_id(compose(), "data") != bare
 
 
@@ -409,7 +415,7 @@ def test_columns_are_typed_scalars_without_paths_or_execution() -> None:
     assert found["precision"] == ("string", "fp32")
     kinds = {"string": str, "int64": int, "float64": float, "bool": bool}
     assert all(value is None or type(value) is kinds[dtype] for dtype, value in found.values())
-    assert not {name for name in found if name in config.EXECUTION or name.startswith("data.")}
+    assert not {name for name in found if name in identity.EXECUTION or name.startswith("data.")}
 
 
 @pytest.mark.parametrize(
@@ -462,7 +468,7 @@ class Plugin(Softmax):
     given: int = 7
 
 
-def plugin(**values: Any) -> config.RunConfig:
+def plugin(**values: Any) -> schema.RunConfig:
     plain = to_dict(compose())
     target = {"_target_": f"{__name__}.Plugin", "name": "plugin"}
     filled = {"old_style": 1.5, "kind": "a", "maybe": None, "kinds": ["a", "b"], "table": {"p": 1.0}}

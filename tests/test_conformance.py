@@ -8,10 +8,14 @@ import torch
 import yaml
 from conftest import ROOT
 
-from lnjac import gpt, runs, train
-from lnjac.config import check, columns, compose
-from lnjac.data import Corpus
-from lnjac.norm import norms
+from lnjac.config.compose import compose
+from lnjac.config.identity import columns
+from lnjac.config.schema import check
+from lnjac.data.corpus import Corpus
+from lnjac.gpt import model as gpt
+from lnjac.norms.layers import norms
+from lnjac.runs import folder as runs
+from lnjac.training import run as train
 
 SMALL = ("model.n_layer=2", "model.n_head=2", "model.n_embd=8", "model.block_size=8", "batch_size=4", "steps=3",
          "eval.tokens=40", "diagnostics.batch_size=2", "device=cpu")  # fmt: skip

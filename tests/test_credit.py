@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lnjac import config as configs
-from lnjac import credit, gpt, optim
-from lnjac.analyse import analyse
-from lnjac.config import Precision, RunConfig, check, compose
-from lnjac.data import Corpus
-from lnjac.train import Training
+from lnjac.config import identity, schema
+from lnjac.config.compose import compose
+from lnjac.config.schema import Precision, RunConfig, check
+from lnjac.data.corpus import Corpus
+from lnjac.gpt import credit
+from lnjac.gpt import model as gpt
+from lnjac.gpt import optimizers as optim
+from lnjac.norms.analyse import analyse
+from lnjac.training.run import Training
 
 VOCAB, N_LAYER, D, BLOCK = 11, 2, 16, 8
 TINY = ("model=tiny", f"model.n_embd={D}", f"model.block_size={BLOCK}", "precision=fp64", "batch_size=4", "seed=5")
@@ -34,7 +37,7 @@ def config_of(*overrides: str) -> RunConfig:
     """compose(*TINY, *overrides), quicker: Hydra runs once per choice of groups, dotted values are merged in afterwards."""
     groups = tuple(o for o in overrides if o.startswith(("method=", "optimizer=", "attn_mode=", "ln_backward=")))
     rest = OmegaConf.from_dotlist([o for o in overrides if o not in groups])
-    return configs.build(OmegaConf.merge(OmegaConf.create(configs.to_dict(_composed(groups))), rest))
+    return schema.build(OmegaConf.merge(OmegaConf.create(identity.to_dict(_composed(groups))), rest))
 
 
 def build(*overrides: str) -> gpt.GPT:

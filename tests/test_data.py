@@ -28,8 +28,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from lnjac import data, play
-from lnjac.config import ConfigError
+from lnjac.data import corpus as data
+from lnjac.data import synthetic as play
+from lnjac.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare" / "input.txt"
@@ -150,7 +151,7 @@ def test_a_damaged_play_cache_is_generated_again(caplog: pytest.LogCaptureFixtur
 
 def test_a_changed_generator_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(play, "generate", lambda: TEXT)
-    refused(data.Play("play").load, "lnjac/play.py", "restore it")
+    refused(data.Play("play").load, "lnjac/data/synthetic.py", "restore it")
     assert not Path("data").exists()
 
 
@@ -680,7 +681,7 @@ def test_each_yaml_names_its_class_and_every_field(file: Path) -> None:
     node = OmegaConf.to_container(OmegaConf.load(file))
     assert isinstance(node, dict)
     module, _, name = node.pop("_target_").rpartition(".")
-    assert module == "lnjac.data"
+    assert module == "lnjac.data.corpus"
     schema = OmegaConf.structured(getattr(data, name))
     assert {"name", *node} == set(schema)
     given = {"name": file.stem} | {

@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lnjac import config, runs, train
-from lnjac.analyse import examine
-from lnjac.distribution import QUANTILES, Quantity, Statistic, profile, quantities, spread
-from lnjac.jacobian import decompose
+from lnjac.config import compose
+from lnjac.norms.analyse import examine
+from lnjac.norms.decompose import decompose
+from lnjac.norms.distribution import QUANTILES, Quantity, Statistic, profile, quantities, spread
+from lnjac.runs import folder as runs
+from lnjac.training import run as train
 
 
 def quantity(values: Tensor, weights: Tensor | None = None, counted: Tensor | None = None) -> Quantity:
@@ -121,7 +123,7 @@ def test_batches_of_unequal_length_meet_by_position() -> None:
 
 def test_a_run_writes_them_and_they_agree_with_its_layers(tmp_path: Path) -> None:
     short = ("model=tiny", "steps=2", "eval.tokens=100", "batch_size=2", f"data.dir={tmp_path}/play")
-    settings = config.compose(
+    settings = compose.compose(
         *short, "diagnostics.distributions=true", "diagnostics.schedule=linear", "diagnostics.every=1"
     )
     assert train.run(settings, tmp_path / "run") == "done"

@@ -14,7 +14,13 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from lnjac import attention, config, credit, jacobian, norm, runs, tables, train
+from lnjac.config import compose, schema
+from lnjac.gpt import attention, credit
+from lnjac.norms import decompose as jacobian
+from lnjac.norms import layers as norm
+from lnjac.runs import folder as runs
+from lnjac.runs import schema as tables
+from lnjac.training import run as train
 
 
 def test_columns_md_is_generated(root: Path) -> None:
@@ -71,8 +77,8 @@ def example(page: Path, word: str, language: str = "python") -> str:
 
 def run_with(folder: Path, *overrides: str) -> dict[str, object]:
     """The row of `runs` of a short run."""
-    settings = config.compose(*SHORT, f"data.dir={folder}/play", *overrides)
-    assert config.check(settings) == []
+    settings = compose.compose(*SHORT, f"data.dir={folder}/play", *overrides)
+    assert schema.check(settings) == []
     assert train.run(settings, folder / "run") == "done"
     (row,) = runs.read_table(folder / "run" / "run.parquet").to_pylist()
     return row
@@ -91,7 +97,7 @@ def test_how_to_add_a_metric(root: Path, tmp_path: Path, monkeypatch: pytest.Mon
     column = eval(example(page, 'Column("log2_sigma"'), vars(tables))
     monkeypatch.setitem(tables.TABLES, "layers", [*tables.LAYERS, column])
     exec(example(page, "@metric"), {**vars(jacobian)})
-    settings = config.compose(*SHORT, f"data.dir={tmp_path}/play", "diagnostics.distributions=true")
+    settings = compose.compose(*SHORT, f"data.dir={tmp_path}/play", "diagnostics.distributions=true")
     assert train.run(settings, tmp_path / "run") == "done"
     layers = runs.read_table(tmp_path / "run" / "layers.parquet").to_pandas()
     spread = runs.read_table(tmp_path / "run" / "distributions.parquet").to_pandas()
@@ -106,7 +112,7 @@ def test_how_to_add_a_surrogate(
 ) -> None:
     page = root / "docs" / "how-to.md"
     defined(monkeypatch, norm, example(page, "class Mixture"), "Mixture")
-    member = add_member("ln_backward", example(page, "lnjac.norm.Mixture", "yaml"))
+    member = add_member("ln_backward", example(page, "lnjac.norms.layers.Mixture", "yaml"))
     row = run_with(tmp_path, f"ln_backward={member}")
     assert (row["ln_backward"], row["ln_backward.share"]) == ("mixture", 0.1)
     x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
@@ -122,7 +128,7 @@ def test_how_to_add_a_method(
 ) -> None:
     page = root / "docs" / "how-to.md"
     defined(monkeypatch, credit, example(page, "class NoisyTranspose"), "NoisyTranspose")
-    member = add_member("method", example(page, "lnjac.credit.NoisyTranspose", "yaml"))
+    member = add_member("method", example(page, "lnjac.gpt.credit.NoisyTranspose", "yaml"))
     row = run_with(tmp_path, f"method={member}")
     assert (row["method"], row["method.q"]) == ("noisy", 1.28)
 
@@ -131,7 +137,7 @@ def test_how_to_add_an_attention_mode(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, add_member: Callable[..., str]
 ) -> None:
     defined(monkeypatch, attention, example(root / "README.md", "class Squared"), "Squared")
-    member = add_member("attn_mode", example(root / "README.md", "lnjac.attention.Squared", "yaml"))
+    member = add_member("attn_mode", example(root / "README.md", "lnjac.gpt.attention.Squared", "yaml"))
     row = run_with(tmp_path, f"attn_mode={member}")
     assert (row["attn_mode"], row["attn_mode.gain"]) == ("squared", 1.0)
 
@@ -142,7 +148,7 @@ def test_how_to_ask_a_question(root: Path) -> None:
     swept = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
     assert swept == {"model.affine": "true,false", "seed": "1,2,3,4,5,6"}
     for value in swept["model.affine"].split(","):
-        assert config.check(config.compose("data=shakespeare_char", f"model.affine={value}")) == []
+        assert schema.check(compose.compose("data=shakespeare_char", f"model.affine={value}")) == []
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from studies import write_study
 
-from lnjac import cli_compare, escape
+from lnjac import escape
+from lnjac.cli import compare as cli_compare
 
 MARKS = "\x00\x1b\x85\x9b\u00a0\u200e\u202e\u2028\u2066\ufeff\ufffe\n\r\t"
 TEXTS = st.text(st.one_of(st.characters(), st.sampled_from(MARKS + "\\|`*_<>&[]~$#%^{}\"'=+-@, ")))
@@ -242,7 +243,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["study", "two"])
 def test_charts_are_drawn_whatever_their_texts(name: str, tmp_path: Path, lnjac: Any, request: pytest.FixtureRequest):
     pytest.importorskip("vl_convert", reason="the extra [report] is not installed")
-    from lnjac import views
+    from lnjac.reporting import frames as views
 
     path, by = request.getfixturevalue(name), {"study": "attn_mode", "two": COLUMN}[name]
     for figure in views.FIGURES:

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lnjac import figures
-from lnjac.config import ConfigError
+from lnjac.errors import ConfigError
+from lnjac.reporting import charts as figures
 
 pytest.importorskip("altair", reason="the extra [report] is not installed")
 pytest.importorskip("vl_convert", reason="the extra [report] is not installed")

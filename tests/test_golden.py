@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lnjac import sweep, train
-from lnjac.config import compose
+from lnjac.config.compose import compose
+from lnjac.runs import merge as sweep
+from lnjac.training import run as train
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 TINY = ("model.n_layer=1", "model.n_head=2", "model.n_embd=8", "model.block_size=8", "batch_size=4", "precision=fp64",

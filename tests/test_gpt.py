@@ -14,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lnjac import data, gpt
-from lnjac.config import NormKind, Placement, RunConfig, check, compose
-from lnjac.norm import norms
-from lnjac.streams import normal, sequence, stream
-from lnjac.train import Training
+from lnjac.config.compose import compose
+from lnjac.config.schema import NormKind, Placement, RunConfig, check
+from lnjac.data import corpus as data
+from lnjac.gpt import model as gpt
+from lnjac.norms.layers import norms
+from lnjac.seeding import normal, sequence, stream
+from lnjac.training.run import Training
 
 VOCAB = 11
 TINY = ("model=tiny", "model.n_embd=16", "model.block_size=8", "precision=fp64", "method=bp", "batch_size=4")

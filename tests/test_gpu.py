@@ -14,9 +14,14 @@ from conftest import ROOT
 from test_conformance import SMALL, corpus, members
 from torch import Tensor
 
-from lnjac import analyse, gpt, graph, train
-from lnjac.attention import Attention
-from lnjac.config import Device, RunConfig, build, compose, to_dict
+from lnjac.config.compose import compose
+from lnjac.config.identity import to_dict
+from lnjac.config.schema import Device, RunConfig, build
+from lnjac.gpt import model as gpt
+from lnjac.gpt.attention import Attention
+from lnjac.norms import analyse
+from lnjac.training import graph
+from lnjac.training import run as train
 
 pytestmark = [
     pytest.mark.gpu,

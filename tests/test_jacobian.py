@@ -11,8 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lnjac import jacobian
-from lnjac.jacobian import EXACT, SURROGATES, Switches, Tokens
+from lnjac.norms import decompose as jacobian
+from lnjac.norms.decompose import EXACT, SURROGATES, Switches, Tokens
 
 laws = settings(deadline=None, max_examples=40, derandomize=True)
 

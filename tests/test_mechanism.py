@@ -10,15 +10,18 @@ import torch
 from test_conformance import SMALL, corpus, members
 from torch import Tensor
 
-from lnjac import gpt, mechanism, runs
-from lnjac.analyse import analyse, replay
-from lnjac.attention import Attention, Linear, Relu, Sigmoid, Softmax, causal_mask
-from lnjac.capture import Capture, capture
-from lnjac.config import RunConfig, compose
-from lnjac.credit import is_feedback
-from lnjac.mechanism import Mechanism
-from lnjac.tables import DIAG_ID, MECHANISM, QUANTITIES, RUN_ID
-from lnjac.train import Training
+from lnjac.config.compose import compose
+from lnjac.config.schema import RunConfig
+from lnjac.diagnostics import attention as mechanism
+from lnjac.diagnostics.attention import Mechanism
+from lnjac.gpt import model as gpt
+from lnjac.gpt.attention import Attention, Linear, Relu, Sigmoid, Softmax, causal_mask
+from lnjac.gpt.credit import is_feedback
+from lnjac.norms.analyse import analyse, replay
+from lnjac.norms.capture import Capture, capture
+from lnjac.runs import folder as runs
+from lnjac.runs.schema import DIAG_ID, MECHANISM, QUANTITIES, RUN_ID
+from lnjac.training.run import Training
 
 VOCAB, T, D = 11, 8, 8
 Found = dict[tuple[str, str], float]

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lnjac.jacobian import SURROGATES
-from lnjac.norm import Factors, Norm, matches, norms, set_backward, unmatched
+from lnjac.norms.decompose import SURROGATES
+from lnjac.norms.layers import Factors, Norm, matches, norms, set_backward, unmatched
 
 laws = settings(deadline=None, max_examples=40, derandomize=True)
 

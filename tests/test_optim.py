@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lnjac import config as configs
-from lnjac import gpt, optim
-from lnjac.config import RunConfig, check, compose
-from lnjac.data import Corpus
-from lnjac.train import Training
+from lnjac.config import identity, schema
+from lnjac.config.compose import compose
+from lnjac.config.schema import RunConfig, check
+from lnjac.data.corpus import Corpus
+from lnjac.gpt import model as gpt
+from lnjac.gpt import optimizers as optim
+from lnjac.training.run import Training
 
 TINY = ("model=tiny", "model.n_embd=8", "model.block_size=8", "precision=fp64", "batch_size=4", "method=bp")
 
@@ -31,7 +33,7 @@ def config_of(*overrides: str) -> RunConfig:
     """compose(*TINY, *overrides), quicker: Hydra runs once per choice of groups, dotted values are merged in afterwards."""
     groups = tuple(o for o in overrides if o.startswith(("method=", "optimizer=")))
     rest = OmegaConf.from_dotlist([o for o in overrides if o not in groups])
-    return configs.build(OmegaConf.merge(OmegaConf.create(configs.to_dict(_composed(groups))), rest))
+    return schema.build(OmegaConf.merge(OmegaConf.create(identity.to_dict(_composed(groups))), rest))
 
 
 def schedule(updates: int, *overrides: str) -> list[float]:

@@ -9,8 +9,10 @@ import pytest
 from conftest import ROOT
 from test_conformance import SMALL, corpus
 
-from lnjac import runs, sweep, train
-from lnjac.config import compose
+from lnjac.config.compose import compose
+from lnjac.runs import folder as runs
+from lnjac.runs import merge as sweep
+from lnjac.training import run as train
 
 PAIR = re.compile(r"```python\n(.*?)```\n```text\n(.*?)```", re.DOTALL)
 NUMBER = r"-?\d+(\.\d+)?(e[+-]?\d+)?|NaN|null|NULL"

@@ -14,8 +14,15 @@ import pandas as pd
 import pytest
 from studies import write_study
 
-from lnjac import design, figures, page, report, runs, sources, tables, views
-from lnjac.config import ConfigError
+from lnjac.comparing import study as design
+from lnjac.errors import ConfigError
+from lnjac.reporting import charts as figures
+from lnjac.reporting import frames as views
+from lnjac.reporting import html as page
+from lnjac.reporting import report
+from lnjac.runs import folder as runs
+from lnjac.runs import read as sources
+from lnjac.runs import schema as tables
 
 pytest.importorskip("altair", reason="the extra [report] is not installed")
 pytest.importorskip("vl_convert", reason="the extra [report] is not installed")
@@ -169,7 +176,7 @@ def test_what_was_run_tells_sizes_baselines_and_whether_the_tree_was_clean(tmp_p
 
 
 def test_the_comparison_that_is_shown_is_the_one_of_compare(tmp_path: Path):
-    from lnjac import compare
+    from lnjac.comparing import compare
 
     study = design.read([write_study(tmp_path, TWO)])
     found = compare.compare(study, "attn_mode", metrics=["radial_share"]).rows.set_index("site")
@@ -302,7 +309,7 @@ def test_cells_are_in_the_order_of_their_numbers_exact_runs_first(tmp_path: Path
 
 
 def test_an_effect_has_one_adjusted_p_wherever_it_is_shown(tmp_path: Path):
-    from lnjac import compare
+    from lnjac.comparing import compare
 
     view = views.view(design.read([write_study(tmp_path, TWO)]))
     drawn = views.heatmap(view)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from studies import write_study
 
-from lnjac import design, report
+from lnjac.comparing import study as design
+from lnjac.reporting import report
 
 pytest.importorskip("altair", reason="the extra [report] is not installed")
 pytest.importorskip("vl_convert", reason="the extra [report] is not installed")

@@ -20,10 +20,14 @@ from test_conformance import SMALL, corpus
 from torch import Tensor, nn
 
 import lnjac
-from lnjac import checkpoint, plan, runs, train
-from lnjac.analyse import analyse
-from lnjac.config import ConfigError, compose
-from lnjac.tables import RUNS, VOLATILE
+from lnjac.config.compose import compose
+from lnjac.errors import ConfigError
+from lnjac.norms.analyse import analyse
+from lnjac.runs import folder as runs
+from lnjac.runs import state as plan
+from lnjac.runs.schema import RUNS, VOLATILE
+from lnjac.training import checkpoint
+from lnjac.training import run as train
 
 
 def finished(folder: Path, *overrides: str) -> lnjac.Run:
@@ -466,7 +470,7 @@ TINY = ("model=tiny", "steps=4", "eval.tokens=500", "batch_size=4", "threads=1",
         "model.n_embd=130",
         "method=dfa method.policy.head=random",
         "attn_mode=nan",
-        "attn_mode._target_=lnjac.attention.Relu",
+        "attn_mode._target_=lnjac.gpt.attention.Relu",
         "optimizer.lr=inf",
     ],
 )

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special
 
-from lnjac import stats
-from lnjac.stats import Inference
+from lnjac.comparing import intervals as stats
+from lnjac.comparing.intervals import Inference
 
 Array = np.ndarray[Any, Any]
 Draw = Callable[[np.random.Generator, tuple[int, int]], Array]

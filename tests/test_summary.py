@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from lnjac.summary import AVERAGE, HEADINGS, exact, layer_table, number
+from lnjac.text import AVERAGE, HEADINGS, exact, layer_table, number
 
 HEADER = ["name", "r_mean", "r_rad", "σ_μ", "cos_c/t", "cos_s/t"]
 

@@ -17,11 +17,18 @@ from test_credit import config_of, perturb, tokens, trained
 from torch import Tensor, nn
 
 import lnjac
-from lnjac import credit, jacobian, optim, runs, swap, switch, train
-from lnjac.config import Parts, compose
-from lnjac.norm import Factors, matches, norms, set_backward
-from lnjac.switch import EXACT, SURROGATES, Swap
-from lnjac.train import Training
+from lnjac.config.compose import compose
+from lnjac.config.schema import Parts
+from lnjac.diagnostics import substitution as swap
+from lnjac.diagnostics import switch
+from lnjac.diagnostics.switch import EXACT, SURROGATES, Swap
+from lnjac.gpt import credit
+from lnjac.gpt import optimizers as optim
+from lnjac.norms import decompose as jacobian
+from lnjac.norms.layers import Factors, matches, norms, set_backward
+from lnjac.runs import folder as runs
+from lnjac.training import run as train
+from lnjac.training.run import Training
 
 Rows = list[dict[str, Any]]
 ONE = [(tokens(3, 8), tokens(3, 8, seed=1))]
@@ -463,5 +470,5 @@ def test_a_run_with_swaps_trains_as_without_and_writes_their_table(tmp_path: Pat
     assert not swaps.duplicated(["run_id", "diag_id", "step", "place", "surrogate", "radial", "part"]).any()
     assert set(swaps["surrogate"]) == {*SURROGATES, "partial_radial", "exact"}
     assert swaps["precond_cos"].notna().groupby(swaps["step"]).any().tolist() == [False, True, True, True]
-    with pytest.raises(lnjac.config.ConfigError, match="no swaps"):
+    with pytest.raises(lnjac.errors.ConfigError, match="no swaps"):
         off.table("swaps")

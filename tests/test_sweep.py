@@ -23,12 +23,17 @@ from folders import SITES, make_run, rewrite, rows_of, with_column
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lnjac import design, load_run, pile, placing, plan, reading, runs, sweep
-from lnjac.config import ConfigError
-from lnjac.diff import diff
-from lnjac.sources import search
-from lnjac.sweep import companions, load, merge
-from lnjac.tables import CORE, LAYERS, SCHEMA_VERSION, TABLES, Column
+from lnjac import load_run
+from lnjac.comparing import study as design
+from lnjac.errors import ConfigError
+from lnjac.runs import folder as runs
+from lnjac.runs import merge as sweep
+from lnjac.runs import pile, placing, reading
+from lnjac.runs import state as plan
+from lnjac.runs.diff import diff
+from lnjac.runs.merge import companions, load, merge
+from lnjac.runs.read import search
+from lnjac.runs.schema import CORE, LAYERS, SCHEMA_VERSION, TABLES, Column
 
 
 @pytest.fixture
@@ -1043,7 +1048,7 @@ def test_what_killed_merges_left_is_removed_but_not_what_one_is_writing(tmp_path
     run = make_run(tmp_path / "0")
     merge([run], out)
     assert not left.exists()
-    code = "import sys; from lnjac.sweep import *; merge([Path(sys.argv[1])], Path(sys.argv[2]))"
+    code = "import sys; from lnjac.runs.merge import *; merge([Path(sys.argv[1])], Path(sys.argv[2]))"
     with placing.new_files(out) as layers:
         other = subprocess.Popen([sys.executable, "-c", f"from pathlib import Path; {code}", run, out])
         with pytest.raises(subprocess.TimeoutExpired):  # it waits

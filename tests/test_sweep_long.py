@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from folders import make_run, rewrite, rows_of
 
-from lnjac import runs
-from lnjac.config import ConfigError
-from lnjac.sweep import companions, load, merge
-from lnjac.tables import CORE, LONG, TABLES
+from lnjac.errors import ConfigError
+from lnjac.runs import folder as runs
+from lnjac.runs.merge import companions, load, merge
+from lnjac.runs.schema import CORE, LONG, TABLES
 
 SWAPS = [
     {"place": place, "surrogate": "ste", "radial": radial, "part": "all"} for place in "ab" for radial in (0.0, 1.0)

@@ -23,9 +23,11 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from test_run import TINY, command
 
-from lnjac import plan, runs, sweep
-from lnjac.config import CONF, Composer
-from lnjac.tables import VOLATILE
+from lnjac.config.compose import CONF, Composer
+from lnjac.runs import folder as runs
+from lnjac.runs import merge as sweep
+from lnjac.runs import state as plan
+from lnjac.runs.schema import VOLATILE
 
 PROCESSES = "hydra.launcher.jobs=2"
 
@@ -152,7 +154,7 @@ def members(folder: Path, **files: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["local", "basic"])
 def test_a_member_may_be_called_nan(tmp_path: Path, launcher: str) -> None:
-    own = members(tmp_path, nan="_target_: lnjac.attention.Softmax\n")
+    own = members(tmp_path, nan="_target_: lnjac.gpt.attention.Softmax\n")
     words = ("-m", *TINY, "attn_mode=softmax,nan", "seed=1", "sweep=A", f"hydra/launcher={launcher}")
     done = command("--config-dir", own, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -162,7 +164,7 @@ def test_a_member_may_be_called_nan(tmp_path: Path, launcher: str) -> None:
 @pytest.mark.slow
 def test_a_bad_member_costs_no_word_about_the_other_jobs(tmp_path: Path) -> None:
     """The job and the file are named for a broken yaml, a label that is typed, a class that is not there."""
-    softmax = "_target_: lnjac.attention.Softmax\n"
+    softmax = "_target_: lnjac.gpt.attention.Softmax\n"
     own = members(tmp_path, broken="_target_: [\n", typed=softmax + "name: softmax\n", gone="_target_: gone.X\n")
     done = command("--config-dir", own, "-m", *TINY, "attn_mode=softmax,broken,typed,gone", "sweep=A", cwd=tmp_path)
     assert done.returncode == 1

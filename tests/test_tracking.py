@@ -18,8 +18,13 @@ from test_conformance import SMALL, corpus, members
 from test_run import TINY, command
 
 import lnjac
-from lnjac import runs, sweep, tracking, train
-from lnjac.config import RunConfig, build, check, columns, compose, diag_id, run_id, to_dict
+from lnjac.config.compose import compose
+from lnjac.config.identity import columns, diag_id, run_id, to_dict
+from lnjac.config.schema import RunConfig, build, check
+from lnjac.runs import folder as runs
+from lnjac.runs import merge as sweep
+from lnjac.training import run as train
+from lnjac.training import trackers as tracking
 
 needs_tensorboard = pytest.mark.skipif(
     importlib.util.find_spec("tensorboard") is None, reason="needs TensorBoard: pip install -e '.[track]'"
@@ -108,7 +113,7 @@ def test_tensorboard_shows_the_config_as_text_and_as_hparams(tmp_path: Path) -> 
 
 
 def test_a_value_of_the_config_stays_in_its_cell(tmp_path: Path) -> None:
-    from lnjac.tracking import TrackedRun, _table
+    from lnjac.training.trackers import TrackedRun, _table
 
     table = _table(TrackedRun("id", tmp_path, {"data.files": "a|b\nc", "none": None}, 0))
     assert table.splitlines()[-2:] == [r"| data.files | a\|b\<U+000A>c |", "| none | None |"]
@@ -189,7 +194,7 @@ def test_a_column_that_is_not_there_is_refused() -> None:
 
 
 def test_tensorboard_is_imported_only_when_asked_for() -> None:
-    code = "import sys, lnjac.train, lnjac.config as c; c.check(c.compose()); sys.exit('tensorboard' in sys.modules)"
+    code = "import sys, lnjac; lnjac.run; lnjac.compose(); sys.exit('tensorboard' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -299,7 +304,7 @@ def test_a_run_is_opened_without_its_tracker(listening: RunConfig, tmp_path: Pat
     assert run.metadata["config"]["tracker"]["name"] == "listening"
     assert run.config.tracker == compose().tracker
     del run.metadata["config"]["tracker"]  # made before there were trackers
-    assert lnjac.replay.Run.config.func(run).tracker == compose().tracker
+    assert lnjac.training.saved_run.Run.config.func(run).tracker == compose().tracker
 
 
 def test_the_documented_tracker_works(

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lnjac.config import ConfigError
-from lnjac.where import LONGEST, Where
+from lnjac.comparing.filter import LONGEST, Where
+from lnjac.errors import ConfigError
 
 FRAME = pd.DataFrame(
     {

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lnjac import compare, stats
-from lnjac.design import ALL_SITES
-from lnjac.sweep import companions, load
+from lnjac.comparing import compare
+from lnjac.comparing import intervals as stats
+from lnjac.comparing.study import ALL_SITES
+from lnjac.runs.merge import companions, load
 
 HERE = Path(__file__).resolve().parent
 SHORT, LONG = "cost250", "cost1000"

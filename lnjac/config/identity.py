@@ -1,0 +1,99 @@
+"""A run's identity: the hash of its scientific config, its plain form, and its columns in tables."""
+
+import dataclasses
+import hashlib
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from typing import Any
+
+from lnjac.config.schema import HASHED_AS, PLUGIN_GROUPS, RunConfig, _hints, _is_group
+from lnjac.runs.schema import Column
+
+NUMERICS_VERSION = 2
+"""Part of every run's identity: raised whenever the same config would give other numbers than before."""
+
+
+EXECUTION = ("device", "threads", "deterministic", "save_model", "checkpoint", "tracker")
+"""How a run is executed: left out of its identity and of its config columns."""
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The config as plain JSON values, from which `build` makes it again."""
+    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
+    for group in PLUGIN_GROUPS:
+        plain[group] = {"_target_": target(group, type(getattr(config, group))), **plain[group]}
+    return plain
+
+
+def target(group: str, cls: type) -> str:
+    """Return the text that stands for a member's class in hashes and files: it never changes for a class of ours."""
+    ours = cls.__module__.partition(".")[0] == "lnjac"
+    return f"{HASHED_AS[group] if ours else cls.__module__}.{cls.__qualname__}"
+
+
+def run_id(config: RunConfig, data_sha256: str) -> str:
+    """Identity of a run's science: equal for two configs only when they train to the same weights and losses."""
+    plain = to_dict(config)
+    for key in (*EXECUTION, "diagnostics", "data"):
+        del plain[key]
+    return _digest({"numerics": NUMERICS_VERSION, "data_sha256": data_sha256, **plain})
+
+
+def diag_id(config: RunConfig) -> str:
+    """Identity of what is measured on a run, apart from the run's own."""
+    return _digest({"numerics": NUMERICS_VERSION, **to_dict(config)["diagnostics"]})
+
+
+def columns(config: RunConfig) -> list[tuple[Column, Any]]:
+    """The config as typed columns and their values: `seed`, `attn_mode` (its name), `attn_mode.bias`, `model.n_embd`, …
+
+    Execution settings and the corpus's paths are left out: a run's science does not depend on them.
+    """
+    plain, found = to_dict(config), []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in EXECUTION:
+            continue
+        if not _is_group(field):
+            found.append((_column(RunConfig, field.name, field.name), plain[field.name]))
+            continue
+        if hasattr(value, "name"):
+            found.append((Column(field.name, "string", "", f"which member of conf/{field.name}"), value.name))
+        if field.name != "data":
+            inner = {key: part for key, part in plain[field.name].items() if key not in ("name", "_target_")}
+            found += _leaves(type(value), inner, f"{field.name}.")
+    return found
+
+
+def _leaves(cls: type, plain: Mapping[str, Any], prefix: str) -> Iterator[tuple[Column, Any]]:
+    """A column for each scalar; a list is joined by `+`, what else there may be is written as JSON."""
+    hints = _hints(cls)
+    for name, value in plain.items():
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
+            yield from _leaves(typing.cast(type, hints[name]), value, f"{prefix}{name}.")
+            continue
+        if isinstance(value, list) and not any(isinstance(item, (list, Mapping)) for item in value):
+            value = "+".join(map(str, value))
+        elif isinstance(value, (list, Mapping)):
+            value = json.dumps(value, sort_keys=True)
+        yield _column(cls, name, prefix + name), value
+
+
+def _column(cls: type, field: str, name: str) -> Column:
+    dtype = {bool: "bool", int: "int64", float: "float64"}.get(_hints(cls)[field], "string")
+    return Column(name, dtype, "", f"config value {name}")
+
+
+def _plain(value: Any) -> Any:
+    """Enum members by their name, by which OmegaConf reads them again; the rest as it is."""
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {str(_plain(key)): _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _digest(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,295 @@
+"""What each surrogate, put in place of the exact backward at some norms, does to the gradient and to the next update."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lnjac.config.schema import Parts
+from lnjac.diagnostics.switch import DOSES, EXACT, SURROGATES, Gradient, Graphs, Swap, add
+from lnjac.gpt.credit import backprop, is_feedback
+from lnjac.gpt.optimizers import Optimizer, Rehearsal
+from lnjac.norms.capture import Loss
+from lnjac.norms.decompose import noise_sq
+from lnjac.norms.layers import exact_norms, norms
+
+ALL = "all"
+
+TREATMENTS = [*SURROGATES.items(), *(("partial_radial", dose) for dose in DOSES)]
+
+WHOLE = ("predicted_nats", "decrease_nats", "compounding", "shapley_center", "shapley_radial", "shapley_scale")
+"""Columns that only a whole gradient has, and not every one."""
+
+
+def measure(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Loss,
+    *,
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    settings: Optimizer,
+    dtype: torch.dtype,
+    parts: Parts = Parts.tensor,
+) -> list[dict[str, Any]]:
+    """Rows of `swaps` (docs/columns.md) for the model as it stands, by the method it was given, without run and step.
+
+    `trained`: the parameters the optimizer gets, by name; `dtype`: what the passes compute in, whose rounding is the
+    gate. Model, optimizer and every `.grad` are left as they were. There are no rows where the exact gradient is not finite.
+    """
+    named = {name: p for name, p in trained.items() if not is_feedback(name)}
+    parameters = list(named.values())
+    before, tokens = mean_loss(model, batches, loss)
+    true = true_gradient(model, batches, loss, parameters, tokens)
+    graphs = Graphs(model, batches, loss, parameters, tokens)
+    exact = graphs.exact()
+    if not all(part.isfinite().all() for part in exact):
+        return []
+    p = preconditioner(optimizer, settings, parameters)
+    rehearsal = Rehearsal(optimizer, settings, parameters)
+    yardstick = Yardstick(exact, true, rehearsal, p, divide(list(named), parts), dtype)
+    del true  # a gradient less to hold, of the fourteen that the peak is made of
+
+    rows: list[dict[str, Any]] = []
+    damages: dict[str, dict[Swap, float]] = {}
+    for place, sites in places(model).items():
+        treatments = [*TREATMENTS, ("exact", EXACT)] if place == ALL else TREATMENTS
+        rms = all(module.rms for site, module in norms(model) if site in sites)
+        distinct = list(dict.fromkeys(canonical(swap, rms=rms) for _, swap in treatments))
+        compared: dict[Swap, list[dict[str, Any]]] = {}
+        for swap, gradient in zip(distinct, graphs.swapped(sites, distinct), strict=True):
+            compared[swap] = yardstick.compare(gradient)
+            if p is not None and is_group(sites, norms(model)) and swap not in DOSES:
+                with moved(parameters, (g * q * -settings.lr for g, q in zip(gradient, p, strict=True))):
+                    compared[swap][0]["decrease_nats"] = before - mean_loss(model, batches, loss)[0]
+        damage = {swap: 1 - compared[canonical(swap, rms=rms)][0]["grad_cos"] for _, swap in treatments}
+        damages[place] = damage
+        for surrogate, swap in treatments:
+            whole, *others = compared[canonical(swap, rms=rms)]
+            if len(sites) > 1 and swap != EXACT:
+                whole = whole | {"compounding": _ratio(damage[swap], sum(damages[site][swap] for site in sites))}
+            if surrogate == "ste":
+                whole = whole | {f"shapley_{name}": share for name, share in shapley(damage).items()}
+            key = {"place": place, "surrogate": surrogate, "radial": swap.radial}
+            rows += [key | row for row in (whole, *others)]
+    return rows
+
+
+def places(model: nn.Module) -> dict[str, list[str]]:
+    """Where a backward is replaced, and the sites that means: each site, each role of several sites, all."""
+    sites = [site for site, _ in norms(model)]
+    roles: dict[str, list[str]] = {}
+    for site in sites:
+        roles.setdefault(site.rpartition(".")[2], []).append(site)
+    several = {role: members for role, members in roles.items() if len(members) > 1}
+    return {**{site: [site] for site in sites}, **several, ALL: sites}
+
+
+def is_group(sites: Sequence[str], every: Sequence[tuple[str, nn.Module]]) -> bool:
+    """Whether these are all sites of their roles, be it a single one, such as ln_f."""
+    roles = {site.rpartition(".")[2] for site in sites}
+    return all(site in sites for site, _ in every if site.rpartition(".")[2] in roles)
+
+
+def canonical(swap: Swap, *, rms: bool) -> Swap:
+    """The same backward by one name: RMSNorm has no mean to subtract."""
+    return swap._replace(center=True) if rms else swap
+
+
+def shapley(damage: Mapping[Swap, float]) -> dict[str, float]:
+    """Each factor's Shapley share in the damage of leaving out all three: its mean over the orders of leaving them out.
+
+    `damage` of each of the seven surrogates; that of the exact backward is 0.
+    """
+    names = Swap._fields
+    without = {
+        frozenset(n for n, kept in zip(names, swap, strict=True) if not kept): swap for swap in SURROGATES.values()
+    }
+    cost = {left_out: damage[swap] for left_out, swap in without.items()} | {frozenset(): 0.0}
+    shares = dict.fromkeys(names, 0.0)
+    for name in names:
+        others = [other for other in names if other != name]
+        for size in range(len(names)):
+            weight = 1 / (len(names) * math.comb(len(others), size))
+            for earlier in map(frozenset, combinations(others, size)):
+                shares[name] += weight * (cost[earlier | {name}] - cost[earlier])
+    return shares
+
+
+class Part(NamedTuple):
+    """A part of the gradient, and the tensors it consists of by their numbers."""
+
+    level: str
+    name: str
+    tensors: list[int]
+
+
+def divide(names: Sequence[str], finest: Parts) -> list[Part]:
+    """The gradient's parts: the whole, then the blocks, then the tensors, as far as `finest` says."""
+    blocks: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        blocks.setdefault(block_of(name), []).append(i)
+    parts = [Part("model", ALL, list(range(len(names))))]
+    if finest is not Parts.model:
+        parts += [Part("block", name, tensors) for name, tensors in blocks.items()]
+    if finest is Parts.tensor:
+        parts += [Part("tensor", name, [i]) for i, name in enumerate(names)]
+    return parts
+
+
+def block_of(parameter: str) -> str:
+    """`blocks.0.attn.qkv.weight` -> blocks.0, `wte.weight` and `wpe.weight` -> embedding, `head.weight` -> head."""
+    words = parameter.split(".")
+    for i, word in enumerate(words):
+        if word.isdigit():
+            return ".".join(words[: i + 1])
+    return "embedding" if words[0] in ("wte", "wpe") else words[0]
+
+
+class Products(NamedTuple):
+    """Inner products of a gradient ĝ, its update û and Pĝ with those of the exact gradient, per tensor or part: (k,)."""
+
+    grad_sq: Tensor
+    grad_dot: Tensor
+    update_sq: Tensor
+    update_dot: Tensor
+    precond_sq: Tensor
+    precond_dot: Tensor
+    slope: Tensor
+    """⟨∇L, Pĝ⟩."""
+
+
+class Yardstick:
+    """The exact gradient g, with its update, P and P∇L: what another gradient is compared with."""
+
+    def __init__(
+        self,
+        exact: Gradient,
+        true: Gradient,
+        rehearsal: Rehearsal,
+        p: Gradient | None,
+        parts: Sequence[Part],
+        dtype: torch.dtype,
+    ) -> None:
+        self.exact, self.rehearsal, self.parts = exact, rehearsal, parts
+        self.preconditioned = p is not None
+        self.p = [torch.zeros_like(g) for g in exact] if p is None else p
+        self.true_step = [q * g for q, g in zip(self.p, true, strict=True)]
+        self.update = [update.clone() for update in rehearsal.update(exact)]
+        self.members = exact[0].new_zeros(len(exact), len(parts), dtype=torch.float64)
+        for i, part in enumerate(parts):
+            self.members[part.tensors, i] = 1
+        self.of_tensors = self._products(exact, self.update, range(len(exact)))
+        self.own = Products(*(self.of_tensors @ self.members))
+        sizes = self.members.new_tensor([g.numel() for g in exact]) @ self.members
+        self.interpretable = self.own.grad_sq > noise_sq(dtype, float(self.own.grad_sq[0] / sizes[0])) * sizes
+        self.given = [
+            {"level": part.level, "part": part.name, "grad_norm": norm, "interpretable": sound, **dict.fromkeys(WHOLE)}
+            for part, norm, sound in zip(
+                parts, self.own.grad_sq.sqrt().tolist(), self.interpretable.tolist(), strict=True
+            )
+        ]
+        self.steepest = Products(*(self._products(true, self.update, range(len(exact))) @ self.members)).slope
+
+    def compare(self, gradient: Gradient) -> list[dict[str, Any]]:
+        """A row for each part, the whole first: every column of `swaps` but the place's, those of WHOLE still null."""
+        clipped = self.rehearsal.clip is not None  # by the whole gradient's norm: then every tensor's update changes
+        changed = [i for i, (a, b) in enumerate(zip(gradient, self.exact, strict=True)) if clipped or a is not b]
+        update = self.rehearsal.update([g if i in changed else None for i, g in enumerate(gradient)])
+        of_tensors = self.of_tensors.clone()
+        if changed:
+            of_tensors[:, changed] = self._products(gradient, update, changed)
+        found, own = Products(*(of_tensors @ self.members)), self.own
+        columns = {
+            "grad_cos": found.grad_dot / (found.grad_sq * own.grad_sq).sqrt(),
+            "grad_gain": (found.grad_sq / own.grad_sq).sqrt(),
+            "update_cos": found.update_dot / (found.update_sq * own.update_sq).sqrt(),
+            "update_gain": (found.update_sq / own.update_sq).sqrt(),
+            "precond_cos": found.precond_dot / (found.precond_sq * own.precond_sq).sqrt(),
+            "precond_gain": (found.precond_sq / own.precond_sq).sqrt(),
+            "descent": found.slope / self.steepest,
+        }
+        values = {name: torch.where(self.interpretable, x, math.nan).tolist() for name, x in columns.items()}
+        if not self.preconditioned:
+            values |= {name: [None] * len(self.parts) for name in ("precond_cos", "precond_gain", "descent")}
+        compared = zip(*values.values(), strict=True)
+        rows = [given | dict(zip(values, row, strict=True)) for given, row in zip(self.given, compared, strict=True)]
+        if self.preconditioned:
+            rows[0]["predicted_nats"] = self.rehearsal.lr * float(found.slope[0])
+        return rows
+
+    def _products(self, gradient: Gradient, update: Gradient, tensors: Sequence[int]) -> Tensor:
+        """`Products` of these tensors: (7, n). Of one tensor after the other, so that its float64 copies stay in cache."""
+        fixed = (self.exact, self.update, self.p, self.true_step)
+        columns = [_products(*(each[i].flatten().double() for each in (gradient, update, *fixed))) for i in tensors]
+        return torch.stack(columns, dim=1)
+
+
+def _products(hat: Tensor, hat_update: Tensor, g: Tensor, update: Tensor, p: Tensor, true_step: Tensor) -> Tensor:
+    """`Products` of one tensor: (7,). All given as (n,)."""
+    step = hat * p
+    pairs = (
+        (hat, hat),
+        (hat, g),
+        (hat_update, hat_update),
+        (hat_update, update),
+        (step, step),
+        (step, p * g),
+        (hat, true_step),
+    )
+    return torch.stack([a @ b for a, b in pairs])
+
+
+def preconditioner(
+    optimizer: torch.optim.Optimizer, settings: Optimizer, parameters: Sequence[nn.Parameter]
+) -> Gradient | None:
+    """The optimizer's P; None where it has none. A parameter without state has had no gradient yet: 0 there."""
+    found = [settings.preconditioner(optimizer, p) for p in parameters]
+    if all(p is None for p in found):
+        return None
+    return [torch.zeros_like(like) if p is None else p for p, like in zip(found, parameters, strict=True)]
+
+
+def true_gradient(
+    model: nn.Module, batches: Sequence[Any], loss: Loss, parameters: Sequence[nn.Parameter], total: int
+) -> Gradient:
+    """∇L: backprop through exact norms, whatever the model's method."""
+    found = []
+    for batch in batches:
+        with backprop(model), exact_norms(model):
+            value, tokens = loss(model, batch)
+            mean = value * (tokens / total)
+            found.append(list(torch.autograd.grad(mean, parameters, allow_unused=True, materialize_grads=True)))
+    return reduce(add, found)
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[Any], loss: Loss) -> tuple[float, int]:
+    """The loss over all batches in nats per token, and their tokens."""
+    total, count = 0.0, 0
+    for batch in batches:
+        value, tokens = loss(model, batch)
+        total, count = total + float(value) * tokens, count + tokens
+    return total / count, count
+
+
+@contextmanager
+def moved(parameters: Sequence[nn.Parameter], step: Iterable[Tensor]) -> Iterator[None]:
+    """Within the context the parameters hold other tensors, a step away from their own; a kept graph stays valid."""
+    own = [p.data for p in parameters]
+    try:
+        for p, change in zip(parameters, step, strict=True):
+            p.data = p.data + change
+        yield
+    finally:
+        for p, tensor in zip(parameters, own, strict=True):
+            p.data = tensor
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below > 0 else math.nan

@@ -1,0 +1,197 @@
+"""A character GPT in nanoGPT's shape: pre-LN blocks, learned positions, N(0, 0.02) initialisation."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lnjac.config.schema import Model, NormKind, Placement, Precision, RunConfig
+from lnjac.gpt.attention import Attention
+from lnjac.gpt.credit import Broadcast, Cut, Linear, is_feedback, keep
+from lnjac.norms.layers import Norm, set_backward
+from lnjac.seeding import normal, stream
+
+INIT_STD = 0.02
+
+
+class SelfAttention(nn.Module):
+    """Causal multi-head attention; what turns scores into weights is the mode's affair."""
+
+    def __init__(self, model: Model, mode: Attention) -> None:
+        super().__init__()
+        d = model.n_embd
+        self.n_head, self.block_size, self.mode = model.n_head, model.block_size, mode
+        self.qkv = Linear(d, 3 * d, bias=model.bias, kind="qkv", init_std=INIT_STD)
+        self.proj = Linear(d, d, bias=model.bias, kind="attn_proj", init_std=residual_std(model))
+        self.q_norm = _norm(model, d // model.n_head) if model.qk_norm else nn.Identity()
+        self.k_norm = _norm(model, d // model.n_head) if model.qk_norm else nn.Identity()
+        self.drop = nn.Dropout(model.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, d) -> (B, T, d)."""
+        b, t, d = x.shape
+        q, k, v = (part.view(b, t, self.n_head, -1).transpose(1, 2) for part in self.qkv(x).split(d, dim=-1))
+        dropout = self.drop.p if self.training else 0.0
+        o = self.mode.attend(self.q_norm(q), self.k_norm(k), v, self.block_size, dropout)
+        out: Tensor = self.drop(self.proj(o.transpose(1, 2).reshape(b, t, d)))
+        return out
+
+
+class MLP(nn.Module):
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        d = model.n_embd
+        self.fc = Linear(d, 4 * d, bias=model.bias, kind="fc", init_std=INIT_STD)
+        self.proj = Linear(4 * d, d, bias=model.bias, kind="mlp_proj", init_std=residual_std(model))
+        self.drop = nn.Dropout(model.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, d) -> (B, T, d)."""
+        out: Tensor = self.drop(self.proj(F.gelu(self.fc(x))))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-LN: h + f(norm(h)); post-LN: norm(h + f(h))."""
+
+    def __init__(self, model: Model, mode: Attention) -> None:
+        super().__init__()
+        self.pre = model.placement is Placement.pre
+        self.ln_1, self.attn = _norm(model, model.n_embd), SelfAttention(model, mode)
+        self.ln_2, self.mlp = _norm(model, model.n_embd), MLP(model)
+
+    def forward(self, h: Tensor, cut: Cut = keep) -> Tensor:
+        """h: (B, T, d) -> (B, T, d); `cut` is called on each sublayer's output."""
+        if self.pre:
+            h = cut(h + self.attn(self.ln_1(h)), "sublayer")
+            return cut(h + self.mlp(self.ln_2(h)), "block")
+        h = cut(self.ln_1(h + self.attn(h)), "sublayer")
+        return cut(self.ln_2(h + self.mlp(h)), "block")
+
+
+class GPT(nn.Module):
+    """`logits, loss = model(idx, targets)`; loss is the mean cross-entropy in nats. Untied head unless `model.tie`."""
+
+    def __init__(self, model: Model, mode: Attention, vocab_size: int) -> None:
+        super().__init__()
+        d = model.n_embd
+        self.block_size = model.block_size
+        self.wte = _embedding(vocab_size, d)
+        self.wpe = _embedding(model.block_size, d)
+        self.drop = nn.Dropout(model.dropout)
+        self.blocks = nn.ModuleList(Block(model, mode) for _ in range(model.n_layer))
+        self.ln_f = _norm(model, d) if model.placement is Placement.pre else nn.Identity()
+        self.head = Linear(d, vocab_size, bias=False, kind="head", init_std=INIT_STD)
+        if model.tie:
+            self.head.weight = self.wte.weight  # type: ignore[assignment]
+        self.broadcast: Broadcast | None = None
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """idx, targets: (B, T) int64 -> logits: (B, T, vocab), loss: () or None without targets."""
+        taught: list[Tensor] = []
+        broadcast = self.broadcast if torch.is_grad_enabled() else None
+        cut = keep if broadcast is None else broadcast.cutter(taught)
+        h = self.drop(self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device)))
+        for block in self.blocks:
+            h = block(h, cut)
+        logits: Tensor = self.head(self.ln_f(h))
+        if targets is None:
+            return logits, None
+        top = logits.float() if logits.dtype == torch.bfloat16 else logits
+        loss = F.cross_entropy(top.flatten(0, -2), targets.flatten())
+        if broadcast is not None:
+            loss = loss + broadcast.teach(taught, top, targets, self.head)
+        return logits, loss
+
+
+def build(config: RunConfig, vocab_size: int) -> GPT:
+    """The config's model on the CPU, initialised from its seed, with its method's feedback and its norms' backward.
+
+    Each parameter draws from a stream of its own name: models that share a parameter start it alike.
+    """
+    model = GPT(config.model, config.attn_mode, vocab_size)
+    if config.precision is Precision.fp64:
+        model.double()
+    initialise(model, config.seed)
+    config.method.install(model, config.seed)
+    set_backward(model, config.ln_backward)
+    return model
+
+
+def feedback(config: RunConfig, vocab_size: int) -> dict[str, Tensor]:
+    """Every feedback matrix by name as the run's seed draws it."""
+    state = build(config, vocab_size).state_dict()
+    return {name: value for name, value in state.items() if is_feedback(name)}
+
+
+def block_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the blocks' parameters by name, feedback left out."""
+    return {
+        name: p.detach().clone()
+        for name, p in model.named_parameters()
+        if name.startswith("blocks.") and not is_feedback(name)
+    }
+
+
+@contextmanager
+def replaced(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the context, parameters and buffers of these names hold these values; afterwards their own, bit for bit.
+
+    They are written into, so that tensors which share their memory see it too.
+    """
+    state = model.state_dict()
+    own = {name: state[name].clone() for name in values}
+    try:
+        for name, value in values.items():
+            state[name].copy_(value)
+        yield
+    finally:
+        for name, value in own.items():
+            state[name].copy_(value)
+
+
+def saved(model: GPT) -> dict[str, Tensor]:
+    """Weights and feedback by name, as they are kept in files: safetensors refuses two names for a tied matrix."""
+    state = model.state_dict()
+    if model.head.weight is model.wte.weight:
+        del state["head.weight"]
+    return state
+
+
+def load_saved(model: GPT, state: dict[str, Tensor]) -> None:
+    """Put what `saved` gave into a model of the same config."""
+    if model.head.weight is model.wte.weight:
+        state = {**state, "head.weight": state["wte.weight"]}
+    model.load_state_dict(state)
+
+
+@torch.no_grad()
+def initialise(model: GPT, seed: int) -> None:
+    """Linear and embedding weights N(0, 0.02²), residual projections by 1/√(2·n_layer) smaller; biases 0, γ = 1."""
+    for name, parameter in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif isinstance(module, Norm):
+            parameter.fill_(1.0)
+        else:
+            std = module.init_std if isinstance(module, Linear) else INIT_STD
+            parameter.copy_(normal(tuple(parameter.shape), stream(seed, "init", name)) * std)
+
+
+def residual_std(model: Model) -> float:
+    return INIT_STD / math.sqrt(2 * model.n_layer)
+
+
+def _embedding(n: int, d: int) -> nn.Embedding:
+    """As yet without values: `initialise` gives them, and torch's own draw would import its compiler on the meta device."""
+    made: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(n, d), freeze=False)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _norm(model: Model, d: int) -> Norm:
+    rms = model.norm is NormKind.rmsnorm
+    return Norm(d, eps=model.eps, rms=rms, affine=model.affine, bias=model.bias)

@@ -1,0 +1,346 @@
+"""The backward of LayerNorm and RMSNorm taken apart: pure functions of tensors.
+
+Notation, per token of size d (docs/maths.md): input x, σ = √(v+ε), z = (x−μ)/σ (RMSNorm: μ = 0, v = mean(x²)),
+ρ = v/(v+ε), g = ∂L/∂z, ḡ = mean(g), m = mean(g⊙z). The exact pullback is t = (g − ḡ − z·m)/σ; every surrogate leaves
+out some of its three factors. With A = d·ḡ², B = d·m²/ρ, C = ‖g‖² − A − B, the sums over tokens of
+{A, B, C, (1−ρ)B, (1−ρ)²B} × {1, σ⁻¹, σ⁻²} suffice for every flattened share, cosine and gain of all of them.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lnjac.runs import schema as tables
+from lnjac.runs.schema import ENERGIES, RSTD_POWERS, SIGMA_QUANTILES
+
+CHUNK_ELEMENTS = 1 << 16
+"""Elements taken to float64 at a time on a CPU: half a megabyte, so that the passes over a chunk stay in cache."""
+
+ACCELERATOR_CHUNK_ELEMENTS = 1 << 22
+"""The same on an accelerator, where launching a kernel costs more than its work on a small chunk."""
+
+ROUNDING_SQ = (64 * torch.finfo(torch.float64).eps) ** 2
+"""A pullback this much shorter than what it was made from, squared, is rounding noise without a direction."""
+
+
+HALF_EPS = torch.finfo(torch.float32).eps
+"""Stands for the ε of the half dtypes, whose gradients are accumulated in float32."""
+
+NOISE = 8
+"""Times the dtype's ε: a token whose gradient is so much shorter than the longest of its call holds rounding errors, as
+the first query's does, which softmax over one key leaves without any."""
+
+
+ROUNDED = 1 / 16
+"""Root mean square of a gradient's entries, over that of the gradient it is part of and the dtype's ε, up to which it counts
+as noise. Gradients that vanish in exact arithmetic were measured at 0.002 to 0.03, in fp64, fp32 and bf16."""
+
+
+class Switches(NamedTuple):
+    """Which factors of the backward are kept: subtract ḡ, subtract z·m, divide by σ."""
+
+    center: bool
+    radial: bool
+    scale: bool
+
+
+EXACT = Switches(True, True, True)
+SURROGATES = {name: Switches(*factors) for name, factors in tables.SURROGATES.items()}
+"""The seven surrogates by name; center_scale and scale are Xu et al. 2019 (arXiv 1911.07013), "detach σ" and DetachNorm."""
+
+
+def center(g: Tensor) -> Tensor:
+    """g − ḡ over the last axis; g: (…, d)."""
+    return g - g.mean(-1, keepdim=True)
+
+
+def remove_radial(z: Tensor, g: Tensor) -> Tensor:
+    """g − z·mean(g⊙z) over the last axis; z, g: (…, d)."""
+    return g - z * (g * z).mean(-1, keepdim=True)
+
+
+def pull_back(g: Tensor, z: Tensor, rstd: Tensor, switches: Switches = EXACT, *, rms: bool = False) -> Tensor:
+    """Pull ∂L/∂z back to ∂L/∂x through the chosen factors. g, z: (…, d); rstd = 1/σ: (…, 1).
+
+    Exact for any ε with `EXACT` (Ba et al. 2016; Zhang & Sennrich 2019 for rms). For RMSNorm there is no mean to remove,
+    so `center` has no effect. The map is symmetric, as its two projections commute (z ⊥ 1): it is its own transpose.
+    """
+    if switches.center and not rms:
+        g = center(g)
+    if switches.radial:
+        g = remove_radial(z, g)
+    return g * rstd if switches.scale else g
+
+
+class Normalised(NamedTuple):
+    """z: (…, d), the normalised input; rstd = 1/σ: (…, 1)."""
+
+    z: Tensor
+    rstd: Tensor
+
+
+def normalise(x: Tensor, eps: float, *, rms: bool = False) -> Normalised:
+    """z and 1/σ of x: (…, d), the variance by two passes (mean(x²) − μ² loses every digit once μ ≫ σ)."""
+    centred = x if rms else center(x)
+    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return Normalised(centred * rstd, rstd)
+
+
+@dataclass
+class Tokens:
+    """Per-token scalars of one norm's backward, float64, each of shape (n,)."""
+
+    sigma: Tensor
+    rho: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    cos_projected: Tensor
+    """cos(u, replay) against autograd's own t; NaN where the norm was not replayed."""
+    residual_sq: Tensor
+    """‖t − replay‖²; NaN where the norm was not replayed."""
+    measurable: Tensor
+    """Whether ‖g‖ and ‖t‖ exceed the tiny of the dtype they came in, and g and t are more than rounding noise (bool)."""
+
+
+def decompose(
+    x: Tensor,
+    grad: Tensor,
+    eps: float,
+    *,
+    weight: Tensor | None = None,
+    rms: bool = False,
+    replayed: Tensor | None = None,
+    loss_tokens: int = 1,
+) -> Tokens:
+    """Measure one call of a norm. x, grad: (…, d), grad = ∂L/∂y; weight: (d,) takes it to g = γ⊙∂L/∂y.
+
+    `replayed`: (…, d) is autograd's own ∂L/∂x through this norm, to be compared with the formula. `loss_tokens` turns the
+    gradient of a mean loss over that many tokens into the summed loss's, so that micro-batches of any size add up.
+    """
+    d = x.shape[-1]
+    tiny = torch.finfo(grad.dtype).tiny
+    gamma = None if weight is None else weight.detach().double()
+    parts = []
+    for x_, grad_, replayed_ in _chunks(x, grad, replayed):
+        z, rstd = normalise(x_, eps, rms=rms)
+        g = grad_ if gamma is None else grad_ * gamma
+        rstd_ = rstd.squeeze(-1)
+        rho = z.square().mean(-1)  # 1 - ε/σ² would lose its digits where v ≪ ε
+        centred = g if rms else center(g)
+        mean_part = torch.zeros_like(rho) if rms else g.sum(-1).square() / d
+        m = (g * z).sum(-1) / d
+        along = torch.where(rho > 0, m / rho, 0.0)
+        radial_part = d * m * along
+        kept = (centred - z * along.unsqueeze(-1)).square().sum(-1)
+        g_sq = mean_part + radial_part + kept
+        t_sq = (kept + (1 - rho).square() * radial_part) * rstd_.square()
+        if replayed_ is None:
+            residual_sq = cos_projected = torch.full_like(rho, math.nan)
+        else:
+            t = pull_back(g, z, rstd, rms=rms)
+            residual_sq = (t - replayed_).square().sum(-1)
+            # u = σ·t has t's direction, so that t stands for the projected surrogate here
+            cos_projected = (t * replayed_).sum(-1) / (t.norm(dim=-1) * replayed_.norm(dim=-1))
+        measurable = (g_sq > tiny**2) & (t_sq > tiny**2) & (t_sq > ROUNDING_SQ * g_sq * rstd_.square())
+        scale = float(loss_tokens) ** 2
+        parts.append(
+            Tokens(
+                sigma=rstd_.reciprocal(),
+                rho=rho,
+                A=mean_part * scale,
+                B=radial_part * scale,
+                C=kept * scale,
+                cos_projected=cos_projected,
+                residual_sq=residual_sq * scale,
+                measurable=measurable,
+            )
+        )
+    found = concatenate(parts)
+    g_sq = found.A + found.B + found.C
+    found.measurable &= g_sq > (NOISE * min(torch.finfo(grad.dtype).eps, HALF_EPS)) ** 2 * g_sq.max()
+    return found
+
+
+def concatenate(parts: Sequence[Tokens]) -> Tokens:
+    """The tokens of several calls or micro-batches as one."""
+    return Tokens(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Tokens)})
+
+
+def _chunks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The tensors, (…, d) each, as matching float64 pieces of (rows, d); None stays None."""
+    d, device = next((a.shape[-1], a.device.type) for a in tensors if a is not None)
+    rows = max(1, (CHUNK_ELEMENTS if device == "cpu" else ACCELERATOR_CHUNK_ELEMENTS) // d)
+    pieces = [repeat(None) if a is None else a.detach().reshape(-1, d).split(rows) for a in tensors]  # type: ignore[no-untyped-call]
+    for chunk in zip(*pieces, strict=False):  # as long as the tensors; None repeats
+        yield tuple(None if a is None else a.double() for a in chunk)
+
+
+def cosines(tokens: Tokens, *, rms: bool = False) -> dict[str, Tensor]:
+    """Cosine of each direction with the true pullback, per token: (n,); NaN where a vector vanishes.
+
+    N = C + (1−ρ)B is ⟨h, u⟩, U = C + (1−ρ)²B is ‖u‖². A factor of σ does not turn a token's vector: center_scale and
+    center share a cosine, as do ste and scale, radial_scale and radial.
+    """
+    a, b, c, slack = tokens.A, tokens.B, tokens.C, 1 - tokens.rho
+    n, u = c + slack * b, c + slack.square() * b
+    found = {
+        "cos_center_vs_true": n / ((b + c) * u).sqrt(),
+        "cos_ste_vs_true": n / ((a + b + c) * u).sqrt(),
+        "cos_center_vs_ste": ((b + c) / (a + b + c)).sqrt(),
+        "cos_projected_vs_true": tokens.cos_projected,
+        "cos_radial_vs_true": (u / (a + u)).sqrt(),
+    }
+    if rms:
+        found["cos_center_vs_ste"] = torch.full_like(a, math.nan)
+    return found
+
+
+METRICS: dict[str, Callable[[Tokens], Tensor]] = {}
+"""Further quantities per token by the name of their column, which holds their mean: filled by `metric`."""
+
+
+def metric(function: Callable[[Tokens], Tensor]) -> Callable[[Tokens], Tensor]:
+    """Decorator: make function(tokens) -> (n,) a column of its name, declared in `tables.LAYERS` (docs/how-to.md)."""
+    METRICS[function.__name__] = function
+    return function
+
+
+def per_token(tokens: Tokens, *, rms: bool = False) -> dict[str, Tensor]:
+    """What a row holds as a mean over its measurable tokens: (n,) each."""
+    return {**cosines(tokens, rms=rms), **{name: function(tokens) for name, function in METRICS.items()}}
+
+
+Sums = dict[str, float]
+"""Additive statistics of any number of tokens: those of micro-batches, ranks and runs merge by `add`."""
+
+
+def sums(tokens: Tokens, *, rms: bool = False) -> Sums:
+    """Reduce tokens to their sufficient statistics: energies weighted by 1/σ's powers, and sums of per-token quantities."""
+    slack = 1 - tokens.rho
+    energies = {
+        "A": tokens.A,
+        "B": tokens.B,
+        "C": tokens.C,
+        "B1": slack * tokens.B,
+        "B2": slack.square() * tokens.B,
+    }
+    assert list(energies) == list(ENERGIES)
+    weights = {suffix: tokens.sigma.pow(-power) for suffix, power in RSTD_POWERS.items()}
+    found = {f"sum_{e}{s}": (energy * weight).sum() for e, energy in energies.items() for s, weight in weights.items()}
+    found |= {f"sum_{name}": values[tokens.measurable].sum() for name, values in per_token(tokens, rms=rms).items()}
+    found["sum_sigma"] = tokens.sigma.sum()
+    found["sum_rho"] = tokens.rho.sum()
+    found["sum_residual_sq"] = tokens.residual_sq.sum()
+    found["n_zero"] = (~tokens.measurable).sum()
+    values = torch.stack([value.double() for value in found.values()]).tolist()  # the device is waited for once
+    return {**dict(zip(found, values, strict=True)), "n_tokens": tokens.sigma.numel()}
+
+
+def add(parts: Sequence[Sums]) -> Sums:
+    """The statistics of all tokens together."""
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
+def shares(total: Mapping[str, float], d: int, *, rms: bool = False) -> dict[str, float]:
+    """Ratios of means over tokens: what part of ‖g‖² each factor of the backward removes, and what is kept."""
+    a, b, c, b1, b2 = (total[f"sum_{name}"] for name in ENERGIES)
+    g_sq = a + b + c
+    radial = _ratio(b - 2 * b1 + b2, g_sq)  # ρ²B
+    radial_share = _ratio(b, b + c)
+    mean = math.nan if rms else _ratio(a, g_sq)
+    return {
+        "r_mean": mean,
+        "r_radial": radial,
+        "r_kept": _ratio(c + b2, g_sq),
+        "share_mean": mean,
+        "share_radial": _ratio(b, g_sq),
+        "share_kept": _ratio(c, g_sq),
+        "radial_share": radial_share,
+        "enrichment_mean": d * mean,
+        "enrichment_radial": d * radial,
+        "enrichment_radial_share": (d if rms else d - 1) * radial_share,
+    }
+
+
+class Flattened(NamedTuple):
+    """A surrogate against the true backward, both as one long vector over all tokens: what a weight gradient sees."""
+
+    cos: float
+    gain: float
+
+
+def flattened(total: Mapping[str, float], switches: Switches, *, rms: bool = False) -> Flattened:
+    """Flattened cosine and gain ‖surrogate‖/‖true‖ of any of the eight backwards.
+
+    In the orthogonal parts (mean, radial, kept) of a token, t = (0, (1−ρ)√B, √C)/σ and the surrogate is
+    (√A or 0, √B or (1−ρ)√B, √C), over σ where it scales.
+    """
+    powers = list(RSTD_POWERS)
+    scaled = int(switches.scale)
+
+    def energy(name: str, power: int) -> float:
+        return total[f"sum_{name}{powers[power]}"]
+
+    keeps_mean = rms or not switches.center
+    dot = energy("B2" if switches.radial else "B1", 1 + scaled) + energy("C", 1 + scaled)
+    norm_sq = energy("B2" if switches.radial else "B", 2 * scaled) + energy("C", 2 * scaled)
+    norm_sq += energy("A", 2 * scaled) if keeps_mean else 0.0
+    true_sq = energy("B2", 2) + energy("C", 2)
+    return Flattened(cos=_ratio(dot, math.sqrt(norm_sq * true_sq)), gain=math.sqrt(_ratio(norm_sq, true_sq)))
+
+
+def weighted_rstd_cv(total: Mapping[str, float]) -> float:
+    """Coefficient of variation of 1/σ over tokens weighted by ‖u‖²: projected's flattened cosine is 1/√(1 + cv²)."""
+    moments = [total[f"sum_C{suffix}"] + total[f"sum_B2{suffix}"] for suffix in RSTD_POWERS]
+    return math.sqrt(max(_ratio(moments[0] * moments[2], moments[1] ** 2) - 1, 0.0))  # in this order NaN stays NaN
+
+
+def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = False) -> dict[str, float]:
+    """Every measured column of a layer row, from the added statistics and, for spread and quantiles, every σ: (n,)."""
+    n, n_zero = int(total["n_tokens"]), int(total["n_zero"])
+    found: dict[str, float] = {
+        name.removeprefix("sum_"): _ratio(value, n - n_zero)
+        for name, value in total.items()
+        if name.startswith("sum_cos_") or name.removeprefix("sum_") in METRICS
+    }
+    found |= shares(total, d, rms=rms)
+    for name, switches in SURROGATES.items():
+        found[f"flat_cos_{name}"], found[f"gain_{name}"] = flattened(total, switches, rms=rms)
+    sigmas = sigma.double().cpu().numpy()  # numpy's quantile takes any number of tokens, torch's 2^24
+    found |= dict(zip(SIGMA_QUANTILES, np.quantile(sigmas, list(SIGMA_QUANTILES.values())).tolist(), strict=True))
+    return found | {
+        "n_tokens": n,
+        "n_zero": n_zero,
+        "sigma_mean": total["sum_sigma"] / n,
+        "sigma_std": float(sigmas.std(ddof=1)) if n > 1 else math.nan,
+        "rho_mean": total["sum_rho"] / n,
+        "rstd_cv": weighted_rstd_cv(total),
+        "jacobian_residual": math.sqrt(_ratio(total["sum_residual_sq"], total["sum_C_rstd2"] + total["sum_B2_rstd2"])),
+        **{name: total[name] for name in (f"sum_{e}{s}" for e in ENERGIES for s in RSTD_POWERS)},
+    }
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """Σ a⊙b of two tensors of one shape, their rows' sums added in float64."""
+    return float((wide(a) * wide(b)).sum(-1).sum(dtype=torch.float64))
+
+
+def noise_sq(dtype: torch.dtype, mean_square: float) -> float:
+    """Mean square of a gradient's entries that is rounding noise of products in this dtype, beside that of the whole."""
+    return (ROUNDED * torch.finfo(dtype).eps) ** 2 * mean_square
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below > 0 else math.nan

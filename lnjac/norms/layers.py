@@ -1,0 +1,131 @@
+"""LayerNorm and RMSNorm whose backward can leave out scaling, mean-centring or radial removal.
+
+The forward value never depends on the choice. A surrogate is written with `detach` alone, so that it survives
+torch.compile, vmap and forward mode: the backward's linear map is symmetric (`lnjac.norms.decompose.pull_back`), so
+applying it to x itself, with z and σ held constant, gives an expression whose gradient is that very map.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lnjac.norms.decompose import EXACT, SURROGATES, Switches, normalise, pull_back
+
+
+class Backward(Protocol):
+    """What conf/ln_backward/*.yaml names: how a norm's normalisation is differentiated, and at which sites."""
+
+    name: str
+    sites: list[str]
+
+    @abstractmethod
+    def surrogate(self, x: Tensor, eps: float, *, rms: bool) -> Tensor | None:
+        """An expression with the wanted gradient with respect to x: (…, d) -> (…, d); None for the exact backward."""
+
+
+@dataclass
+class Factors:
+    """The backward as three switches (conf/ln_backward/*.yaml); `sites` are names or globs, as in `matches`."""
+
+    name: str
+    sites: list[str]
+    center: bool
+    radial: bool
+    scale: bool
+
+    def problems(self, config: Any) -> Iterator[str]:
+        mine = Switches(self.center, self.radial, self.scale)
+        named = {"exact": EXACT, **SURROGATES}
+        if mine != named.get(self.name, mine):
+            right = next(name for name, switches in named.items() if switches == mine)
+            yield f"ln_backward={self.name} with other factors than its own would be mislabelled: use ln_backward={right}"
+
+    def surrogate(self, x: Tensor, eps: float, *, rms: bool) -> Tensor | None:
+        """M(x), where M pulls ∂L/∂z back through the chosen factors with z and σ constant; its gradient is Mᵀ = M."""
+        switches = Switches(self.center, self.radial, self.scale)
+        if switches == EXACT:
+            return None
+        z, rstd = normalise(x.detach(), eps, rms=rms)  # not no_grad, which forward mode would look through
+        return pull_back(x, z, rstd, switches, rms=rms)
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba et al. 2016) or, with `rms`, RMSNorm (Zhang & Sennrich 2019) over the last axis of size d."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, d: int, *, eps: float, rms: bool = False, affine: bool = True, bias: bool = True) -> None:
+        super().__init__()
+        self.normalized_shape, self.eps, self.rms = (d,), eps, rms
+        self.register_parameter("weight", nn.Parameter(torch.ones(d)) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(d)) if affine and bias and not rms else None)
+        self.backward_rule: Backward | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (…, d) -> γ⊙z + β: (…, d)."""
+        surrogate = None if self.backward_rule is None else self.backward_rule.surrogate(x, self.eps, rms=self.rms)
+        if surrogate is None:
+            return self._plain(x, self.weight, self.bias)
+        value = self._plain(x, self.weight, self.bias).detach()  # rounded as the exact norm's, to the last bit
+        z = self._plain(x.detach(), None, None) + (surrogate - surrogate.detach())
+        y = z if self.weight is None else z * self.weight
+        y = y if self.bias is None else y + self.bias
+        return value + (y - y.detach()).to(value.dtype)  # bf16 where autocast makes the ordinary norm's so
+
+    def _plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if self.rms:
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+    def extra_repr(self) -> str:
+        rule = "exact" if self.backward_rule is None else self.backward_rule.name
+        return f"{self.normalized_shape[0]}, eps={self.eps}, rms={self.rms}, backward={rule}"
+
+
+def matches(site: str, patterns: Iterable[str]) -> bool:
+    """Whether a site (`blocks.0.ln_1`) is meant by `all`, by its dotted name, its role (`ln_1`), or a glob of either."""
+    role = site.rpartition(".")[2]
+    return any(p == "all" or fnmatchcase(site, p) or fnmatchcase(role, p) for p in patterns)
+
+
+def set_backward(model: nn.Module, rule: Backward) -> list[str]:
+    """Give every matching Norm of the model this backward, every other one the exact one; returns the matching sites."""
+    chosen = []
+    for site, module in norms(model):
+        module.backward_rule = rule if matches(site, rule.sites) else None
+        if module.backward_rule is not None:
+            chosen.append(site)
+    return chosen
+
+
+@contextmanager
+def exact_norms(model: nn.Module) -> Iterator[None]:
+    """Within the context every norm of the model has its exact backward."""
+    modules = [module for _, module in norms(model)]
+    rules = [module.backward_rule for module in modules]
+    try:
+        for module in modules:
+            module.backward_rule = None
+        yield
+    finally:
+        for module, rule in zip(modules, rules, strict=True):
+            module.backward_rule = rule
+
+
+def norms(model: nn.Module) -> list[tuple[str, Norm]]:
+    """The model's norms of this class with their dotted names, in order of definition."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Norm)]
+
+
+def unmatched(sites: Iterable[str], rule: Any) -> list[str]:
+    """The patterns of the rule that mean none of the model's sites."""
+    names = list(sites)
+    return [pattern for pattern in rule.sites if not any(matches(name, [pattern]) for name in names)]

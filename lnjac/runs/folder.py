@@ -1,0 +1,292 @@
+"""A run's folder, read and written without torch: tables, status, provenance.
+
+Every file is written beside its final name and moved there in one step; `status.json` is written last. So a folder whose
+status says `done` or `diverged` is whole, whatever happened to the process.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import secrets
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, SoftFileLock, Timeout
+
+from lnjac.runs.schema import LONG, SCHEMA_VERSION, TABLES, Column
+
+STATUS = "status.json"
+FILES = {"layers": "layers.parquet", "runs": "run.parquet", "curves": "curve.parquet"}
+FILES |= {name: f"{name}.parquet" for name in LONG}
+"""The file of each table in a run's folder; those in long form are there only where they have rows."""
+MODEL = "model.safetensors"
+BATCH = "diagnostic_batch.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
+LOCK = ".lock"
+
+SMALL = 200
+"""Rows below which a file is written for speed: it is mostly footer, however its pages are encoded."""
+
+ROW_GROUP = 1 << 18
+"""Rows that are encoded at once: what a writer holds in memory beside the table."""
+
+RUNNING, INTERRUPTED, DONE, FAILED, DIVERGED = "running", "interrupted", "done", "failed", "diverged"
+FINISHED = (DONE, DIVERGED)
+
+ARROW = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "bool": pa.bool_()}
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a temporary file in path's folder, then move it to path; on any error path stays as it was."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def schema(columns: Iterable[Column]) -> pa.Schema:
+    return pa.schema([pa.field(column.name, ARROW[column.dtype]) for column in columns])
+
+
+def table(
+    declared: Sequence[Column], config: Sequence[tuple[Column, Any]], rows: Sequence[Mapping[str, Any]]
+) -> pa.Table:
+    """Rows as one typed table: declared columns, then the config's (the same in every row).
+
+    Raises KeyError when a row lacks a declared column or holds one that is not declared: a row is never silently cut.
+    """
+    for row in rows:
+        if unknown := set(row) ^ {column.name for column in declared}:
+            raise KeyError(f"row and declared columns differ in {sorted(unknown)}")
+    data: dict[str, list[Any]] = {column.name: [row[column.name] for row in rows] for column in declared}
+    data |= {column.name: [value] * len(rows) for column, value in config}
+    return pa.table(data, schema=schema([*declared, *(column for column, _ in config)]))
+
+
+def write_table(path: Path, data: pa.Table, metadata: Mapping[str, Any]) -> None:
+    """Write a table with checksums on every page and over its footer; `metadata` goes there as JSON under the key `lnjac`.
+
+    Column statistics are left out: in files of ten rows they are most of the bytes, and nothing here reads them. Nor do
+    small files gain by dictionaries or zstd, which double the time that each takes to write and to read; in large ones
+    only text repeats enough for a dictionary, and numbers shrink further with their bytes side by side. The file is
+    written where it is: what must not be seen half-written goes through `write_atomically`.
+    """
+    small = data.num_rows < SMALL
+    text = [field.name for field in data.schema if pa.types.is_string(field.type)]
+    numbers = [field.name for field in data.schema if pa.types.is_floating(field.type)]
+    note = json.dumps({"schema_version": SCHEMA_VERSION, **metadata}, sort_keys=True)
+    with pq.ParquetWriter(
+        path,
+        data.schema.remove_metadata(),
+        compression="snappy" if small else "zstd",
+        use_dictionary=False if small else text,
+        use_byte_stream_split=False if small else numbers,
+        write_statistics=False,
+        write_page_checksum=True,
+        store_schema=False,
+    ) as writer:
+        writer.write_table(data, row_group_size=ROW_GROUP)
+        writer.add_key_value_metadata({"lnjac": note, SEAL: UNSEALED})
+    with path.open("r+b") as file:
+        start, footer = _footer(file)
+        at = _seal(footer)
+        assert at is not None
+        file.seek(start + at)
+        file.write(hashlib.sha256(footer).hexdigest().encode())
+
+
+SEAL, UNSEALED = "lnjac.footer_sha256", "0" * 64
+"""Key of the footer's own SHA-256, and the value that stands there while the footer is hashed.
+
+Pages carry checksums; the footer, with the columns' names, types and places, has none in Parquet.
+"""
+
+
+def _require_sealed(file: pa.NativeFile) -> None:
+    """Raise ArrowInvalid if the footer is not the one that `write_table` wrote; one without a checksum passes."""
+    _, footer = _footer(file)
+    file.seek(0)
+    if (at := _seal(footer)) is None:  # another program's, or an earlier lnjac's
+        return
+    found = footer[at : at + len(UNSEALED)]
+    plain = footer[:at] + UNSEALED.encode() + footer[at + len(UNSEALED) :]
+    if hashlib.sha256(plain).hexdigest().encode() != found:
+        raise pa.ArrowInvalid("its footer was altered after it was written: its SHA-256 differs")
+
+
+def _footer(file: "BinaryIO | pa.NativeFile") -> tuple[int, bytes]:
+    """Return where the footer begins, and its bytes with its length and the mark that end the file."""
+    size: int = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 8))
+    length = int.from_bytes(file.read(4), "little") + 8
+    start = max(0, size - length)
+    file.seek(start)
+    return start, file.read()
+
+
+def _seal(footer: bytes) -> int | None:
+    """Return where the SHA-256 stands in the footer: after its key and Thrift's header of a text of 64 bytes."""
+    mark = SEAL.encode() + b"\x18\x40"
+    at = footer.rfind(mark)
+    return None if at < 0 else at + len(mark)
+
+
+class RunFolder:
+    """The writing side of one run's folder, claimed until `release`: no other process may write to it meanwhile.
+
+    Raises InUse when another process holds it. `identity` (run_id, diag_id) goes into every status.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
+        self.path = Path(path)
+        self.identity = dict(identity)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = claimed(self.path)
+        for left in self.path.glob(".*.tmp"):  # by a writer that was killed: nobody else may write here
+            left.unlink(missing_ok=True)
+        self.written: dict[str, str] = {}
+
+    def release(self) -> None:
+        self.lock.release()
+
+    def status(self, state: str, **more: Any) -> None:
+        """Say what became of the run: running, interrupted, done, failed or diverged, with an `error` or `step` if any.
+
+        The status also holds the SHA-256 of each file written so far: one that an earlier run left in the folder is not
+        in it.
+        """
+        text = json.dumps({"status": state, "at": now(), **self.identity, **more, "sha256": self.written}, indent=1)
+        write_atomically(self.path / STATUS, lambda temporary: temporary.write_text(text + "\n"))
+
+    def write(
+        self,
+        name: str,
+        rows: Sequence[Mapping[str, Any]],
+        config: Sequence[tuple[Column, Any]],
+        metadata: Mapping[str, Any],
+    ) -> None:
+        """Write one of the tables of FILES; only layers and runs hold the config, the others are joined by run_id."""
+        data = table(TABLES[name], config if name in ("layers", "runs") else (), rows)
+        self.save(FILES[name], lambda path: write_table(path, data, {"table": name, **metadata}))
+
+    def save(self, file: str, write: Callable[[Path], object]) -> None:
+        """Let `write` make one of the folder's files; on any error it stays as it was."""
+        write_atomically(self.path / file, write)
+        self.written[file] = file_sha256(self.path / file)
+
+
+class InUse(Exception):
+    """Raised when a run's folder is held by another process; `alive` is False where nobody can say if that is alive."""
+
+    def __init__(self, said: str, *, alive: bool = True) -> None:
+        super().__init__(said)
+        self.alive = alive
+
+
+def claimed(folder: Path) -> FileLock:
+    """Claim the folder for this process, until the lock is released; it goes with its process, however that ends.
+
+    Raises InUse when another process holds it. Without flock (some network file systems) the lock is its file, which a
+    killed process leaves behind; filelock removes it where it names a process of this host that is gone.
+    """
+    lock = FileLock(folder / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        if not isinstance(lock, SoftFileLock):
+            raise InUse(f"{folder} is being written by another process") from None
+        raise InUse(
+            f"{folder} is locked, and its file system offers no flock to tell whether by a living process: "
+            f"if no run writes there, delete {folder / LOCK}",
+            alive=False,
+        ) from None
+    return lock
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """The folder's status; {} when there is none or it is not readable as one."""
+    try:
+        found = json.loads((folder / STATUS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def no_status(folder: Path) -> str:
+    """Say why `read_status` finds none."""
+    try:
+        (folder / STATUS).read_bytes()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return f"{STATUS}: {why(error)}"
+    return f"no readable {STATUS}"
+
+
+def why(error: OSError) -> str:
+    """The system's reason alone, such as `permission denied`, for a message that names the file already."""
+    return (error.strerror or str(error)).lower()
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `write_table` put into the footer. Raises ArrowInvalid for a file that is not parquet, KeyError for another's."""
+    with _opened(path) as source:
+        found = json.loads(pq.read_metadata(source).metadata[b"lnjac"])
+    assert isinstance(found, dict)
+    return found
+
+
+def read_table(path: Path | pa.NativeFile, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read one Parquet file, or only some of its columns, verifying the checksums of its footer and its pages."""
+    with _opened(path) as source:
+        file = pq.ParquetFile(source, page_checksum_verification=True)
+        return file.read(columns, use_threads=file.metadata.num_rows >= SMALL)
+
+
+@contextmanager
+def _opened(path: Path | pa.NativeFile) -> Iterator[pa.NativeFile]:
+    """Open a Parquet file, or take an open one, and verify its footer."""
+    if isinstance(path, Path) and path.exists() and not path.is_file():
+        raise OSError("it is not a regular file")  # a pipe would be waited for
+    with pa.OSFile(str(path)) if isinstance(path, Path) else nullcontext(path) as file:
+        _require_sealed(file)
+        yield file
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@cache
+def provenance() -> dict[str, Any]:
+    """Which code runs: git commit, whether the package's tracked files differ from it, and the Python version."""
+    here = Path(__file__).resolve().parents[1]
+    commit = _git(here, "rev-parse", "HEAD")
+    return {
+        "commit": commit,
+        "dirty": None if commit is None else bool(_git(here, "status", "--porcelain", "--untracked-files=no", ".")),
+        "python_version": platform.python_version(),
+    }
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

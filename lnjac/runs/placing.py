@@ -1,0 +1,86 @@
+"""Put the files of a merge into their places as one step: whatever ends the process, the old merge is there or the new.
+
+A merge is several files, and no system renames several at once. So they are completed in a hidden folder, and renaming
+that folder to its final name is the step: from then on the merge is the new one. Its files are then moved to their
+places; if the process ends before all are, whoever reads or writes the merge next moves the rest.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from lnjac.runs.read import companion, report_file
+from lnjac.runs.schema import TABLES
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+UNFINISHED = ".merge-"
+"""How the name of a folder begins in which a merge is not complete yet."""
+
+
+@contextlib.contextmanager
+def new_files(layers: Path) -> Iterator[Path]:
+    """Give the layers file's path in a hidden folder; the files made beside it become the merge when the block ends."""
+    folder = layers.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder) as alone:
+        if alone:
+            for left in folder.glob(f"{UNFINISHED}*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder, ignore_cleanup_errors=True) as hidden:
+            ready = Path(hidden) / "files"
+            ready.mkdir()
+            yield ready / layers.name
+            _move(layers)
+            ready.rename(_complete(layers))
+            _move(layers)
+
+
+def finish(layers: Path) -> None:
+    """Move the files of a complete merge to their places, if the process that made it was ended before it could."""
+    if _complete(layers).is_dir():
+        with contextlib.suppress(PermissionError), _alone(layers.parent):
+            _move(layers)
+
+
+def _complete(layers: Path) -> Path:
+    return layers.with_name(f".{layers.name}.complete")
+
+
+def _move(layers: Path) -> None:
+    """Tables that the new merge lacks are removed first; its report, which names those it has, is moved last.
+
+    Where there is no lock, another process may be moving the same files: one that is gone is in its place.
+    """
+    complete, report = _complete(layers), _complete(layers) / report_file(layers).name
+    with contextlib.suppress(FileNotFoundError):
+        for name in TABLES.keys() - json.loads(report.read_text(encoding="utf-8"))["rows"].keys():
+            companion(layers, name).unlink(missing_ok=True)
+        for path in sorted(complete.iterdir(), key=lambda path: path == report):
+            with contextlib.suppress(FileNotFoundError):
+                path.replace(layers.parent / path.name)
+    with contextlib.suppress(FileNotFoundError):
+        complete.rmdir()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Wait until no other process is here with this folder; False where the file system offers no such lock."""
+    opened, locked = None, False
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            opened = os.open(folder, os.O_RDONLY)
+            fcntl.flock(opened, fcntl.LOCK_EX)
+            locked = True
+    try:
+        yield locked
+    finally:
+        if opened is not None:
+            os.close(opened)

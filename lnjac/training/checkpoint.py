@@ -1,0 +1,82 @@
+"""A checkpoint's file: one safetensors file, replaced in one step, with whatever is not a tensor as JSON in its header."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lnjac.runs.folder import write_atomically
+
+VERSION = 3
+"""Raised when the file's contents change: another version's checkpoint is not used."""
+
+
+class Unusable(Exception):
+    """Raised when a checkpoint cannot be resumed."""
+
+
+class Timer:
+    """Called after each update: whether `every` seconds have passed since it last said so; never for None."""
+
+    def __init__(self, every: float | None) -> None:
+        self.every, self.last = every, time.monotonic()
+
+    def __call__(self) -> bool:
+        if self.every is None or time.monotonic() - self.last < self.every:
+            return False
+        self.last = time.monotonic()
+        return True
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
+    """Write tensors and note with a SHA-256 over both.
+
+    Raises:
+        OSError: There is no room; an earlier checkpoint then stays.
+    """
+    ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    text = json.dumps({"version": VERSION, **note})
+    header = {"lnjac": text, "sha256": _sha256(ready, text)}
+    try:
+        write_atomically(path, lambda temporary: save_file(ready, temporary, header))
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+
+
+def read(path: Path, identity: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the note of the checkpoint of the run `identity`.
+
+    Raises:
+        Unusable: The file is broken, was altered after it was written, or belongs to another run.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if header["sha256"] != _sha256(tensors, header["lnjac"]):
+            raise Unusable("it was altered after it was written: its SHA-256 differs")
+        note = json.loads(header["lnjac"])
+    except KeyError as error:
+        raise Unusable(f"its header lacks {error}: it was altered, or written by an earlier lnjac") from None
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        raise Unusable(f"it cannot be read: {error}") from None
+    if note.get("version") != VERSION or any(note.get(key) != value for key, value in identity.items()):
+        raise Unusable("it is another run's, or of another version of lnjac")
+    return tensors, note
+
+
+def _sha256(tensors: Mapping[str, Tensor], note: str) -> str:
+    """Hash every name, type, shape and byte: safetensors itself checks none of them."""
+    digest = hashlib.sha256(note.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,120 @@
+"""Re-open a finished run: its tables without torch, its model and diagnostic batch with it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lnjac.config.schema import PLUGIN_GROUPS, RunConfig, build
+from lnjac.errors import ConfigError
+from lnjac.runs import folder as runs
+from lnjac.runs import read as sources
+from lnjac.training import trackers as tracking
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+    from torch import Tensor
+
+    from lnjac.gpt.model import GPT
+
+
+class Run:
+    """A finished run's folder. `.layers`, `.run` and `.curve` are its tables as pandas frames."""
+
+    def __init__(self, folder: str | Path, *, trust: bool = False) -> None:
+        self.folder, self.trust = Path(folder), trust
+        self.status = runs.read_status(self.folder)
+        if (state := self.status.get("status")) not in runs.FINISHED:
+            said = f"status {state}" if state else runs.no_status(self.folder)
+            raise ConfigError(
+                f"{folder} is not a finished run ({said}): name a folder whose status is done or diverged"
+            )
+        _, self.metadata = self._read("runs")
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The run's config. Its classes are imported by name, so those of other packages only when `trust` is given."""
+        plain = self.metadata["config"] | {"tracker": tracking.NONE}  # opened again, it tells nobody
+        targets = [plain[group]["_target_"] for group in PLUGIN_GROUPS]
+        foreign = [target for target in targets if not target.startswith("lnjac.")]
+        if foreign and not self.trust:
+            raise ConfigError(
+                f"{self.folder} names code outside lnjac ({', '.join(foreign)}): if it is yours, "
+                "open the run by load_run(folder, trust=True)"
+            )
+        return build(plain)
+
+    @cached_property
+    def layers(self) -> pd.DataFrame:
+        return self._frame("layers")
+
+    @cached_property
+    def run(self) -> pd.DataFrame:
+        return self._frame("runs")
+
+    @cached_property
+    def curve(self) -> pd.DataFrame:
+        return self._frame("curves")
+
+    def table(self, name: str) -> pd.DataFrame:
+        """One of the tables by name (`lnjac.runs.schema.TABLES`), those in long form too.
+
+        Raises ConfigError for one that the run's diagnostics did not ask for.
+        """
+        if name not in runs.FILES:
+            raise ConfigError(f"{name} is not a table: choose one of {', '.join(runs.FILES)}")
+        if runs.FILES[name] not in self.status.get("sha256", {}):
+            raise ConfigError(
+                f"{self.folder} has no {name}: its diagnostics did not ask for them (docs/diagnostics.md)"
+            )
+        return self._frame(name)
+
+    def model(self) -> GPT:
+        """The model as it was when the run ended: weights, feedback and norms' backward; in eval mode, on the CPU.
+
+        Raises ConfigError when the run was made with save_model=false.
+        """
+        from safetensors.torch import load_file
+
+        from lnjac.gpt import model as gpt
+
+        if runs.MODEL not in self.status.get("sha256", {}):  # a file there would be another run's
+            raise ConfigError(f"{self.folder} holds no weights: it was run with save_model=false")
+        model = gpt.build(self.config, self.metadata["provenance"]["vocab_size"])
+        gpt.load_saved(model, load_file(self._verified(runs.MODEL)))
+        return model.eval()
+
+    def diagnostic_batch(self) -> tuple[Tensor, Tensor]:
+        """(idx, targets) the norms were analysed on: (batches, B, T) int64 each."""
+        from safetensors.torch import load_file
+
+        found = load_file(self._verified(runs.BATCH))
+        return found["idx"], found["targets"]
+
+    def _frame(self, name: str) -> pd.DataFrame:
+        frame: pd.DataFrame = self._read(name)[0].to_pandas()
+        return frame
+
+    def _read(self, name: str) -> tuple[pa.Table, dict[str, Any]]:
+        """A table and its note, held to what a merge holds it to: schema version, columns and types."""
+        try:
+            return sources.read_checked(self._verified(runs.FILES[name]), name, merged=False)
+        except sources.Unfit as error:
+            raise ConfigError(f"{self.folder}: {error}") from None
+
+    def _verified(self, file: str) -> Path:
+        """The file's path; ConfigError where it is not, to the last bit, what the run wrote."""
+        path = self.folder / file
+        if not path.exists() or runs.file_sha256(path) != self.status.get("sha256", {}).get(file):
+            raise ConfigError(f"{path} is missing or not the file that the run wrote: run it again")
+        return path
+
+
+def load_run(folder: str | Path, *, trust: bool = False) -> Run:
+    """Open the run in folder; `trust` lets it import the modules its config names beside lnjac's own.
+
+    Raises ConfigError unless the run's status is done or diverged, and its tables are those of this lnjac.
+    """
+    return Run(folder, trust=trust)
