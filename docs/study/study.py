@@ -376,10 +376,12 @@ def width() -> str:
             off = f"{claimed}: {', '.join(beyond) or 'none'}"
         at = f"{last.slope:+.2f} ({last.low:+.2f} to {last.high:+.2f})"
         values = (f"{value:.3g}" for value in row)
-        lines.append([f"`{metric}`", mode, *values, at, spread(inner(slopes)["slope"], "+.2f"), off])
+        bent = f"{int(slopes['bends'].sum())}" + ", with ln_f" * bool(last.bends)
+        lines.append([f"`{metric}`", mode, *values, at, spread(inner(slopes)["slope"], "+.2f"), off, bent])
     widths = (f"ln_f, width {int(x)}" for x in points)
     heads = ["metric", "attention", *widths, "slope at ln_f (95 % interval)", "slopes in the blocks"]
-    return markdown([*heads, "claimed slope: norms whose interval excludes it"], lines)
+    heads += ["claimed slope: norms whose interval excludes it", "norms of nine that no line describes"]
+    return markdown(heads, lines)
 
 
 def on_the_way() -> pd.DataFrame:
