@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 
 import lnjac
+from lnjac.comparing import compare
+from lnjac.comparing import study as design
 from lnjac.runs.merge import companions, load
 from lnjac.runs.schema import LAYERS, RUNS
 
@@ -33,7 +35,8 @@ print(f"{len(runs)} runs, {len(layers)} layer rows; status: {runs['status'].valu
 # %%
 declared = {column.name for column in [*RUNS, *LAYERS]}
 swept = [name for name in runs if name not in declared and runs[name].nunique(dropna=False) > 1]
-print("swept:", ", ".join(swept))
+levels = design.strata(runs, ["ln_backward"], design.varying(runs))  # the fewest columns that tell the rest apart
+print("swept:", ", ".join(swept), "| beside ln_backward and the seed, runs are told apart by:", ", ".join(levels))
 
 # %% [markdown]
 # ## How radial is the gradient at each norm, against chance?
@@ -42,37 +45,27 @@ print("swept:", ", ".join(swept))
 # %%
 last = layers[layers["step"] == layers.groupby("run_id")["step"].transform("max")]
 exact = last[last["ln_backward"] == "exact"]
-print(exact.pivot_table("enrichment_radial_share", "site", "attn_mode", sort=False).round(2))
+print(exact.pivot_table("enrichment_radial_share", "site", levels, sort=False).round(2))
 
 # %% [markdown]
-# ## Where is the gradient's energy?
-# Each norm's part of all ΣB + ΣC of its run; means over seeds. Energies add over calls and micro-batches of one norm, never
-# over norms: a share of such a sum tells where the energy lies, in which the modes differ.
+# ## What does a backward cost, and does softmax pay more?
+# Paired by seed: the difference between two runs that share initial weights, feedback and batches. The frames hold every
+# seed; `.rows` has the intervals, as `lnjac cost` prints them.
 
 # %%
-energy = (exact["sum_B"] + exact["sum_C"]).groupby([exact["attn_mode"], exact["seed"], exact["site"]], sort=False).sum()
-part = energy / energy.groupby(["attn_mode", "seed"]).transform("sum")
-print(part.groupby(["site", "attn_mode"], sort=False).mean().unstack("attn_mode").round(4))
-
-# %% [markdown]
-# ## What does center_scale cost, and does softmax pay more?
-# Paired by seed: the difference between two runs that share initial weights, feedback and batches. `lnjac cost` gives the
-# intervals.
-
-# %%
-losses = runs[runs["status"] == "done"].pivot(
-    index=["attn_mode", "seed"], columns="ln_backward", values="val_loss_nats"
-)
-cost = (losses["center_scale"] - losses["exact"]).unstack("attn_mode")
-cost["softmax - sigmoid"] = cost["softmax"] - cost["sigmoid"]
-print(cost.round(4))
+if {"exact"} < set(runs["ln_backward"]):
+    costs = compare.cost(compare.read([folder]))
+    for part in filter(None, (costs.costs, costs.differences)):
+        print(part.seeds().round(4).to_string(index=False), *part.notes, sep="\n")
+else:
+    print("one backward alone: nothing to compare with exact")
 
 # %% [markdown]
 # ## How does σ at ln_f grow?
 
 # %%
 top = layers[layers["site"] == "ln_f"]
-print(top.pivot_table("sigma_mean", "step", ["attn_mode", "ln_backward"]).round(3))
+print(top.pivot_table("sigma_mean", "step", [*levels, "ln_backward"]).round(3))
 
 # %% [markdown]
 # ## Back to one model
@@ -82,4 +75,15 @@ print(top.pivot_table("sigma_mean", "step", ["attn_mode", "ln_backward"]).round(
 run = lnjac.load_run(next(path.parent for path in sorted(folder.glob("*/status.json"))))
 model, (idx, targets) = run.model(), run.diagnostic_batch()
 _, loss = model(idx[0], targets[0])
-print(run.run[["attn_mode", "ln_backward", "seed"]].iloc[0].to_dict(), "loss on its batch:", round(loss.item(), 4))
+print(run.run[[*levels, "ln_backward", "seed"]].iloc[0].to_dict(), "loss on its batch:", round(loss.item(), 4))
+
+# %% [markdown]
+# ## The radial share of a norm that is called several times
+# Energies add over the calls, micro-batches and ranks of one norm at one step, ratios do not; and nothing adds over norms,
+# of which the one with the most energy would speak for all, nor over runs, which are repetitions: a share for each run
+# and norm, then its mean and spread over the runs of a level.
+
+# %%
+energy = exact.groupby([*levels, "site", "run_id"], sort=False, dropna=False)[["sum_B", "sum_C"]].sum()
+share = energy["sum_B"] / energy.sum(axis=1)
+print(share.groupby([*levels, "site"], sort=False, dropna=False).agg(["mean", "std", "count"]).round(4))

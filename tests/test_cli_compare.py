@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from folders import make_run, noise
-from test_compare import COSTS, TWO_MODES, run, study
+from test_compare import COSTS, NULLS, TWO_MODES, run, study
 from typer.testing import CliRunner
 
 from lnjac.cli import compare as cli_compare
@@ -164,6 +164,46 @@ def test_scaling_shows_the_means_and_the_slope(tmp_path: Path):
         )
     )
     assert found["slopes"][0]["slope"] == pytest.approx(-2)
+
+
+def test_scaling_shows_r2_and_curvature_where_lines_have_more_than_two_points(tmp_path: Path):
+    rows = [
+        run(seed, d ** (0.5 * seed), method=method, method__scale=scale, model__n_embd=d)
+        for method, scale in (("bp", math.nan), ("fa", 0.5), ("fa", 2.0))
+        for d in (64, 128, 256)
+        for seed in (1, 2, 3)
+    ]
+    path = study(tmp_path, rows).path
+    lines = call("scaling", path, "--x", "model.n_embd", "--runs", "--metric", "val_loss_nats", "--seeds").splitlines()
+    assert " ".join(lines[1].split()) == (
+        "method method.scale 64 128 256 slope 95% interval R² curvature 95% interval n"
+    )
+    assert " ".join(lines[2].split()) == "bp null 194.7 529.2 1456 1 -0.242 to 2.24 1 0 0 to 0 3"
+    for seed, line in enumerate(lines[3:6], 1):
+        *numbers, curvature = line.split()
+        assert numbers == ["seed", str(seed), f"{seed / 2:g}", "1"]
+        assert abs(float(curvature)) < 1e-12
+    assert lines[6].split()[:2] == ["fa", "0.5"]
+
+
+def test_a_missing_level_is_called_null_and_a_moving_column_is_left_open(tmp_path: Path):
+    path = study(tmp_path, NULLS).path
+    lines = call("compare", path, "--by", "method.scale", "--runs", "--metric", "val_loss_nats").splitlines()
+    assert lines[1].split()[:4] == ["model.n_embd", "a", "−", "b"]
+    assert [line.split()[1:4] for line in lines[2:5]] == [["2", "−", "0.5"], ["null", "−", "0.5"], ["null", "−", "2"]]
+    lines = call(
+        "compare", path, "--by", "method.scale", "--runs", "--metric", "val_loss_nats", "--reference", "null"
+    ).splitlines()
+    assert lines[1].split()[:4] == ["model.n_embd", "method.scale", "mean", "null"]
+    rows = [
+        row | {"precision": "fp32" if row["method"] == "bp" else "bf16"} for row in NULLS if row["model.n_embd"] == 64
+    ]
+    rows += [row | {"precision": "fp32"} for row in rows if row["method.scale"] == 2]
+    lines = call(
+        "compare", study(tmp_path, rows).path, "--by", "method.scale", "--runs", "--metric", "val_loss_nats"
+    ).splitlines()
+    cells = {" ".join(line.split()[1:4]): line.split()[0] for line in lines[2:5]}
+    assert cells == {"2 − 0.5": "bf16", "null − 0.5": "-", "null − 2": "fp32"}
 
 
 def test_a_table_too_wide_for_the_terminal_loses_no_character(

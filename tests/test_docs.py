@@ -166,10 +166,26 @@ def test_the_notebook_reads_a_sweep(root: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "8 runs, 120 layer rows; status: {'done': 8}" in done.stdout
-    assert "softmax - sigmoid" in done.stdout
+    assert "paired by seed, 95% t interval" in done.stdout
+    layers = pd.read_parquet(tmp_path / "multirun" / "NAME" / "all.parquet")
+    last = layers[(layers["step"] == 2) & (layers["ln_backward"] == "exact") & (layers["site"] == "ln_f")]
+    of_modes = last.groupby("attn_mode")["radial_share"].mean()  # a seed counts as much as another
+    lines = [line.split() for line in done.stdout.split("count")[-1].splitlines() if "ln_f" in line]
+    assert [float(line[-3]) for line in lines] == pytest.approx(of_modes.loc[["softmax", "sigmoid"]].tolist(), abs=6e-5)
     cells = jupytext.read(script)["cells"]
     assert [cell["cell_type"] for cell in cells].count("markdown") == 7
-    assert "load_run" in cells[-1]["source"]
+    assert "load_run" in cells[-3]["source"]
+
+
+@pytest.mark.slow
+def test_the_notebook_reads_any_sweep(root: Path, tmp_path: Path) -> None:
+    options = ["model=tiny", "steps=2", "eval.tokens=100", "batch_size=2", "sweep=OTHER", "method=bp,fa", "seed=1"]
+    subprocess.run([sys.executable, root / "run.py", "-m", *options], cwd=tmp_path, check=True, capture_output=True)
+    script = root / "docs" / "notebook.py"
+    words = [sys.executable, script, "multirun/OTHER"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=_here(root))
+    assert done.returncode == 0, done.stderr
+    assert "one backward alone" in done.stdout
 
 
 def _here(root: Path) -> dict[str, str]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from studies import write_study
 
@@ -266,6 +268,29 @@ def test_a_trajectory_says_how_many_steps_it_leaves_out(tmp_path: Path):
     drawing = views.trajectory(view, "val_loss_nats")
     assert drawing.table["step"].nunique() == 40
     assert [note.startswith("40 of the 60 measured steps are shown") for note in drawing.notes] == [True]
+
+
+def test_infinite_values_are_left_out_of_charts_and_said(tmp_path: Path):
+    path = write_study(tmp_path, TWO, seeds=4)
+    layers = pd.read_parquet(path)
+    layers.loc[(layers["site"] == "ln_f") & (layers["run_id"] == "run0001"), "sigma_mean"] = np.inf
+    layers.loc[(layers["site"] == "ln_f") & (layers["run_id"] == "run0002"), "sigma_mean"] = np.nan
+    table = sources.conform(pa.Table.from_pandas(layers, preserve_index=False), pq.read_schema(path))
+    runs.write_table(path, table.replace_schema_metadata(), runs.read_metadata(path))
+    view = views.view(design.read([path]))
+    drawing = views.depth(view)
+    assert np.isfinite(drawing.table[["mean", "low", "high"]]).all(axis=None)
+    assert drawing.notes == ["2 of 40 values of sigma_mean are infinite, NaN or null: left out"]
+    assert "6 of 120 values of sigma_mean are infinite, NaN or null: left out" in views.curves(view).notes
+    found = views.heatmap(view, "sigma_mean").notes
+    assert "1 infinite and 1 NaN or null values of sigma_mean are left out: attn_mode=sigmoid 2 of 20" in found
+
+
+def test_a_missing_level_is_drawn_as_null(tmp_path: Path):
+    view = views.view(design.read([write_study(tmp_path, {"method.scale": [0.5, None]})]), "method.scale")
+    assert view.levels == ["0.5", "null"]
+    assert views.depth(view).table["level"].drop_duplicates().tolist() == ["0.5", "null"]
+    assert set(views.headline(view, "sigma_mean").table["b"]) == {0.5}
 
 
 def test_losses_are_seen_against_bigrams_and_shares_against_chance(tmp_path: Path):

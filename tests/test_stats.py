@@ -208,13 +208,77 @@ def test_holm_rejects_what_its_steps_down_reject(p: list[float]):
 def test_a_power_law_has_its_exponent_as_slope(exponent: float, factor: float, n: int):
     x = 2.0 ** np.arange(n)
     lines = np.stack([factor * x**exponent, np.where(x > 1, factor * x**exponent, math.nan)])
-    found = stats.log_slope(x, lines)
-    assert found[0] == pytest.approx(exponent, abs=1e-8)
-    assert math.isnan(found[1]) if n == 2 else found[1] == pytest.approx(exponent, abs=1e-8)
+    found = stats.log_lines(x, lines)
+    assert found.slope[0] == pytest.approx(exponent, abs=1e-8)
+    assert math.isnan(found.slope[1]) if n == 2 else found.slope[1] == pytest.approx(exponent, abs=1e-8)
+    size = stats.ROUNDING * found.curvature_size
+    assert math.isnan(found.curvature[0]) if n == 2 else abs(found.curvature[0]) <= size[0]
+    of_seeds = stats.paired(found.slope, size=found.slope_size)  # of the same points but one
+    assert n == 2 or of_seeds.agreement in (stats.SAME, stats.IDENTICAL)
+
+
+@quick
+@given(st.lists(st.lists(st.floats(0.01, 100), min_size=4, max_size=6), min_size=1, max_size=1), st.integers(0, 3))
+def test_lines_and_parabolas_are_those_of_polyfit(y: list[list[float]], gap: int):
+    line = np.array(y[0])
+    x = np.array([1.0, 2.0, 3.0, 5.0, 8.0, 13.0])[: len(line)]
+    line[gap] = math.nan
+    known = ~np.isnan(line)
+    u, v = np.log(x[known]), np.log(line[known])
+    found = stats.log_lines(x, line)
+    slope, start = np.polyfit(u, v, 1)
+    np.testing.assert_allclose(found.slope, slope, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found.curvature, 2 * np.polyfit(u, v, 2)[0], rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(found.residuals[known], v - slope * u - start, rtol=1e-6, atol=1e-9)
+    if v.std() > 1e-6:
+        np.testing.assert_allclose(found.r2, np.corrcoef(u, v)[0, 1] ** 2, rtol=1e-6, atol=1e-9)
+    assert np.isnan(found.residuals[gap])
 
 
 def test_a_line_without_a_logarithm_has_no_slope():
-    assert np.isnan(stats.log_slope([1, 2, 4], [[1, 0, 4], [1, -1, 4]])).all()
+    found = stats.log_lines([1, 2, 4], [[1, 0, 4], [1, -1, 4], [1, math.nan, math.nan], [math.nan] * 3])
+    for part in (found.slope, found.r2, found.curvature, found.residuals):
+        assert np.isnan(part).all()
+
+
+def test_a_constant_metric_has_slope_0_and_no_r2():
+    found = stats.log_lines([64, 128, 256], [[0.3, 0.3, 0.3], [7.0, 7.0, 7.0]])
+    assert np.isnan(found.r2).all()
+    assert stats.paired(found.slope, size=found.slope_size).agreement == stats.IDENTICAL
+    assert stats.paired(found.curvature, size=found.curvature_size).agreement == stats.IDENTICAL
+    assert stats.misfit(found).agreement == stats.IDENTICAL
+
+
+def test_misfit_of_three_points_is_the_t_test_of_the_curvature():
+    x, y = [1.0, 3.0, 4.0], np.exp(np.random.default_rng(0).normal(size=(5, 4, 3)))
+    found = stats.log_lines(x, y)
+    np.testing.assert_allclose(stats.misfit(found).p, stats.paired(found.curvature).p, rtol=1e-9)
+    y[:, 0, 1] = math.nan  # a seed without a point of the others
+    again, rest = stats.log_lines(x, y), stats.log_lines(x, y[:, 1:])
+    np.testing.assert_allclose(stats.misfit(again).p, stats.misfit(rest).p, rtol=1e-12)
+    assert np.isnan(stats.misfit(stats.log_lines(x, y[:, :2])).p).all()  # one seed is left
+    assert np.isnan(stats.misfit(stats.log_lines(x[:2], y[:, 1:, :2])).p).all()
+
+
+def test_misfit_sees_an_s_that_has_no_curvature():
+    x = np.exp(np.arange(-2.0, 3.0))
+    bent = 0.5 * np.log(x) + 0.2 * np.array([1.0, -2.0, 0.0, 2.0, -1.0])  # odd about the middle
+    noise = 0.02 * np.random.default_rng(1).normal(size=(4, 5))
+    found = stats.log_lines(x, np.exp(bent + noise))
+    assert stats.paired(found.curvature).p > 0.05
+    assert stats.misfit(found).p < 0.001
+    assert stats.misfit(stats.log_lines(x, np.exp(0.5 * np.log(x) + noise))).p > 0.05
+    same = stats.misfit(stats.log_lines(x, np.exp(np.stack([bent] * 3))))
+    assert (same.agreement, np.isnan(same.p)) == (stats.SAME, True)
+
+
+@pytest.mark.parametrize("correlated", [False, True])
+def test_straight_lines_are_seldom_called_bent(correlated: bool):
+    """At most at the nominal rate, also where the noise of neighbouring points goes together, as along the steps of a run."""
+    noise = np.random.default_rng(2).normal(size=(4000, 4, 6))
+    noise = noise.cumsum(-1) if correlated else noise
+    p = stats.misfit(stats.log_lines(2.0 ** np.arange(6), np.exp(0.05 * noise))).p
+    assert (p < 0.05).mean() < 0.06
 
 
 # Coverage

@@ -8,6 +8,9 @@ from types import ModuleType
 import pytest
 from conftest import ROOT
 
+from lnjac.comparing import intervals as stats
+from lnjac.comparing.compare import compare, cost
+
 STUDY = ROOT / "docs" / "study"
 
 
@@ -39,3 +42,40 @@ def test_an_altered_table_or_page_is_noticed(study: ModuleType, tmp_path: Path) 
     assert study.filled(text.replace("| 1 | ", "| 1 | 9", 1)) == text
     with pytest.raises(KeyError, match="primary"):
         study.filled(text.replace("<!-- primary -->", ""))
+
+
+STE = "method == 'fa' and ln_backward == 'ste'"
+
+
+def test_pooled_energies_differ_where_no_norm_does(study: ModuleType) -> None:
+    """docs/reading.md's example: pooled over norms, a share measures where the energy lies. compare does not pool."""
+    layers = study.table(study.SHORT, "layers").query(f"{STE} and step == steps")
+    layers["energy"] = layers["sum_B"] + layers["sum_C"]
+    sums = layers.groupby(["attn_mode", "seed"])[["sum_B", "energy"]].sum()
+    of_last = layers[layers["site"] == "ln_f"].set_index(["attn_mode", "seed"])["energy"] / sums["energy"]
+    assert of_last.groupby("attn_mode").mean().round(2).to_dict() == {"sigmoid": 0.36, "softmax": 0.99}
+    pooled = (sums["sum_B"] / sums["energy"]).unstack("attn_mode")
+    found = stats.paired((pooled["softmax"] - pooled["sigmoid"]).to_numpy())
+    assert (round(float(found.estimate), 4), round(float(found.p), 4)) == (0.0299, 0.0013)
+    rows = compare(study.study(study.SHORT), "attn_mode", metrics=["radial_share"], where=STE).rows
+    assert set(rows["site"]) == set(layers["site"])
+    assert rows["difference"].abs().max() == pytest.approx(0.0063, abs=5e-5)
+    assert rows["p_adjusted"].min() > 0.1
+
+
+def test_one_difference_has_one_adjusted_p(study: ModuleType) -> None:
+    """It was 0.22, 0.24 and 0.57, by what else the command showed."""
+    both = study.study(study.SHORT, study.METHODS)
+    found = [
+        cost(study.study(study.SHORT)),
+        cost(both),
+        cost(both, by="attn_mode", reference="sigmoid", where="method != 'frozen'"),
+        cost(both, where="method == 'fa'"),
+    ]
+    rows = [
+        part.differences.rows.query("ln_backward == 'center_scale@ln_1+ln_2'") for part in found if part.differences
+    ]
+    of_fa = [row[row["method"] == "fa"] if "method" in row else row for row in rows]
+    values = [(round(float(row["p_adjusted"].item()), 9), int(row["family"].item())) for row in of_fa]
+    assert values == [(pytest.approx(0.0828, abs=5e-5), 6)] * 4
+    assert len({p for p, _ in values}) == 1

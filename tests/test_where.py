@@ -44,6 +44,14 @@ FRAME = pd.DataFrame(
         ("attn_mode.bias in [-4.0, 5]", [2]),
         ("attn_mode.bias == None", [1, 3]),
         ("method != None", [1, 2, 3]),
+        ("None == attn_mode.bias", [1, 3]),
+        ("None == method", [4]),
+        ("None != method", [1, 2, 3]),
+        ("method in ['bp', None]", [3, 4]),
+        ("attn_mode.bias in [None, -4.0]", [1, 2, 3]),
+        ("attn_mode.bias not in [None]", [2, 4]),
+        ("method != 'fa' and method != None", [3]),
+        ("attn_mode.bias != -4.0", [1, 3, 4]),
         ("attn_mode.bias < 0", [2, 4]),
         ("`odd name` >= 3", [3, 4]),
         ("`class` == 1", [3, 4]),
@@ -128,6 +136,12 @@ def test_any_text_is_an_answer_or_a_known_error(text: str):
 def test_unknown_columns_come_with_the_nearest_one():
     with pytest.raises(ConfigError, match=r"model\.n_emb: did you mean model\.n_embd\?"):
         Where("model.n_emb == 64").holds(FRAME)
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\n"])
+def test_an_empty_text_is_refused_with_the_remedy(text: str):
+    with pytest.raises(ConfigError, match=r"^--where is empty: leave it out for all rows"):
+        Where(text)
 
 
 def test_columns_are_known_before_any_frame_is():

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from lnjac.comparing import compare
 from lnjac.comparing import intervals as stats
-from lnjac.comparing.study import ALL_SITES
+from lnjac.comparing.study import LAST_NORM
 from lnjac.runs.merge import companions, load
 
 HERE = Path(__file__).resolve().parent
@@ -30,7 +31,8 @@ WIDTH, STEPS = "width", "step"
 INSIDE, DRAWS = "inside", "draws"
 PRIMARY = "center_scale"
 GROWN = ("r_mean", "radial_share", "sigma_mean")
-WIDENED = (*GROWN, "enrichment_mean", "enrichment_radial_share")
+WIDENED = {"r_mean": -1, "radial_share": -1, "sigma_mean": None, "enrichment_mean": 0, "enrichment_radial_share": 0}
+"""Metrics by width, and the slope that the claim gives each."""
 ALONG = (0, 1, 4, 16, 64, 256, 1024, 2000)
 """Measured steps that the page shows."""
 SHOWN = ("center_scale", "projected", "ste", "scale")
@@ -72,6 +74,30 @@ def estimated(found: Any) -> str:
 
 def p_value(value: float) -> str:
     return "–" if np.isnan(value) else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+
+
+def spread(values: "pd.Series[float]", form: str = ".2f") -> str:
+    """From the smallest to the largest: of several norms or blocks, which are never taken together."""
+    return f"{values.min():{form}} to {values.max():{form}}"
+
+
+def inner(rows: pd.DataFrame) -> pd.DataFrame:
+    """Those of the norms in the blocks."""
+    return rows[rows["site"] != LAST_NORM]
+
+
+ALPHA = 0.05
+
+
+def as_declared(names: list[str], p: "npt.NDArray[np.float64]", adjusted: "npt.NDArray[np.float64]") -> str:
+    """The rows whose `adjusted` p is below ALPHA and by the adjustment declared before the runs, over all of them, is not."""
+    other = [
+        f"{name} ({p_value(one)})"
+        for name, one, ours in zip(names, stats.holm(p), adjusted, strict=True)
+        if ours < ALPHA <= one
+    ]
+    said = f"Holm p below {ALPHA} within the method, but not over all {len(p)} rows, as declared before the runs"
+    return f"{said}: {', '.join(other) or 'none'}."
 
 
 @block
@@ -223,7 +249,8 @@ def all_costs(*names: str, where: str = TRAINED) -> str:
     cells = [name for name in ("method", "precision") if name in found.differences.rows]
     wide = {(*row[cells], row["a"], row["attn_mode"]): row for _, row in found.costs.rows.iterrows()}
     lines = []
-    for _, row in found.differences.rows.iterrows():
+    rows = found.differences.rows
+    for _, row in rows.iterrows():
         each = [wide[(*row[cells], row["ln_backward"], mode)] for mode in ("softmax", "sigmoid")]
         lost = sum(int(one["diverged_a"]) for one in each)
         lines.append(
@@ -237,7 +264,11 @@ def all_costs(*names: str, where: str = TRAINED) -> str:
             ]
         )
     heads = [*cells, "backward", "cost, softmax", "cost, sigmoid", "difference", "Holm p", "seeds", "diverged"]
-    return markdown(heads, lines)
+    if not cells:
+        return markdown(heads, lines)
+    names = [" ".join(f"`{row[name]}`" for name in (*cells, "ln_backward")) for _, row in rows.iterrows()]
+    declared = as_declared(names, rows["p"].to_numpy(), rows["p_adjusted"].to_numpy())
+    return f"{markdown(heads, lines)}\n\n{declared}"
 
 
 @block
@@ -315,7 +346,8 @@ def costs_best_rate() -> str:
         for name in SHOWN:
             each = [wide[method, mode, name] - wide[method, mode, "exact"] for mode in modes]
             costs[method, name] = [stats.paired(values.to_numpy()) for values in (*each, each[0] - each[1])]
-    adjusted = stats.adjusted(np.array([float(difference.p) for *_, difference in costs.values()]), "holm")
+    p_values = pd.Series({key: float(difference.p) for key, (*_, difference) in costs.items()})
+    adjusted = p_values.groupby(level=0, sort=False).transform(stats.holm)  # a method's backwards are one family
     lines = []
     for ((method, name), found), p in zip(costs.items(), adjusted, strict=True):
         rates = [f"{best[method, mode, of]:g}" for of in (name, "exact") for mode in modes]
@@ -324,27 +356,33 @@ def costs_best_rate() -> str:
     heads = ["method", "backward", *(f"lr, {mode}" for mode in modes), *(f"exact's, {mode}" for mode in modes)]
     said = f"{(runs['status'] == 'diverged').sum()} of {len(runs)} runs diverged."
     heads += [*(f"cost, {mode}" for mode in modes), "difference", "Holm p", "seeds"]
-    return f"{said}\n\n{markdown(heads, lines)}"
+    names = [f"`{method}` `{name}`" for method, name in costs]
+    declared = as_declared(names, p_values.to_numpy(), adjusted.to_numpy())
+    return f"{said}\n\n{markdown(heads, lines)}\n\n{declared}"
 
 
 @block
 def width() -> str:
-    """Slope of log metric against log width after 250 updates, averaged over the norms of a run."""
-    found = compare.scaling(study(WIDTH), "model.n_embd", metrics=WIDENED)
-    keys = ["metric", "attn_mode"]
-    slopes = found.slopes[found.slopes["site"] == ALL_SITES].set_index(keys)
-    points = found.points[found.points["site"] == ALL_SITES].pivot_table("mean", keys, "model.n_embd", sort=False)
-    lines = [
-        [
-            f"`{metric}`",
-            mode,
-            *(f"{value:.3g}" for value in row),
-            f"{slope.slope:+.2f} ({slope.low:+.2f} to {slope.high:+.2f})",
-        ]
-        for (metric, mode), row in points.iterrows()
-        for slope in [slopes.loc[(metric, mode)]]
-    ]
-    return markdown(["metric", "attention", *(f"width {int(x)}" for x in points), "slope (95 % interval)"], lines)
+    """At ln_f, and as a slope of log metric against log width at each norm, after 250 updates."""
+    found = compare.scaling(study(WIDTH), "model.n_embd", metrics=[*WIDENED])
+    points = found.points[found.points["site"] == LAST_NORM]
+    points = points.pivot_table("mean", ["metric", "attn_mode"], "model.n_embd", sort=False)
+    lines = []
+    for (metric, mode), row in points.iterrows():
+        slopes = found.slopes[(found.slopes["metric"] == metric) & (found.slopes["attn_mode"] == mode)]
+        (last,) = slopes[slopes["site"] == LAST_NORM].itertuples()
+        off, claimed = "", WIDENED[str(metric)]
+        if claimed is not None:
+            beyond = slopes[(slopes["low"] > claimed) | (slopes["high"] < claimed)]["site"]
+            off = f"{claimed}: {', '.join(beyond) or 'none'}"
+        at = f"{last.slope:+.2f} ({last.low:+.2f} to {last.high:+.2f})"
+        values = (f"{value:.3g}" for value in row)
+        bent = f"{int(slopes['bends'].sum())}" + ", with ln_f" * bool(last.bends)
+        lines.append([f"`{metric}`", mode, *values, at, spread(inner(slopes)["slope"], "+.2f"), off, bent])
+    widths = (f"ln_f, width {int(x)}" for x in points)
+    heads = ["metric", "attention", *widths, "slope at ln_f (95 % interval)", "slopes in the blocks"]
+    heads += ["claimed slope: norms whose interval excludes it", "norms of nine that no line describes"]
+    return markdown(heads, lines)
 
 
 def on_the_way() -> pd.DataFrame:
@@ -354,22 +392,30 @@ def on_the_way() -> pd.DataFrame:
 
 @block
 def steps() -> str:
-    """The shares on the way to the last update, averaged over the norms of a run and over seeds."""
-    per_run = on_the_way().groupby(["attn_mode", "step", "seed"])[[*GROWN, "loss_nats"]].mean()
-    found = per_run.groupby(["attn_mode", "step"]).mean()
+    """The shares at ln_f on the way to the last update, means over seeds."""
+    rows = on_the_way().query(f"site == '{LAST_NORM}'")
+    found = rows.groupby(["attn_mode", "step"])[[*GROWN, "loss_nats"]].mean()
     lines = [
         [mode, str(step), *(f"{value:.3g}" for value in row[[*GROWN]]), f"{row['loss_nats']:.3f}"]
         for (mode, step), row in found.iterrows()
     ]
-    return markdown(["attention", "updates", *(f"`{name}`" for name in GROWN), "loss of the batch"], lines)
+    return markdown(["attention", "updates", *(f"`{name}` at ln_f" for name in GROWN), "loss of the batch"], lines)
 
 
 def enrichment(layers: pd.DataFrame, along: str, head: str) -> str:
-    """Enrichment of the radial share at ln_f and over the norms of the blocks; means over seeds."""
-    layers = layers.assign(at=np.where(layers["site"] == "ln_f", "ln_f", "blocks"))
-    wide = layers.pivot_table("enrichment_radial_share", ["attn_mode", along], "at")[["ln_f", "blocks"]]
-    lines = [[mode, str(x), *(f"{value:.2f}" for value in row)] for (mode, x), row in wide.iterrows()]
-    return markdown(["attention", head, "at ln_f", "in the blocks"], lines)
+    """Enrichment of the radial share at ln_f and at the norms of the blocks, each a mean over seeds."""
+    lines = []
+    for (mode, x), part in layers.groupby(["attn_mode", along]):
+        wide = part.pivot_table("enrichment_radial_share", "site", "seed")
+        found = stats.paired(wide.to_numpy())
+        norms = pd.DataFrame({"site": wide.index, "mean": found.estimate, "low": found.low, "high": found.high})
+        inside = inner(norms)
+        off = inside[(inside["low"] > 1) | (inside["high"] < 1)]
+        (last,) = norms[norms["site"] == LAST_NORM].itertuples()
+        lines.append([mode, str(x), f"{last.mean:.2f}", spread(inside["mean"]), f"{len(off)} of {len(inside)}"])
+    return markdown(
+        ["attention", head, "at ln_f", "at the norms of the blocks", "of these, interval excludes 1"], lines
+    )
 
 
 @block
@@ -384,16 +430,27 @@ def enrichment_by_step() -> str:
 
 @block
 def growth() -> str:
-    """Whether the shares grow more under softmax: log of the last over the first, paired by seed."""
+    """Whether a share grows more under softmax at some norm: log of the last over the first, paired by seed.
+
+    Of each metric ln_f and the norm with the largest difference; its nine norms are one family.
+    """
     layers = table(STEPS, "layers")
-    per_run = np.log(layers.groupby(["attn_mode", "seed", "step"])[[*GROWN]].mean()).unstack("step")
     lines = []
     for metric in GROWN:
-        grown = per_run[metric][max(ALONG)] - per_run[metric][min(ALONG)]
-        sides = [grown[mode] for mode in ("softmax", "sigmoid")]
+        wide = np.log(layers.pivot_table(metric, ["attn_mode", "site", "seed"], "step", sort=False))
+        grown = (wide[max(ALONG)] - wide[min(ALONG)]).unstack("seed")
+        sides = [grown.loc[mode] for mode in ("softmax", "sigmoid")]
         each = [stats.paired(values.to_numpy()) for values in (*sides, sides[0] - sides[1])]
-        lines.append([f"`{metric}`", *map(estimated, each), p_value(float(each[-1].p))])
-    return markdown(["log growth of", "softmax", "sigmoid", "difference", "p"], lines)
+        adjusted = stats.holm(each[-1].p)
+        shown = sorted({sides[0].index.get_loc(LAST_NORM), int(np.abs(each[-1].estimate).argmax())}, reverse=True)
+        signs = np.sign(each[-1].estimate[adjusted < ALPHA])
+        below = f"{(signs > 0).sum()} softmax, {(signs < 0).sum()} sigmoid"
+        for i in shown:
+            row = [f"{one.estimate[i]:+.3f} ({one.low[i]:+.3f} to {one.high[i]:+.3f})" for one in each]
+            lines.append([f"`{metric}`", sides[0].index[i], *row, p_value(float(adjusted[i])), below])
+    return markdown(
+        ["log growth of", "at", "softmax", "sigmoid", "difference", "Holm p", "norms below 0.05, more under"], lines
+    )
 
 
 @block
@@ -424,21 +481,23 @@ def swaps() -> str:
     rows = rows[rows["place"].isin(["all", "ln_f"]) & rows["surrogate"].isin(["exact", *SHOWN])]
     keys = ["place", "surrogate", "attn_mode"]
     found = rows[rows["level"] == "model"].groupby(keys, sort=False)[["grad_cos", "precond_cos", "descent"]].mean()
+    found = found.map("{:.3f}".format)
     blocks = rows[rows["part"].str.startswith("blocks.") & (rows["level"] == "block")]
-    found.insert(1, "blocks", blocks.groupby(keys)["grad_cos"].mean())
+    of_block = blocks.groupby([*keys, "part"])["grad_cos"].mean()
+    found.insert(1, "blocks", of_block.groupby(keys).agg(partial(spread, form=".3f")))
     costs = costs_of(SHORT).costs.rows
     paid = {(row["a"], row["attn_mode"]): row["difference"] for _, row in costs.iterrows()}
     lines = []
     for (place, surrogate, mode), row in found.iterrows():
         trained = surrogate if place == "all" else f"{surrogate}@ln_f"
         cost = paid.get((trained, mode), np.nan)
-        lines.append([place, f"`{surrogate}`", mode, *(f"{value:.3f}" for value in row), signed(cost)])
+        lines.append([place, f"`{surrogate}`", mode, *row, signed(cost)])
     heads = [
         "place",
         "backward",
         "attention",
         "cosine of gradient",
-        "in a block",
+        "in each block",
         "of P·gradient",
         "descent",
         "cost of training so",
@@ -484,13 +543,18 @@ def attention_weights() -> str:
 
 @block
 def radial_paths() -> str:
-    """The radial part with the exact backward: Σ⟨g,z⟩ of ln_f, |Σ⟨g,z⟩| of the others by path; means over norms and seeds."""
+    """The radial part with the exact backward: Σ⟨g,z⟩ of ln_f, and the largest |Σ⟨g,z⟩| of the others, by path.
+
+    Means over seeds; the largest is that of one norm.
+    """
     rows = inside("mechanism")
     rows = rows[(rows["ln_backward"] == "exact") & rows["quantity"].str.startswith("gz")]
     sizes = rows["value"].where(rows["place"] == "ln_f", rows["value"].abs())
     rows = rows.assign(at=rows["place"].str.rpartition(".")[2] + rows["quantity"].str[2:], value=sizes)
-    wide = rows.pivot_table("value", ["attn_mode", "step"], "at")
-    shown = {"ln_f": "ln_f", "ln_f_from_logits": "ln_f, by W", "ln_2": "size at ln_2", "ln_1": "at ln_1"}
+    of_norm = rows.groupby(["attn_mode", "step", "at", "place"])["value"].mean()
+    largest = of_norm[of_norm.abs().groupby(level=[0, 1, 2]).idxmax()].droplevel("place")
+    wide = largest.unstack("at")
+    shown = {"ln_f": "ln_f", "ln_f_from_logits": "ln_f, by W", "ln_2": "largest at an ln_2", "ln_1": "at an ln_1"}
     shown |= {"ln_1_q": "by queries", "ln_1_k": "by keys", "ln_1_v": "by values"}
     lines = [[mode, str(step), *(f"{value:.3g}" for value in row[[*shown]])] for (mode, step), row in wide.iterrows()]
     return markdown(["attention", "updates", *shown.values()], lines)
@@ -508,13 +572,16 @@ def enrichment_of_draws() -> str:
         off = ((value - 1) / stderr).abs()
         for mode, norms in value.groupby("attn_mode"):
             beyond = f"{(off[mode] > 2).sum()} of {len(norms)}"
-            mean = stats.paired(norms.groupby("seed").mean().to_numpy())
-            lines.append([f"`{metric}`", mode, f"{mean.estimate:.3f} ({mean.low:.3f} to {mean.high:.3f})", beyond])
+            by_norm = norms.loc[mode].unstack("seed")
+            found = stats.paired(by_norm.to_numpy() - 1)
+            smallest = p_value(float(np.nanmin(stats.holm(found.p))))
+            lines.append([f"`{metric}`", mode, spread(by_norm.mean(axis=1)), smallest, beyond])
     heads = [
         "metric",
         "attention",
-        "mean over norms (95 % interval over seeds)",
-        "norms off by more than two standard errors",
+        "at each norm, mean over seeds",
+        "smallest Holm p against 1, over the norms",
+        "norms of runs off by more than two standard errors",
     ]
     return f"{draws} draws for each norm of each run.\n\n{markdown(heads, lines)}"
 

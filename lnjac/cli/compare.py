@@ -13,7 +13,7 @@ import typer
 
 from lnjac.errors import ConfigError
 from lnjac.escape import latex, latex_paragraph, markdown, spreadsheet, visible
-from lnjac.text import aligned, exact
+from lnjac.text import aligned
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -285,12 +285,12 @@ def _grids(found: "Comparison", confidence: float, seeds: bool, what: str = "dif
     """One for each metric, of norms also for each cell: a line for each comparison, and under it one for each seed."""
     rows, headline = found.rows, found.headline()
     apart, labels = _layout(rows, found.cells, "a")
-    single_a, single_b = rows["a"].nunique() == 1, rows["b"].nunique() == 1
+    single_a, single_b = (rows[side].nunique(dropna=False) == 1 for side in "ab")
     pair, means = "a − b", ["a", "b"]  # the column that says what a line compares, and the heads of its two means
     if single_a and single_b:
-        pair, means = "" if labels else pair, [str(rows["a"].iloc[0]), str(rows["b"].iloc[0])]
+        pair, means = "" if labels else pair, [_text(rows["a"].iloc[0]), _text(rows["b"].iloc[0])]
     elif single_b:
-        pair, means = found.by, ["mean", str(rows["b"].iloc[0])]
+        pair, means = found.by, ["mean", _text(rows["b"].iloc[0])]
     heads = [
         *labels,
         *([pair] if pair else []),
@@ -307,9 +307,9 @@ def _grids(found: "Comparison", confidence: float, seeds: bool, what: str = "dif
         lines: list[list[str]] = []
         strong = set()
         for at, row in part:
-            names = [_text(row[name]) for name in labels]
+            names = [_label(row, name) for name in labels]
             if pair:
-                names.append(_text(row["a"]) if pair == found.by else f"{row['a']} − {row['b']}")
+                names.append(_text(row["a"]) if pair == found.by else f"{_text(row['a'])} − {_text(row['b'])}")
             if "site" in row and headline[at]:
                 strong.add(len(lines))
             numbers = [_number(row["mean_a"], 5), _number(row["mean_b"], 5), _number(row["difference"])]
@@ -328,20 +328,33 @@ def _slopes(found: "Scaling", confidence: float, seeds: bool) -> Iterator[Grid]:
     apart, labels = _layout(found.slopes, found.cells, "slope")
     key, labels = [*apart, *labels], labels or ["metric"]
     levels = list(dict.fromkeys(found.points[found.x]))
-    means = found.points.set_index([*key, found.x])["mean"].to_dict()
-    heads = [*labels, *map(_text, levels), "slope", f"{100 * confidence:g}% interval", "n"]
+    means = dict(zip(_plain(found.points, [*key, found.x]), found.points["mean"], strict=True))
+    heads = [*labels, *map(_text, levels), "slope", f"{100 * confidence:g}% interval"]
+    judged = bool(found.slopes["curvature"].notna().any())  # else two points a line
+    heads += ["R²", "curvature", f"{100 * confidence:g}% interval"] if judged else []
+    heads.append("n")
+    rows, of_seed = _plain(found.slopes, key), _plain(found.seeds, key)
     for title, part in _parts(found.slopes, apart):
         lines = []
-        for _, row in part:
-            names = [row[name] for name in key]
-            at_x = [_number(means.get((*names, level), math.nan)) for level in levels]
-            lines.append(
-                [*(_text(row[name]) for name in labels), *at_x, _number(row["slope"]), _interval(row), str(row["n"])]
-            )
-            of_row = found.seeds[(found.seeds[key] == names).all(axis=1)] if seeds else found.seeds[:0]
-            for seed, slope in zip(of_row["seed"], of_row["slope"], strict=True):
-                lines.append(_of_seed(seed, len(labels), [*([None] * len(levels)), slope], heads))
+        for at, row in part:
+            at_x = [_number(means.get((*rows[at], level), math.nan)) for level in levels]
+            line = [*(_label(row, name) for name in labels), *at_x, _number(row["slope"])]
+            line.append(row["agreement"] or _interval(row))
+            if judged:
+                line += [_number(row["r2"], 3), _number(row["curvature"], 3), _interval(row, "curvature_")]
+            lines.append([*line, str(row["n"])])
+            for name, seed in zip(of_seed, found.seeds.to_dict("records"), strict=True) if seeds else ():
+                if name == rows[at]:
+                    more = [None, seed["r2"], seed["curvature"]] if judged else []
+                    numbers = [*[None] * len(levels), seed["slope"], *more]
+                    lines.append(_of_seed(seed["seed"], len(labels), numbers, heads))
         yield Grid(f"{title}, by {found.x}", heads, len(labels), lines, set())
+
+
+def _plain(frame: "pd.DataFrame", key: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Each row's key, None for what is missing: NaN would equal nothing."""
+    columns = frame[list(key)].astype(object)
+    return list(columns.where(columns.notna(), None).itertuples(index=False, name=None))
 
 
 def _layout(rows: "pd.DataFrame", cells: Sequence[str], first: str) -> tuple[list[str], list[str]]:
@@ -355,7 +368,7 @@ def _parts(rows: "pd.DataFrame", apart: Sequence[str]) -> Iterator[tuple[str, li
     """The rows with their numbers, by the values of `apart`, which make a title."""
     parts: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for at, row in enumerate(rows.to_dict("records")):
-        cell = [f"{name}={_text(row[name])}" for name in apart if name != "metric"]
+        cell = [f"{name}={_label(row, name)}" for name in apart if name != "metric"]
         parts.setdefault(" ".join([row["metric"], *cell]), []).append((at, {str(k): v for k, v in row.items()}))
     yield from parts.items()
 
@@ -492,10 +505,15 @@ def _latex_table(grid: Grid) -> str:
     return "\n".join(found)
 
 
+def _label(row: Mapping[Any, Any], name: str) -> str:
+    """A part of a row's key; `-` where it is not the same at both levels."""
+    return "-" if name in row.get("moving", "").split(", ") else _text(row[name])
+
+
 def _text(value: Any) -> str:
-    if value is None or value != value:  # NaN
-        return "-"
-    return exact(value) if isinstance(value, float) else str(value)
+    from lnjac.comparing.study import word
+
+    return word(value)
 
 
 def _number(value: float, digits: int = 4) -> str:
@@ -506,5 +524,6 @@ def _p(value: float) -> str:
     return "<1e-4" if value < 1e-4 else "-" if value != value else f"{value:.2g}"
 
 
-def _interval(row: Mapping[Any, Any]) -> str:
-    return "-" if row["low"] != row["low"] else f"{row['low']:.3g} to {row['high']:.3g}"
+def _interval(row: Mapping[Any, Any], of: str = "") -> str:
+    low, high = row[f"{of}low"], row[f"{of}high"]
+    return "-" if low != low else f"{low:.3g} to {high:.3g}"

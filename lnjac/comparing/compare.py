@@ -4,6 +4,7 @@ Everything is computed on one number per seed (`lnjac.comparing.study`), tested 
 as data frames with notes that say what a reader must know: what was paired, what is missing, what diverged.
 """
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -54,7 +55,8 @@ class Comparison:
     `rows`: the cell's columns, metric, site, the levels `a` and `b`, `mean_a` and `mean_b` over the seeds compared,
     `difference` = a − b with its interval `low` to `high`, `p`, `p_adjusted` (Holm's, over the `family` p values of this
     metric in this cell), `effect`, `agreement` ("identical" or "the same in every seed": no p then), `n`, `paired`,
-    `missing` (seeds that only one of the levels has), `diverged_a` of `runs_a`, `diverged_b` of `runs_b`.
+    `missing` (seeds that only one of the levels has), `diverged_a` of `runs_a`, `diverged_b` of `runs_b`; `moving`, the
+    columns that are not the same at both levels.
     `by` is the column compared, `cells` names the cell's, null where the column is not the same at both levels. `a`, `b`:
     (rows, seeds), NaN where a level has no number; `seed`: (seeds,).
     """
@@ -102,9 +104,15 @@ class Costs:
 
 @dataclass(frozen=True)
 class Scaling:
-    """`slopes`: a row for each cell, metric and site: log-log `slope` with its interval over seeds, `p` (of slope 0), `n`.
+    """Slopes of log metric against log x, and whether lines describe the points.
 
-    `points`: the `mean` of the metric at each `x` with its interval; `seeds`: the slope of each seed.
+    `slopes`: a row for each cell, metric and site: `slope` with its interval over seeds, `p` (of slope 0), `agreement`, `n`.
+    `r2` is the mean over seeds of the share of log metric's spread that the line takes up; `curvature`, with
+    `curvature_low` and `curvature_high`, the change of the slope from one e-fold of x to the next; `p_line` is small where
+    seeds leave their lines at the same points. `bends` where the curvature's interval excludes 0, or `p_line` is below
+    1 − confidence. Of two points, through which any line goes, none of these is known.
+
+    `points`: the `mean` of the metric at each `x` with its interval; `seeds`: `slope`, `r2`, `curvature` of each seed.
     """
 
     x: str
@@ -240,11 +248,20 @@ def scaling(
     chosen = metrics or (LAYER_METRICS if table == "layers" else RUN_METRICS)
     values = gather(study, [x], chosen, table=table, at=at, where=where)
     levels = values.levels[0]
-    if not all(isinstance(level, (int, float)) and level > 0 for level in levels):
-        raise ConfigError(f"{x} has levels without a logarithm ({listed(levels)}): choose positive ones by --where")
+    if not all(isinstance(level, (int, float)) and 0 < level < math.inf for level in levels):
+        raise ConfigError(
+            f"{x} has levels without a logarithm ({listed([word(level) for level in levels])}): "
+            f'choose positive ones by --where "{x} > 0"'
+        )
     lines = np.moveaxis(values.data, -2, -1)  # (metric, site, cell, seed, x)
-    slopes = stats.log_slope(levels, lines)
-    of_slope = stats.paired(slopes, how)
+    fits = stats.log_lines(levels, lines)
+    of_slope = stats.paired(fits.slope, how, fits.slope_size)
+    of_curvature = stats.paired(fits.curvature, how, fits.curvature_size)
+    misfit = stats.misfit(fits)
+    bends = (of_curvature.low > 0) | (of_curvature.high < 0) | (misfit.p < 1 - how.confidence)
+    bends |= misfit.agreement == stats.SAME
+    with warnings.catch_warnings(action="ignore"):  # the mean of nothing is NaN
+        r2 = np.nanmean(fits.r2, -1)
     of_point = stats.paired(values.data, how._replace(method="t"))
     metric, site, cell = (part.ravel() for part in np.indices(of_slope.n.shape))
     key = _key(values, values.cells, metric, site, cell)
@@ -253,19 +270,31 @@ def scaling(
         low=of_slope.low.ravel(),
         high=of_slope.high.ravel(),
         p=of_slope.p.ravel(),
+        agreement=of_slope.agreement.ravel(),
         n=of_slope.n.ravel(),
+        r2=r2.ravel(),
+        curvature=of_curvature.estimate.ravel(),
+        curvature_low=of_curvature.low.ravel(),
+        curvature_high=of_curvature.high.ravel(),
+        p_line=misfit.p.ravel(),
+        bends=bends.ravel(),
     )
     at_x = pd.concat([key.assign(**{x: level}) for level in levels], ignore_index=True)
     columns = {"mean": of_point.estimate, "low": of_point.low, "high": of_point.high, "n": of_point.n}
     points = at_x.assign(**{name: np.moveaxis(part, -1, 0).ravel() for name, part in columns.items()})
-    line, slot = np.nonzero(~np.isnan(slopes.reshape(len(key), -1)))
-    seeds = key.iloc[line].reset_index(drop=True)
-    seeds = seeds.assign(seed=values.seeds[slot], slope=slopes.reshape(len(key), -1)[line, slot])
+    line, slot = np.nonzero(~np.isnan(fits.slope.reshape(len(key), -1)))
+    of_seed = {name: getattr(fits, name).reshape(len(key), -1)[line, slot] for name in ("slope", "r2", "curvature")}
+    seeds = key.iloc[line].reset_index(drop=True).assign(seed=values.seeds[slot], **of_seed)
     notes = [f"slope of log metric against log {x} of each seed; its mean over seeds with a {_interval_name(how)}"]
     not_positive = int(((lines <= 0).any(-1)).sum())
+    known = rows["n"] > 0
+    notes += _straight(rows[known], list(map(str, key)), how)
     notes += _confounded([("", named(values.cells, i), _along(values, i)) for i in range(len(values.cells))])
     if not_positive:
         notes.append(f"{not_positive} lines of a seed have a value that is not positive, so no slope")
+    of_line = (~np.isnan(lines)).sum(-1)
+    if n := int(((of_line > 1) & (of_line < of_line.max(-1, keepdims=True))).sum()):
+        notes.append(f"{n} lines of a seed lack a point that another seed has: their slopes are of the rest")
     few = rows[(rows["n"] > 0) & (rows["n"] < FEW)]
     if len(few):
         notes.append(_few_seeds(len(few), len(rows)))
@@ -273,10 +302,29 @@ def scaling(
     return Scaling(
         x,
         list(map(str, values.cells)),
-        rows[rows["n"] > 0].reset_index(drop=True),
+        rows[known].reset_index(drop=True),
         points[points["n"] > 0].reset_index(drop=True),
         seeds,
         notes,
+    )
+
+
+def _straight(rows: "pd.DataFrame", key: Sequence[str], how: Inference) -> list[str]:
+    """Which rows a line does not describe, as far as that can be told."""
+    if not len(rows):
+        return []
+    if rows["curvature"].isna().all():
+        return [
+            "two points a line at most, through which any line goes: whether one describes the metric cannot be told"
+        ]
+    bent = [
+        f"{' '.join(word(row[name]) for name in key)} {row['curvature']:+.3g}"
+        for row in rows[rows["bends"]].to_dict("records")
+    ]
+    return _capped(
+        f"a line does not describe {len(bent)} of {len(rows)} rows (the curvature's interval excludes 0, or seeds leave the "
+        f"line at the same points, p < {1 - how.confidence:.2g}): read their points, not their slope; curvatures",
+        bent,
     )
 
 
@@ -424,6 +472,7 @@ def _compared(values: Values, contrasts: Sequence[Contrast], how: Inference) -> 
         agreement=found.agreement[at],
         n=found.n[at],
         **{name: part[pair, cell] for name, part in by_pair.items()},
+        moving=[_names(pairs[i].moving[j]) for i, j in zip(pair, cell, strict=True)],
     )
     # every norm and pair of one metric in one cell
     for family in rows.groupby([_families(pairs, both)[pair, cell], metric]).indices.values():
@@ -467,6 +516,11 @@ def _families(pairs: Sequence[Pair], both: Booleans) -> Integers:
     for pair, cell in compared:
         found[pair, cell] = root(pairs[pair].arms[cell][0])
     return found
+
+
+def _names(moving: Moving) -> str:
+    """The columns that move, whatever with."""
+    return ", ".join(dict.fromkeys(name for _, names in moving for name in names))
 
 
 def _key(values: Values, cells: "pd.DataFrame", metric: Integers, site: Integers, cell: Integers) -> "pd.DataFrame":

@@ -1,8 +1,11 @@
 """Choose rows by an expression over columns, such as `method == 'fa' and model.n_embd in [64, 128]`.
 
 The text is parsed as Python and never run as such: what it may consist of is listed here, and is computed on columns. A
-column with a dot or a space in its name is written as it is, `model.n_embd`, or in backticks. A comparison with a missing
-value is false; `attn_mode.bias == None` finds the missing ones.
+column with a dot or a space in its name is written as it is, `model.n_embd`, or in backticks.
+
+A value that is missing, null or NaN, equals None and nothing else, on either side and in lists: `attn_mode.bias == None`,
+`None != attn_mode.bias`, `attn_mode.bias in [None, -4]`. It is neither smaller nor larger than anything. A text without an
+expression is refused: a filter that a script left empty would choose everything without a word.
 """
 
 import ast
@@ -50,6 +53,8 @@ class Where:
     def __init__(self, text: str) -> None:
         self.text = text
         self.quoted: list[str] = []
+        if not text.strip():
+            raise ConfigError("--where is empty: leave it out for all rows, or write it like \"method == 'fa'\"")
         if len(text) > LONGEST:
             raise ConfigError(f"--where is longer than {LONGEST} characters: shorten it")
 
@@ -131,13 +136,18 @@ class Where:
         if isinstance(op, (ast.In, ast.NotIn)):
             if not isinstance(right, (ast.List, ast.Tuple, ast.Set)) or not isinstance(one, pd.Series):
                 raise self._wrong("`in` wants a column before it and a list after it: steps in [100, 250]")
-            inside = one.isin([self._constant(item) for item in right.elts])
+            items = [self._constant(item) for item in right.elts]
+            inside = one.isin([item for item in items if item is not None])
+            if None in items:
+                inside |= one.isna()
             return inside if isinstance(op, ast.In) else ~inside
         other = self._value(right, frame)
         if type(op) not in _COMPARE:
             raise self._not_allowed(op)
-        if other is None and isinstance(one, pd.Series) and isinstance(op, (ast.Eq, ast.NotEq)):
-            return one.isna() if isinstance(op, ast.Eq) else one.notna()
+        if isinstance(op, (ast.Eq, ast.NotEq)) and (one is None or other is None):
+            column = other if one is None else one
+            if isinstance(column, pd.Series):
+                return column.isna() if isinstance(op, ast.Eq) else column.notna()
         return _COMPARE[type(op)](one, other)
 
     def _constant(self, node: ast.AST) -> Any:

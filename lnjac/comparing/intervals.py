@@ -145,20 +145,96 @@ def holm(p: npt.ArrayLike) -> Array:
     return found
 
 
-def log_slope(x: npt.ArrayLike, y: npt.ArrayLike) -> Array:
-    """The least-squares slope of log y against log x of each line: x (points,), y (…, points) -> (…).
+class Lines(NamedTuple):
+    """Least-squares fits of log y against log x, one of each line: arrays of one shape, NaN where there is no fit.
 
-    NaN points are left out; a line of fewer than two points, or with one that has no logarithm, has slope NaN.
+    `slope` of a straight line, and the share `r2` of the spread of log y that it takes up; `curvature`, d² log y / d (log x)²
+    of a parabola: the change of the slope from one e-fold of x to the next. `residuals` (…, points) are log y minus the
+    line. `size`, `slope_size` and `curvature_size` are the magnitudes that residuals, slope and curvature are made of, as
+    `paired` takes them.
     """
-    log_x, values = np.log(np.asarray(x, dtype=np.float64)), np.asarray(y, dtype=np.float64)
-    return np.array([_slope(log_x, line) for line in values.reshape(-1, len(log_x))]).reshape(values.shape[:-1])
+
+    slope: Array
+    r2: Array
+    curvature: Array
+    residuals: Array
+    size: Array
+    slope_size: Array
+    curvature_size: Array
 
 
-def _slope(log_x: Array, line: Array) -> float:
-    known = ~np.isnan(line)
-    if known.sum() < 2 or (line[known] <= 0).any():
-        return np.nan
-    return float(np.polyfit(log_x[known], np.log(line[known]), 1)[0])
+class Misfit(NamedTuple):
+    """Whether seeds leave their lines at the same points: arrays of one shape.
+
+    `p` of a lack of fit. `agreement` is IDENTICAL where the mean residuals are of rounding size, SAME where they are not but
+    are the same in every seed: neither has a `p`.
+    """
+
+    p: Array
+    agreement: npt.NDArray[np.str_]
+
+
+def log_lines(x: npt.ArrayLike, y: npt.ArrayLike) -> Lines:
+    """Fit a line and a parabola in logarithms to each line: x (points,), y (…, points) -> (…).
+
+    NaN points are left out. A line of two points has a slope and nothing else; one of fewer, or with a point that has no
+    logarithm, has nothing. Points that do not spread have no `r2`.
+    """
+    values = np.asarray(y, dtype=np.float64)
+    known = ~np.isnan(values)
+    n = known.sum(-1, keepdims=True)
+    fits = (n > 1) & ~(known & (values <= 0)).any(-1, keepdims=True)
+    v = np.log(np.where(known & (values > 0), values, 1.0))
+    with np.errstate(invalid="ignore", divide="ignore"):  # no point, or too few for a parabola: NaN
+        u = np.where(known, np.log(np.asarray(x, dtype=np.float64)), 0.0)
+        centred = np.where(known, u - u.sum(-1, keepdims=True) / n, 0.0)
+        first = centred / (centred**2).sum(-1, keepdims=True)  # weights of v whose sum is the slope
+        bent = np.where(known, centred**2 - (centred**2).sum(-1, keepdims=True) / n, 0.0)
+        bent = bent - centred * (first * bent).sum(-1, keepdims=True)
+        second = 2 * bent / (bent**2).sum(-1, keepdims=True)
+        away = np.where(known, v - v.sum(-1, keepdims=True) / n, 0.0)
+        slope, curvature = (first * away).sum(-1), (second * away).sum(-1)
+        spread = (away**2).sum(-1)
+        residuals = away - slope[..., None] * centred
+        left = (residuals**2).sum(-1)
+        size = 1 + np.abs(v).max(-1) + np.abs(slope) * np.abs(u).max(-1)
+        r2 = np.where(np.abs(away).max(-1) > ROUNDING * size, 1 - left / spread, np.nan)
+    fit, three = fits[..., 0], fits[..., 0] & (n > 2)[..., 0]
+    return Lines(
+        np.where(fit, slope, np.nan),
+        np.where(three, r2, np.nan),
+        np.where(three, curvature, np.nan),
+        np.where(known & fits, residuals, np.nan),
+        size,
+        size * np.abs(first).sum(-1),
+        size * np.abs(second).sum(-1),
+    )
+
+
+def misfit(lines: Lines) -> Misfit:
+    """Test whether straight lines describe points that several seeds have: lines (…, seeds) -> (…).
+
+    F compares the residuals' mean over seeds with their spread about it. Its degrees of freedom are Geisser and
+    Greenhouse's lower bound, 1 and seeds − 1, as the residuals at neighbouring points may go together; of three points this
+    is the t test of the curvature. Seeds that lack a point of another are left out.
+    """
+    from scipy.stats import f
+
+    known = ~np.isnan(lines.residuals)
+    points = np.asarray(known.any(-2))
+    full = np.asarray((known == points[..., None, :]).all(-1) & known.any(-1))
+    n = full.sum(-1)
+    residuals = np.where(full[..., None] & known, lines.residuals, 0.0)
+    bound = ROUNDING * np.where(full, lines.size, 0.0).max(-1, initial=0.0)
+    with np.errstate(invalid="ignore", divide="ignore"):  # no seed, or one alone: NaN
+        mean = residuals.sum(-2) / n[..., None]
+        apart = np.where(full[..., None], residuals - mean[..., None, :], 0.0)
+        ratio = n * (n - 1) * (mean**2).sum(-1) / (apart**2).sum((-2, -1))
+    told = (n > 1) & (points.sum(-1) > 2)
+    identical = told & (np.abs(mean).max(-1) <= bound)
+    same = told & ~identical & (np.abs(apart).max((-2, -1)) <= bound)
+    p = np.where(told & ~identical & ~same, f.sf(ratio, 1, np.maximum(n - 1, 1)), np.nan)
+    return Misfit(p, np.where(identical, IDENTICAL, np.where(same, SAME, "")))
 
 
 def _one_sample(values: Array, how: Inference) -> list[Array]:

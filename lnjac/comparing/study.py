@@ -188,7 +188,7 @@ def gather(
     levels = factors(every) + ["step"] * (table == "layers")
     for name in by:
         known_column(name, levels, "runs are not told apart by")
-    chosen = Where(where) if where else None
+    chosen = Where(where) if where is not None else None
     rows = _rows(study, every, list(metrics), table, "every" if "step" in by else at, chosen)
     if "step" in by:  # a run is then one run for each step
         each = rows[["run", "step"]].drop_duplicates()

@@ -74,7 +74,7 @@ class View:
     def runs(self) -> "pd.DataFrame":
         """The chosen runs with their `level` and `cell`."""
         every = self.study.frame("runs")
-        if self.where:
+        if self.where is not None:
             every = every[Where(self.where).holds(every)]
         if every.empty:
             raise ConfigError(f"--where {self.where!r} holds for no run")
@@ -97,7 +97,10 @@ class View:
     @cached_property
     def levels(self) -> list[str]:
         """The levels' names in the order of their values."""
-        return [word(value) for value in sorted(self.runs[self.by].dropna().unique())] if self.by else [ONE]
+        if not self.by:
+            return [ONE]
+        known = self.runs[self.by]
+        return [*map(word, sorted(known.dropna().unique())), *[word(None)] * bool(known.isna().any())]
 
     @property
     def title(self) -> str:
@@ -126,7 +129,7 @@ def view(study: Study, by: str | None = None, where: str | None = None, metrics:
     """By attn_mode where that varies, else by the first column that does, unless `by` is given."""
     if by is None:
         every = study.frame("runs")
-        kept = every[Where(where).holds(every)] if where else every
+        kept = every[Where(where).holds(every)] if where is not None else every
         vary = [name for name in design.varying(kept) if name not in design.IDENTITY]
         by = "attn_mode" if "attn_mode" in vary else next(iter(vary), None)
     return View(study, by, where, metrics)
