@@ -89,8 +89,9 @@ def logged(text: str, folder: Path) -> Callable[[], list[Path]]:
 
 
 def submitted(out: Path) -> list[str]:
-    """The Slurm ids of a sweep's jobs, in order; the folder also holds the scripts that were submitted."""
-    return sorted(path.name for path in (out / ".slurm").iterdir() if re.fullmatch(r"\d+(_\d+)?", path.name))
+    """The Slurm ids of a sweep's jobs, in order; its folder also holds a folder for each array of several, and scripts."""
+    found = {path.name for path in (out / ".slurm").iterdir() if re.fullmatch(r"\d+(_\d+)?", path.name)}
+    return sorted(found - {name.partition("_")[0] for name in found if "_" in name})
 
 
 def compare_with(undisturbed: str, tmp_path: Path) -> None:
