@@ -13,23 +13,35 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
 from conftest import ROOT
 from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
-from hydra.types import RunMode
+from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 from test_run import TINY, command
 
-from lnjac.config.compose import CONF, Composer
+from lnjac.config.compose import CONF, Composer, as_typed
 from lnjac.runs import folder as runs
 from lnjac.runs import merge as sweep
 from lnjac.runs import state as plan
 from lnjac.runs.schema import VOLATILE
 
 PROCESSES = "hydra.launcher.jobs=2"
+
+
+def sweeper_of(*words: str) -> Any:
+    """A sweeper set up as Hydra does for these words, but for its launcher, whose package may not be installed."""
+    sweeper = importlib.import_module("hydra_plugins.lnjac_sweeper").LnjacSweeper(max_batch_size=None)
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        sweeper.hydra_context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
+        loader = sweeper.hydra_context.config_loader
+        sweeper.config = loader.load_configuration("config", as_typed(words), RunMode.MULTIRUN)
+    return sweeper
 
 
 @pytest.mark.parametrize("words", [
@@ -41,17 +53,15 @@ PROCESSES = "hydra.launcher.jobs=2"
 ])  # fmt: skip
 def test_jobs_are_composed_as_hydra_composes_them(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    sweeper = importlib.import_module("hydra_plugins.lnjac_sweeper").LnjacSweeper(max_batch_size=None)
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        loader = GlobalHydra.instance().hydra.config_loader
-        sweeper.config = master = loader.load_configuration("config", [], RunMode.MULTIRUN)
-        composer = Composer(loader, lambda words: loader.load_sweep_config(master, words))
-        for _ in range(2):  # the second time from what is known
-            one, other = sweeper._composed(composer, words), loader.load_sweep_config(master, words)
-            plain = [OmegaConf.to_container(config, resolve=False) for config in (one, other)]
-            assert plain[0] == plain[1]
-        with pytest.raises(Exception, match="nosuch"):
-            composer.compose(composer.parse([*words, "method=nosuch"]))
+    sweeper = sweeper_of()
+    loader, master = sweeper.hydra_context.config_loader, sweeper.config
+    composer = Composer(loader, lambda words: loader.load_sweep_config(master, words))
+    for _ in range(2):  # the second time from what is known
+        one, other = sweeper._composed(composer, words), loader.load_sweep_config(master, words)
+        plain = [OmegaConf.to_container(config, resolve=False) for config in (one, other)]
+        assert plain[0] == plain[1]
+    with pytest.raises(Exception, match="nosuch"):
+        composer.compose(composer.parse([*words, "method=nosuch"]))
 
 
 def folders(sweep_folder: Path) -> dict[int, Path]:
@@ -324,9 +334,12 @@ def test_a_sweep_outlives_the_reader_of_its_output_and_needs_its_folders(tmp_pat
     assert not (tmp_path / "multirun" / "C" / "all.parquet").exists()
 
 
+TWO_JOBS = (*TINY, "seed=1,2", "sweep=A")
+
+
 def one_job_fails(tmp_path: Path, *engine: str) -> None:
     """One job cannot write: the rest run and are merged, the exit code tells, and the next command retries."""
-    words = ("-m", *TINY, "seed=1,2", "sweep=A", *engine)
+    words = ("-m", *TWO_JOBS, *engine)
     assert command(*words, cwd=tmp_path).returncode == 0
     one = folders(tmp_path / "multirun" / "A")[1]
     shutil.rmtree(one)
