@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from lnjac.files import file_sha256
 from lnjac.runs import folder as runs
 from lnjac.runs.merge import companions
 from lnjac.runs.schema import CURVES, LAYERS, RUNS, TABLES, Column
@@ -109,7 +110,7 @@ def rewrite(path: Path, edit: Callable[[pa.Table], pa.Table], **note: Any) -> No
     status = path.parent / runs.STATUS
     if status.exists():
         said = json.loads(status.read_text())
-        said["sha256"][path.name] = runs.file_sha256(path)
+        said["sha256"][path.name] = file_sha256(path)
         status.write_text(json.dumps(said))
 
 

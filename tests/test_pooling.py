@@ -10,7 +10,7 @@ import torch
 from lnjac.comparing.pooling import KEY, pooled
 from lnjac.norms import decompose as jacobian
 from lnjac.norms.decompose import Tokens
-from lnjac.runs.schema import ENERGIES, RSTD_POWERS
+from lnjac.norms.formulas import ENERGIES, RSTD_POWERS
 
 D = 12
 SPREAD = ("sigma_std", "sigma_q50", "jacobian_residual", "cos_center_vs_ste")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import lnjac
 from lnjac.config.compose import compose
 from lnjac.errors import ConfigError
+from lnjac.files import file_sha256, write_atomically
 from lnjac.norms.analyse import analyse
 from lnjac.runs import folder as runs
 from lnjac.runs import state as plan
@@ -262,7 +263,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        runs.write_atomically(path, interrupted)
+        write_atomically(path, interrupted)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -274,9 +275,9 @@ def test_a_row_is_never_silently_cut() -> None:
 
 def test_a_finished_run_is_not_made_again_and_never_written_over(tmp_path: Path) -> None:
     run = finished(tmp_path, "seed=1")
-    before = runs.file_sha256(tmp_path / "run.parquet")
+    before = file_sha256(tmp_path / "run.parquet")
     assert train.run(compose(*SMALL, "seed=1"), tmp_path, corpus()) == runs.DONE
-    assert runs.file_sha256(tmp_path / "run.parquet") == before
+    assert file_sha256(tmp_path / "run.parquet") == before
     with pytest.raises(ConfigError, match="holds another run"):
         train.run(compose(*SMALL, "seed=2"), tmp_path, corpus())
     assert lnjac.load_run(tmp_path).layers.equals(run.layers)

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from lnjac import load_run
 from lnjac.comparing import study as design
 from lnjac.errors import ConfigError
+from lnjac.files import file_sha256
 from lnjac.runs import folder as runs
 from lnjac.runs import merge as sweep
 from lnjac.runs import pile, placing, reading
@@ -306,7 +307,7 @@ def test_load_run_holds_a_table_to_what_a_merge_does(tmp_path: Path, table: str,
     assert len(whole.table(table)) == {"layers": 6, "runs": 1, "curves": 3}[table]
     damage(folder / runs.FILES[table])
     status = json.loads((folder / runs.STATUS).read_text())
-    status["sha256"][runs.FILES[table]] = runs.file_sha256(folder / runs.FILES[table])
+    status["sha256"][runs.FILES[table]] = file_sha256(folder / runs.FILES[table])
     (folder / runs.STATUS).write_text(json.dumps(status))
     with pytest.raises(ConfigError, match=f"^{re.escape(str(folder))}: .*{re.escape(reason)}"):
         load_run(folder).table(table)

@@ -428,7 +428,7 @@ def _write(frame: "pd.DataFrame", parts: Sequence[str | Grid], path: Path | None
     """Write all columns for a program to read, or for a reader the tables and notes that are printed."""
     if path is None:
         return
-    from lnjac.runs.folder import write_atomically
+    from lnjac.files import write_atomically
 
     writers = {
         ".csv": lambda to: _for_spreadsheets(frame).to_csv(to, index=False),

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lnjac.runs.schema import ENERGIES, RSTD_POWERS, SURROGATES
+from lnjac.norms.formulas import ENERGIES, RSTD_POWERS, SURROGATES
 
 if TYPE_CHECKING:
     import pandas as pd

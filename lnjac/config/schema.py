@@ -21,6 +21,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lnjac.errors import ConfigError
+from lnjac.norms.formulas import GradAt
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -54,13 +55,6 @@ class Placement(str, Enum):
 class Split(str, Enum):
     train = "train"
     val = "val"
-
-
-class GradAt(str, Enum):
-    """Where a norm's gradient is read: before its affine part (g = γ⊙G) or at its very output (g = G)."""
-
-    normalized = "normalized"
-    output = "output"
 
 
 class Schedule(str, Enum):

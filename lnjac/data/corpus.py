@@ -32,7 +32,7 @@ import torch
 from lnjac.data import synthetic as play
 from lnjac.errors import ConfigError
 from lnjac.escape import visible
-from lnjac.runs.folder import write_atomically
+from lnjac.files import write_atomically
 
 Tokens = npt.NDArray[np.uint16]
 Batch = tuple[torch.Tensor, torch.Tensor]

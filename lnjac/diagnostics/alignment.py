@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lnjac.config.schema import GradAt
 from lnjac.gpt.credit import backprop, both_ways, is_feedback, linears
 from lnjac.gpt.model import replaced
 from lnjac.norms.analyse import analyse, block_of, fresh_grads, replay
 from lnjac.norms.capture import Capture, Loss, capture
 from lnjac.norms.decompose import dot, noise_sq
+from lnjac.norms.formulas import GradAt
 from lnjac.norms.layers import Backward, Norm, exact_norms, norms
 
 OVER_DRAWS = ("enrichment_mean", "enrichment_radial", "enrichment_radial_share")

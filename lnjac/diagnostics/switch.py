@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lnjac.norms import formulas
 from lnjac.norms.capture import Loss
 from lnjac.norms.decompose import center, normalise, remove_radial
 from lnjac.norms.layers import norms
-from lnjac.runs import schema as tables
 
 Gradient = list[Tensor]
 """A tensor for each parameter."""
@@ -32,7 +32,7 @@ class Swap(NamedTuple):
 
 
 EXACT = Swap(True, 1.0, True)
-SURROGATES = {name: Swap(c, float(r), s) for name, (c, r, s) in tables.SURROGATES.items()}
+SURROGATES = {name: Swap(c, float(r), s) for name, (c, r, s) in formulas.SURROGATES.items()}
 DOSES = tuple(Swap(True, radial, True) for radial in (0.25, 0.5, 0.75))
 """From center_scale, which subtracts none of z·m, to exact."""
 

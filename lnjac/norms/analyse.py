@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lnjac.config.schema import GradAt
 from lnjac.norms import decompose as jacobian
 from lnjac.norms import distribution
 from lnjac.norms.capture import Capture, Loss, capture
+from lnjac.norms.formulas import GradAt
 from lnjac.norms.layers import Norm
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnjac.runs import schema as tables
-from lnjac.runs.schema import ENERGIES, RSTD_POWERS, SIGMA_QUANTILES
+from lnjac.norms import formulas
+from lnjac.norms.formulas import ENERGIES, RSTD_POWERS, SIGMA_QUANTILES
 
 CHUNK_ELEMENTS = 1 << 16
 """Elements taken to float64 at a time on a CPU: half a megabyte, so that the passes over a chunk stay in cache."""
@@ -51,7 +51,7 @@ class Switches(NamedTuple):
 
 
 EXACT = Switches(True, True, True)
-SURROGATES = {name: Switches(*factors) for name, factors in tables.SURROGATES.items()}
+SURROGATES = {name: Switches(*factors) for name, factors in formulas.SURROGATES.items()}
 """The seven surrogates by name; center_scale and scale are Xu et al. 2019 (arXiv 1911.07013), "detach σ" and DetachNorm."""
 
 

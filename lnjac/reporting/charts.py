@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lnjac.errors import ConfigError
 from lnjac.escape import visible_within
-from lnjac.runs.folder import write_atomically
+from lnjac.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd

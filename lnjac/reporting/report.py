@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from lnjac.comparing.study import IDENTITY, RUN, Study, varying
 from lnjac.errors import ConfigError
+from lnjac.files import write_atomically
 from lnjac.reporting import frames as views
 from lnjac.reporting import html as page
 from lnjac.reporting.frames import Drawing, View
 from lnjac.reporting.html import Charts, Section
 from lnjac.runs import schema as tables
-from lnjac.runs.folder import DIVERGED, write_atomically
+from lnjac.runs.folder import DIVERGED
 from lnjac.runs.read import companions
 from lnjac.text import listed
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import platform
-import secrets
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, SoftFileLock, Timeout
 
+from lnjac.files import file_sha256, why, write_atomically
 from lnjac.runs.schema import LONG, SCHEMA_VERSION, TABLES, Column
 
 STATUS = "status.json"
@@ -42,16 +42,6 @@ RUNNING, INTERRUPTED, DONE, FAILED, DIVERGED = "running", "interrupted", "done",
 FINISHED = (DONE, DIVERGED)
 
 ARROW = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "bool": pa.bool_()}
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a temporary file in path's folder, then move it to path; on any error path stays as it was."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def schema(columns: Iterable[Column]) -> pa.Schema:
@@ -233,11 +223,6 @@ def no_status(folder: Path) -> str:
     return f"no readable {STATUS}"
 
 
-def why(error: OSError) -> str:
-    """The system's reason alone, such as `permission denied`, for a message that names the file already."""
-    return (error.strerror or str(error)).lower()
-
-
 def read_metadata(path: Path) -> dict[str, Any]:
     """What `write_table` put into the footer. Raises ArrowInvalid for a file that is not parquet, KeyError for another's."""
     with _opened(path) as source:
@@ -261,11 +246,6 @@ def _opened(path: Path | pa.NativeFile) -> Iterator[pa.NativeFile]:
     with pa.OSFile(str(path)) if isinstance(path, Path) else nullcontext(path) as file:
         _require_sealed(file)
         yield file
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def now() -> str:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lnjac.errors import ConfigError
+from lnjac.files import why
 from lnjac.runs import folder as runs
 from lnjac.runs.schema import CORE, KEYS, SCHEMA_VERSION, TABLES
 
@@ -122,7 +123,7 @@ def _search_folder(folder: Path, real: str, seen: dict[str, bool], found: Found,
         try:
             seen[real] = _add_from(folder, real, seen, found, merges)
         except OSError as error:
-            found.skipped.append(Skip(str(folder), runs.why(error)))
+            found.skipped.append(Skip(str(folder), why(error)))
             seen[real] = True  # it may
     return seen[real]
 
@@ -146,7 +147,7 @@ def _add_from(folder: Path, real: str, seen: dict[str, bool], found: Found, merg
         try:
             is_folder = entry.is_dir()
         except OSError as error:  # a link to itself
-            found.skipped.append(Skip(str(path), runs.why(error)))
+            found.skipped.append(Skip(str(path), why(error)))
             continue
         if is_folder:
             inner = os.path.realpath(path) if entry.is_symlink() else os.path.join(real, entry.name)

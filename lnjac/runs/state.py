@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lnjac.files import file_sha256
 from lnjac.runs import folder as runs
 from lnjac.runs.merge import Source, Unfit, read
 from lnjac.runs.schema import RUNS
@@ -68,7 +69,7 @@ def _lost(path: Path, status: Mapping[str, Any]) -> str:
     """Return what is wrong with a file that the run wrote beside its rows, if anything."""
     written = status.get("sha256", {}).get(path.name)
     try:
-        if written is None or runs.file_sha256(path) == written:
+        if written is None or file_sha256(path) == written:
             return ""
     except FileNotFoundError:
         return f"{path.name} is missing"

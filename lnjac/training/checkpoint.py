@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lnjac.runs.folder import write_atomically
+from lnjac.files import write_atomically
 
 VERSION = 3
 """Raised when the file's contents change: another version's checkpoint is not used."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lnjac.config.schema import PLUGIN_GROUPS, RunConfig, build
 from lnjac.errors import ConfigError
+from lnjac.files import file_sha256
 from lnjac.runs import folder as runs
 from lnjac.runs import read as sources
 from lnjac.training import trackers as tracking
@@ -107,7 +108,7 @@ class Run:
     def _verified(self, file: str) -> Path:
         """The file's path; ConfigError where it is not, to the last bit, what the run wrote."""
         path = self.folder / file
-        if not path.exists() or runs.file_sha256(path) != self.status.get("sha256", {}).get(file):
+        if not path.exists() or file_sha256(path) != self.status.get("sha256", {}).get(file):
             raise ConfigError(f"{path} is missing or not the file that the run wrote: run it again")
         return path
 

@@ -1,0 +1,28 @@
+"""Files that are whole or not there: atomic writing, content hashes, and why the system refuses."""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a temporary file in path's folder, then move it to path; on any error path stays as it was."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of the file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def why(error: OSError) -> str:
+    """The system's reason alone, such as `permission denied`, for a message that names the file already."""
+    return (error.strerror or str(error)).lower()
