@@ -36,7 +36,7 @@ PROCESSES = "hydra.launcher.jobs=2"
 
 def sweeper_of(*words: str) -> Any:
     """A sweeper set up as Hydra does for these words, but for its launcher, whose package may not be installed."""
-    sweeper = importlib.import_module("hydra_plugins.lnjac_sweeper").LnjacSweeper(max_batch_size=None)
+    sweeper = importlib.import_module("hydra_plugins.lnjac_plugins").LnjacSweeper(max_batch_size=None)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         sweeper.hydra_context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
         loader = sweeper.hydra_context.config_loader
@@ -195,7 +195,7 @@ def test_a_bad_member_costs_no_word_about_the_other_jobs(tmp_path: Path) -> None
 
 def test_a_range_counts_with_the_decimals_that_were_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    sweeper = importlib.import_module("hydra_plugins.lnjac_sweeper").LnjacSweeper(max_batch_size=None)
+    sweeper = importlib.import_module("hydra_plugins.lnjac_plugins").LnjacSweeper(max_batch_size=None)
     sweeper.params = {}
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         sweeper.hydra_context = SimpleNamespace(config_loader=GlobalHydra.instance().hydra.config_loader)
@@ -266,7 +266,7 @@ def test_a_sweeps_name_that_names_no_folder_is_refused(
     name: object, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    problem = importlib.import_module("hydra_plugins.lnjac_sweeper")._name_problem
+    problem = importlib.import_module("lnjac.sweeps.sweeper")._name_problem
     assert said in problem(name)
     assert problem("a/b c") is None
 
@@ -534,7 +534,7 @@ def test_a_job_that_another_command_has_just_begun_has_not_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    sweeper = importlib.import_module("hydra_plugins.lnjac_sweeper")
+    sweeper = importlib.import_module("lnjac.sweeps.sweeper")
     identity = {"run_id": "r", "diag_id": "d"}
     job = sweeper.Job(["seed=1"], OmegaConf.create(), None, identity, tmp_path, plan.State(plan.MISSING))
     other = runs.RunFolder(tmp_path, identity)  # no status yet

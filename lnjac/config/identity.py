@@ -67,6 +67,11 @@ def columns(config: RunConfig) -> list[tuple[Column, Any]]:
     return found
 
 
+def column_values(config: RunConfig) -> dict[str, Any]:
+    """Return the config's columns by name."""
+    return {column.name: value for column, value in columns(config)}
+
+
 def _leaves(cls: type, plain: Mapping[str, Any], prefix: str) -> Iterator[tuple[Column, Any]]:
     """A column for each scalar; a list is joined by `+`, what else there may be is written as JSON."""
     hints = _hints(cls)

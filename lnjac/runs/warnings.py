@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from lnjac.config.schema import PLUGIN_GROUPS
 from lnjac.runs.schema import TABLES
 
 if TYPE_CHECKING:
@@ -29,10 +28,18 @@ def warnings(table: pa.Table, schemas: Iterable[pa.Schema]) -> list[str]:
                 found.append(f"data={data} is not one corpus, its data_sha256 are {', '.join(sorted(map(str, shas)))}")
     names = [set(schema.names) for schema in schemas]
     partial = [name for name in table.column_names if not all(name in known for known in names)]
-    # a mode or method has parameters that others lack: only what every run should have is worth a word
-    if partial := [name for name in partial if name.partition(".")[0] not in PLUGIN_GROUPS]:
+    if partial := [name for name in partial if not _is_of_members(frame, name)]:
         found.append(f"mixed schema: only some sources have {', '.join(partial)}; null in the others")
     return found + _missing_seeds(frame)
+
+
+def _is_of_members(frame: "pd.DataFrame", name: str) -> bool:
+    """Whether a column is a parameter that some members of its group have and others lack, as `attn_mode.bias` is."""
+    group = name.partition(".")[0]
+    if group == name or group not in frame:
+        return False
+    there = frame[name].notna()
+    return set(frame[group][there]).isdisjoint(frame[group][~there])
 
 
 def _missing_seeds(frame: "pd.DataFrame") -> list[str]:

@@ -375,7 +375,7 @@ class Job:
         if before.reason:
             log.info("run again: %s", before.reason.splitlines()[0])
         self._resume()
-        shown = plan.columns_of(self.config)
+        shown = config_identity.column_values(self.config)
         self.tracker.start(
             tracking.TrackedRun("-".join(self.identity.values()), self.out.path, shown, after=self.resumed)
         )

@@ -2,8 +2,7 @@
 
 Every job is composed and checked before any starts; each gets the folder of its run's identity, so that the same sweep
 again runs only what is missing; what there is gets merged at the end, whatever happened. Works with every launcher.
-This folder has no __init__.py: it is part of Hydra's plugin namespace, and Hydra imports this module at every start, so
-its own imports stay light.
+Hydra imports this module at every start, so its own imports stay light.
 """
 
 import logging
@@ -28,7 +27,7 @@ from hydra.errors import CompactHydraException, HydraException  # Hydra shows it
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from hydra_plugins.lnjac_launchers import Engine, reason, require_folder
+from lnjac.sweeps.launchers import Engine, reason, require_folder
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +42,7 @@ POLL_S = 1.0
 class Job:
     """One job of the sweep: how it was asked for, what it is, and where it goes.
 
-    `config` is a lnjac.config.schema.RunConfig and `state` a lnjac.runs.state.State: Hydra loads this module in a way that
-    dataclasses cannot resolve names in quotes.
+    `config` is a lnjac.config.schema.RunConfig and `state` a lnjac.runs.state.State.
     """
 
     overrides: list[str]
@@ -59,7 +57,7 @@ class Job:
         return _words(self.overrides)
 
 
-class LnjacSweeper(BasicSweeper):
+class Sweeper(BasicSweeper):
     """The cartesian product of all swept values, as Hydra's basic sweeper makes it."""
 
     def sweep(self, arguments: list[str]) -> Any:
@@ -233,12 +231,13 @@ class LnjacSweeper(BasicSweeper):
         return todo
 
     def _estimate(self, todo: Sequence[Job], folder: Path) -> None:
-        from lnjac.runs import state as plan
 
         for job in todo:
             log.info("to do (%s): %s", job.state.name, job.name)
         root = Path("multirun") if Path("multirun").is_dir() else folder
-        seconds, covered = plan.seconds([job.config for job in todo], sorted(root.rglob("*.runs.parquet")))
+        from lnjac.sweeps import estimate
+
+        seconds, covered = estimate.seconds([job.config for job in todo], sorted(root.rglob("*.runs.parquet")))
         if todo and covered:
             some = "" if covered == len(todo) else f" for {covered} of them; no run of the others' shape is finished"
             log.info("about %s of computing%s", _duration(seconds), some)
