@@ -31,7 +31,7 @@ from lnjac.runs import folder
 from lnjac.runs.schema import Column
 
 norm = torch.nn.LayerNorm(8)
-(row,) = analyse(norm, [torch.randn(4, 8)], lambda model, x: (model(x).square().mean(), 4))
+(row,) = analyse(norm, [torch.randn(4, 8)], lambda model, x: (model(x)[:, :3].pow(3).mean(), 4))
 assert row["jacobian_residual"] < 1e-5
 values = {name: value for name, value in row.items() if isinstance(value, float)}
 columns = [Column(name, "float64", "", "") for name in values]
