@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CHECKOUT = Path(__file__).resolve().parents[2] / "conf"
+CONF = CHECKOUT if (CHECKOUT / "config.yaml").is_file() else CHECKOUT.parent / "lnjac" / "conf"
+"""The folder of the config groups: the checkout's, else the one inside the installed package."""
 
 
 def compose(*overrides: str) -> RunConfig:

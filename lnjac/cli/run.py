@@ -1,0 +1,93 @@
+"""`lnjac-run`, which run.py is too: train, analyse and write one run, or with -m a sweep of them."""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+log = logging.getLogger("lnjac")
+
+
+def task(cfg: "DictConfig") -> str:
+    """One job, in whatever process a launcher runs it."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import CompactHydraException  # shown as its text alone, without a traceback
+    from hydra.types import RunMode
+
+    from lnjac import errors
+    from lnjac.config import schema
+    from lnjac.escape import visible_lines
+    from lnjac.training import run as train
+
+    job = HydraConfig.get()
+    try:
+        settings = schema.build(cfg, job.runtime.choices)
+        corpus = train.admit(settings)
+        if job.mode == RunMode.RUN and (meant := [word for word in job.overrides.task if word.startswith("sweep=")]):
+            raise errors.ConfigError(f"{meant[0]} names the folder of a sweep, and this is one run: add -m")
+        if cfg.dry_run:
+            log.info("dry_run: the config is sound; nothing was started")
+            return "dry_run"
+        return train.run(settings, Path(job.runtime.output_dir), corpus)
+    except errors.ConfigError as error:
+        raise CompactHydraException(visible_lines(str(error))) from None
+    except Exception:
+        log.exception("the run failed")
+        raise
+    except KeyboardInterrupt:
+        if job.mode == RunMode.RUN:
+            log.warning("interrupted: %s", after_interruption(Path(job.runtime.output_dir)))
+        raise
+
+
+def after_interruption(folder: Path) -> str:
+    """Say how an interrupted run is continued: from its checkpoint only if it has one."""
+    from lnjac.runs import folder as runs
+
+    if runs.read_status(folder).get("status") in runs.FINISHED:
+        return f"the run is finished, in {folder}"
+    same = f"the same command with hydra.run.dir={folder}"
+    if (folder / runs.CHECKPOINT).exists():
+        return f"{same} goes on from the checkpoint"
+    return f"there is no checkpoint yet, so {same} starts from the beginning"
+
+
+def interrupt(signum: int, frame: Any) -> None:
+    """SIGTERM ends as Ctrl-C does: a checkpoint, the status, the merge."""
+    raise KeyboardInterrupt(signum)
+
+
+def main() -> None:
+    """Run what the command line asks for, by the configuration in lnjac.config.compose.CONF."""
+    signal.signal(signal.SIGTERM, interrupt)
+    full = "HYDRA_FULL_ERROR" in os.environ
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands every error on, and those that a user can mend are printed here
+    try:
+        from lnjac import console
+
+        console.steady()
+        import hydra  # half a second in which Ctrl-C may come, too
+        from hydra.errors import CompactHydraException
+
+        from lnjac.config.compose import CONF, as_typed, broken_yaml, spelled
+        from lnjac.errors import ConfigError
+
+        try:
+            with broken_yaml():
+                sys.argv[1:] = as_typed(spelled(sys.argv[1:]))
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+        except (CompactHydraException, ConfigError) as error:
+            if full:
+                raise
+            print(*filter(None, (str(error), error.__cause__ and str(error.__cause__))), sep="\n", file=sys.stderr)
+            sys.exit(1)
+    except KeyboardInterrupt as stop:
+        print("interrupted", file=sys.stderr)
+        number = stop.args[0] if stop.args else signal.SIGINT
+        signal.signal(number, signal.SIG_DFL)  # die of the signal, so that a shell's loop ends too
+        os.kill(os.getpid(), number)
