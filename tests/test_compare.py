@@ -536,14 +536,10 @@ def test_metrics_must_be_columns_of_numbers(tmp_path: Path, table: str, metric: 
 
 
 def test_intervals_by_resampling_are_reproducible(tmp_path: Path):
-    one, again = (
-        losses(tmp_path, "attn_mode", TWO_MODES, how=Inference("percentile", rng=np.random.default_rng(0)))
-        for _ in "ab"
-    )
+    how = [Inference("signflip", rng=np.random.default_rng(0)) for _ in "ab"]
+    one, again = (losses(tmp_path, "attn_mode", TWO_MODES, how=each) for each in how)
     pd.testing.assert_frame_equal(one.rows, again.rows)
-    assert one.rows["p_adjusted"].isna().all()
-    assert one.notes == ["paired by seed, 95% percentile bootstrap interval"]
-    assert one.rows["low"].iloc[0] == pytest.approx(0.5)  # all three draws the smallest: more than 2.5% of draws
+    assert one.rows["p"].iloc[0] >= 0.25  # three seeds: 2 of 8 sign flips at least
 
 
 # cost
@@ -733,7 +729,7 @@ def test_a_missing_value_is_a_level_of_its_own(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"no run chosen has method\.scale=None, only 0\.5, 2, null"):
         losses(tmp_path, "method.scale", NULLS, reference="None")
     with pytest.raises(
-        ConfigError, match=r'levels without a logarithm \(0\.5, 2\.0, null\).*--where "method\.scale > 0"'
+        ConfigError, match=r'levels without a logarithm \(0\.5, 2, null\).*--where "method\.scale > 0"'
     ):
         scaling(study(tmp_path, NULLS), "method.scale", metrics=["val_loss_nats"], table="runs")
 

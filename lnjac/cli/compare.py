@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 commands = typer.Typer(rich_markup_mode=None)
 
 SEED = 0
-"""Of a bootstrap's or a permutation's draws: the same table gives the same numbers."""
+"""Of a permutation's draws: the same table gives the same numbers."""
 
 
 EXPORTS = (".csv", ".md", ".tex", ".parquet")
@@ -42,8 +42,6 @@ def study(sources: Sequence[Path]) -> "Study":
 
 class IntervalKind(str, Enum):
     t = "t"
-    bootstrap = "bootstrap"
-    percentile = "percentile"
     signflip = "signflip"
 
 
@@ -62,9 +60,7 @@ Reference = Annotated[
     str | None, typer.Option(help="The level that each other is compared with, instead of all pairs.")
 ]
 Seeds = Annotated[bool, typer.Option("--seeds", help="Show every seed.")]
-Kind = Annotated[
-    IntervalKind, typer.Option("--interval", help="Student's t, bootstrap (BCa or percentile), sign flips.")
-]
+Kind = Annotated[IntervalKind, typer.Option("--interval", help="Student's t, or its interval with a sign-flip p.")]
 Confidence = Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of the intervals.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Output = Annotated[

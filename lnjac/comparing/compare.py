@@ -623,8 +623,6 @@ def _few_seeds(few: int, rows: int) -> str:
 def _interval_name(how: Inference) -> str:
     kind = {
         "t": "t interval",
-        "bootstrap": "BCa bootstrap interval",
-        "percentile": "percentile bootstrap interval",
         "signflip": "t interval and sign-flip p",
     }[how.method]
     return f"{100 * how.confidence:g}% {kind}"

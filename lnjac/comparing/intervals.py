@@ -13,10 +13,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
-METHODS = ("t", "bootstrap", "percentile", "signflip")
-"""Of an interval: Student's t; bootstrap, BCa or by percentiles; t with the p value of a sign-flip permutation test."""
-
-BOOTSTRAPS = {"bootstrap": "BCa", "percentile": "percentile"}
+METHODS = ("t", "signflip")
+"""Of an interval: Student's t; t with the p value of a sign-flip permutation test."""
 
 RESAMPLES = 9999
 
@@ -41,7 +39,7 @@ STUDENT = Inference()
 class Interval(NamedTuple):
     """Estimates with their intervals: arrays of one shape, the axis of seeds gone.
 
-    `p` is two-sided against 0, and NaN for a bootstrap, which gives none. `effect` is in standard deviations: d_z of
+    `p` is two-sided against 0. `effect` is in standard deviations: d_z of
     paired differences, Hedges' g of two groups. With one seed all but the estimate are NaN.
 
     `agreement` is IDENTICAL where no seed's difference is larger than rounding, SAME where the differences of two or more
@@ -246,9 +244,6 @@ def _one_sample(values: Array, how: Inference) -> list[Array]:
     if values.shape[-1] < 2:
         return [estimate, unknown, unknown, unknown, unknown]
     effect = estimate / values.std(-1, ddof=1)
-    if how.method in BOOTSTRAPS:
-        low, high = _bootstrap([values], _mean, how)
-        return [estimate, low, high, unknown, effect]
     test = stats.ttest_1samp(values, 0, axis=-1)
     low, high = test.confidence_interval(how.confidence)
     p = test.pvalue
@@ -268,9 +263,6 @@ def _two_samples(a: Array, b: Array, how: Inference) -> list[Array]:
     if min(n, m) < 2:
         return [estimate, unknown, unknown, unknown, unknown]
     effect = effectsize_smd(a.mean(-1), a.std(-1, ddof=1), n, b.mean(-1), b.std(-1, ddof=1), m)[0]
-    if how.method in BOOTSTRAPS:
-        low, high = _bootstrap([a, b], _mean_difference, how)
-        return [estimate, low, high, unknown, effect]
     test = stats.ttest_ind(a, b, axis=-1, equal_var=False)
     low, high = test.confidence_interval(how.confidence)
     p = _permuted([a, b], _mean_difference, "independent", how) if how.method == "signflip" else test.pvalue
@@ -283,15 +275,6 @@ def _mean(values: Array, axis: int) -> Any:
 
 def _mean_difference(a: Array, b: Array, axis: int) -> Any:
     return a.mean(axis) - b.mean(axis)
-
-
-def _bootstrap(parts: list[Array], statistic: Callable[..., Any], how: Inference) -> tuple[Array, Array]:
-    from scipy import stats
-
-    settings = {"n_resamples": RESAMPLES, "confidence_level": how.confidence, "method": BOOTSTRAPS[how.method]}
-    rows = zip(*parts, strict=True)
-    found = [stats.bootstrap(row, statistic, rng=how.rng, **settings).confidence_interval for row in rows]
-    return np.array([row.low for row in found]), np.array([row.high for row in found])
 
 
 def _permuted(parts: list[Array], statistic: Callable[..., Any], kind: str, how: Inference) -> Array:
