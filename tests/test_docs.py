@@ -136,8 +136,8 @@ def test_how_to_add_a_method(
 def test_how_to_add_an_attention_mode(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, add_member: Callable[..., str]
 ) -> None:
-    defined(monkeypatch, attention, example(root / "README.md", "class Squared"), "Squared")
-    member = add_member("attn_mode", example(root / "README.md", "lnjac.gpt.attention.Squared", "yaml"))
+    defined(monkeypatch, attention, example(root / "docs" / "how-to.md", "class Squared"), "Squared")
+    member = add_member("attn_mode", example(root / "docs" / "how-to.md", "lnjac.gpt.attention.Squared", "yaml"))
     row = run_with(tmp_path, f"attn_mode={member}")
     assert (row["attn_mode"], row["attn_mode.gain"]) == ("squared", 1.0)
 

@@ -1,0 +1,1 @@
+"""The commands `lnjac` and `lnjac-run`."""

@@ -1,0 +1,1 @@
+"""Tables compared: pairing, intervals, costs, slopes. Without torch."""

@@ -1,0 +1,1 @@
+"""The configuration: its schema, Hydra's composing, a run's identity."""

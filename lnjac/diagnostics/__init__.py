@@ -1,0 +1,1 @@
+"""What is measured on a run beyond the rows of its norms."""

@@ -1,0 +1,1 @@
+"""The record: tables, run folders, reading and merging. For any rows; no torch."""

@@ -1,0 +1,1 @@
+"""Many runs: Hydra's sweeper and launchers."""

@@ -1,0 +1,1 @@
+"""One run: training, measuring, checkpoints, trackers, re-opening."""
