@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lnjac.config.compose import compose
 from lnjac.gpt.attention import Attention, Softmax
+from lnjac.training import loop
 from lnjac.training import run as train
 
 
@@ -32,7 +33,7 @@ def main(rounds: int) -> None:
         for mode in (Fused, Explicit):
             config = compose("device=cpu", f"precision={precision}")
             config.attn_mode = mode("softmax")
-            updates[mode.__name__] = train.Training(config, train.admit(config)).update
+            updates[mode.__name__] = loop.Training(config, train.admit(config)).update
         times = interleaved(updates, rounds)
         fused, explicit = (statistics.median(times[name]) for name in ("Fused", "Explicit"))
         print(

@@ -16,6 +16,7 @@ from interleaved import interleaved, ratio
 from torch.profiler import ProfilerActivity, profile
 
 from lnjac.config.compose import compose
+from lnjac.training import loop
 from lnjac.training import run as train
 
 
@@ -33,7 +34,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 def main(rounds: int, swap_rounds: int) -> None:
     config = compose("device=cpu", "diagnostics=full")
-    training = train.Training(config, train.admit(config))
+    training = loop.Training(config, train.admit(config))
     for _ in range(3):
         training.update()
     batches = training.diagnostic_batches()

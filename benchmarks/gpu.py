@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from lnjac.config.compose import compose
 from lnjac.gpt import model as gpt
 from lnjac.norms import analyse
+from lnjac.training import loop
 from lnjac.training import run as train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,16 +66,16 @@ def ms(call: Callable[[], object], rounds: int = 30, warmup: int = 5) -> float:
 @contextmanager
 def launched_one_by_one() -> Iterator[None]:
     """Within the context updates are not replayed as a CUDA graph."""
-    before, train.captured = train.captured, lambda passes, *_: passes
+    before, loop.captured = loop.captured, lambda passes, *_: passes
     try:
         yield
     finally:
-        train.captured = before
+        loop.captured = before
 
 
-def training(*words: str) -> train.Training:
+def training(*words: str) -> loop.Training:
     config = compose(f"device={DEVICE}", *SMALL, *words)
-    return train.Training(config, train.admit(config))
+    return loop.Training(config, train.admit(config))
 
 
 # Parts

@@ -17,6 +17,7 @@ from torch import Tensor
 from lnjac.config.compose import compose
 from lnjac.config.schema import RunConfig
 from lnjac.gpt.credit import linears, product
+from lnjac.training import loop
 from lnjac.training import run as train
 
 Call = Callable[[], object]
@@ -32,7 +33,7 @@ def by_product(a: Tensor, b: Tensor) -> Call:
     return torch.no_grad()(lambda: product(a, b))  # as in a backward pass
 
 
-def linear_products(training: train.Training, call: Callable[[Tensor, Tensor], Call]) -> list[Call]:
+def linear_products(training: loop.Training, call: Callable[[Tensor, Tensor], Call]) -> list[Call]:
     """y = x·Wᵀ, g·B and gᵀ·x of every linear layer."""
     config = training.config
     calls = []
@@ -60,7 +61,7 @@ def main(rounds: int) -> None:
     torch.set_num_threads(1)
     for width in (128, 64, 32, 16):
         config = compose("device=cpu", f"model.n_embd={width}")
-        training = train.Training(config, train.admit(config))
+        training = loop.Training(config, train.admit(config))
         attention = attention_products(config)
         calls = {
             "update": training.update,

@@ -11,6 +11,7 @@ from interleaved import interleaved, ratio
 from plain import PlainTraining
 
 from lnjac.config.compose import compose
+from lnjac.training import loop
 from lnjac.training import run as train
 
 
@@ -18,7 +19,7 @@ def main(rounds: int) -> None:
     for overrides in ([], ["attn_mode=sigmoid"], ["precision=bf16"]):
         config = compose("device=cpu", *overrides)
         corpus = train.admit(config)
-        ours = train.Training(config, corpus)
+        ours = loop.Training(config, corpus)
         plain = PlainTraining(torch.from_numpy(corpus.train.astype("int64")), corpus.vocab_size)
         times = interleaved({"ours": ours.update, "plain": plain.update}, rounds)
         mine, base = (statistics.median(times[name]) for name in ("ours", "plain"))

@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 import lnjac
-from lnjac.comparing import compare
 from lnjac.comparing import study as design
 from lnjac.runs.merge import companions, load
 from lnjac.runs.schema import LAYERS, RUNS
@@ -54,7 +53,7 @@ print(exact.pivot_table("enrichment_radial_share", "site", levels, sort=False).r
 
 # %%
 if {"exact"} < set(runs["ln_backward"]):
-    costs = compare.cost(compare.read([folder]))
+    costs = lnjac.cost(design.read([folder]))
     for part in filter(None, (costs.costs, costs.differences)):
         print(part.seeds().round(4).to_string(index=False), *part.notes, sep="\n")
 else:

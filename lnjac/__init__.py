@@ -7,7 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lnjac.comparing.compare import compare, cost, scaling
+    from lnjac.comparing.compare import compare
+    from lnjac.comparing.cost import cost
+    from lnjac.comparing.scaling import scaling
     from lnjac.config.compose import compose
     from lnjac.norms.analyse import analyse
     from lnjac.norms.capture import capture
@@ -24,13 +26,13 @@ _HOME = {
     "capture": "norms.capture",
     "compare": "comparing.compare",
     "compose": "config.compose",
-    "cost": "comparing.compare",
+    "cost": "comparing.cost",
     "diff": "runs.diff",
     "load": "runs.merge",
     "load_run": "training.saved_run",
     "merge": "runs.merge",
     "run": "training.run",
-    "scaling": "comparing.compare",
+    "scaling": "comparing.scaling",
 }
 """The public names, and the module that each lives in."""
 

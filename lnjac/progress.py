@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from lnjac.escape import visible
+
 log = logging.getLogger(__name__)
 
 
@@ -93,3 +95,14 @@ def _log_to_files_only() -> Iterator[None]:
     finally:
         for handler in screens:
             handler.removeFilter(not_ours)
+
+
+def share(label: str, done: int, total: int, worth: int = 1) -> None:
+    """One moving line on a terminal; nothing elsewhere, nor for less than `worth` units of work."""
+    if total >= worth and sys.stderr.isatty():
+        print(
+            f"\r{visible(label)} {100 * done // total:3d} %",
+            end="" if done < total else "\n",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -23,7 +23,7 @@ from lnjac.norms.layers import norms
 from lnjac.runs import folder as runs
 from lnjac.runs.schema import DIAG_ID, RUN_ID, TENSORS
 from lnjac.training import run as train
-from lnjac.training.run import Training
+from lnjac.training.loop import Training
 
 VOCAB = 11
 Batch = tuple[Tensor, Tensor]

@@ -18,9 +18,11 @@ from folders import make_run
 from lnjac.comparing import compare as comparing
 from lnjac.comparing import intervals as stats
 from lnjac.comparing import pooling
-from lnjac.comparing.compare import Study, compare, cost, read, scaling
+from lnjac.comparing.compare import compare
+from lnjac.comparing.cost import cost
 from lnjac.comparing.intervals import Inference
-from lnjac.comparing.study import word
+from lnjac.comparing.scaling import scaling
+from lnjac.comparing.study import Study, read, word
 from lnjac.errors import ConfigError
 from lnjac.runs import folder as runs
 from lnjac.runs import merge as sweep

@@ -15,6 +15,7 @@ from lnjac.data.corpus import Corpus
 from lnjac.gpt import model as gpt
 from lnjac.norms.layers import norms
 from lnjac.runs import folder as runs
+from lnjac.training import loop
 from lnjac.training import run as train
 
 SMALL = ("model.n_layer=2", "model.n_head=2", "model.n_embd=8", "model.block_size=8", "batch_size=4", "steps=3",
@@ -71,7 +72,7 @@ def test_a_run_writes_its_rows(group: str, name: str, tmp_path: Path) -> None:
     ("group", "name"), [case for case in CASES if case[0] in ("attn_mode", "method", "ln_backward")]
 )
 def test_an_update_is_finite_in_every_precision(group: str, name: str, precision: str) -> None:
-    training = train.Training(compose(*small(group, name, f"precision={precision}")), corpus())
+    training = loop.Training(compose(*small(group, name, f"precision={precision}")), corpus())
     dtype = torch.float64 if precision == "fp64" else torch.float32
     assert all(p.dtype == dtype for p in training.model.parameters())
     before = {n: p.detach().clone() for n, p in training.trained.items()}

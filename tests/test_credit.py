@@ -15,11 +15,11 @@ from lnjac.config import identity, schema
 from lnjac.config.compose import compose
 from lnjac.config.schema import Precision, RunConfig, check
 from lnjac.data.corpus import Corpus
-from lnjac.gpt import credit
+from lnjac.gpt import credit, methods
 from lnjac.gpt import model as gpt
 from lnjac.gpt import optimizers as optim
 from lnjac.norms.analyse import analyse
-from lnjac.training.run import Training
+from lnjac.training.loop import Training
 
 VOCAB, N_LAYER, D, BLOCK = 11, 2, 16, 8
 TINY = ("model=tiny", f"model.n_embd={D}", f"model.block_size={BLOCK}", "precision=fp64", "batch_size=4", "seed=5")
@@ -267,8 +267,8 @@ def test_quick_configs_are_composed_ones() -> None:
 
 def test_command_line_policy_is_read_as_a_member_and_not_a_boolean() -> None:
     found = compose("method.policy.head=true").method.policy
-    assert found.head is credit.Transpose.true
-    assert found.qkv is credit.Transpose.random
+    assert found.head is methods.Transpose.true
+    assert found.qkv is methods.Transpose.random
 
 
 # The forward pass and the loss

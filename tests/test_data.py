@@ -28,8 +28,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from lnjac.data import batches as data_batches
 from lnjac.data import corpus as data
+from lnjac.data import nanogpt_format
 from lnjac.data import synthetic as play
+from lnjac.data import tokens as data_tokens
 from lnjac.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,7 +178,7 @@ def test_shakespeare_is_split_as_by_nanogpt() -> None:
     text = SHAKESPEARE.read_text()
     assert decoded(corpus, corpus.val) == text[1_003_854:]
     assert corpus.vocabulary == tuple(sorted(set(text)))
-    found = data.baselines(corpus, None)
+    found = data_batches.baselines(corpus, None)
     assert found.bigram_nats == pytest.approx(2.48, abs=0.01)
     assert found.unigram_nats == pytest.approx(3.35, abs=0.01)
 
@@ -412,7 +415,7 @@ def test_a_folder_that_changes_is_read_again() -> None:
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_token_outside_the_vocabulary_is_found_wherever_it_is(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "CHUNK", 4)
+    monkeypatch.setattr(data_tokens, "CHUNK", 4)
     tokens = [0, 1] * 9
     for at in (0, 7, 17):
         bad = [*tokens[:at], 2, *tokens[at + 1 :]]
@@ -483,8 +486,8 @@ HOSTILE = {
     "huge memo index": b"\x80\x04}r\xff\xff\xff\x7f.",
     "huge string length": b"\x80\x04X\xff\xff\xff\x7fab.",
     "huge frame": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f}.",
-    "too many opcodes": b"\x80\x04" + b"}" * (data.MOST_OPCODES + 2) + b".",
-    "too large a file": pickle.dumps({"vocab_size": 2, "note": "x" * data.MOST_META_BYTES}),
+    "too many opcodes": b"\x80\x04" + b"}" * (nanogpt_format.MOST_OPCODES + 2) + b".",
+    "too large a file": pickle.dumps({"vocab_size": 2, "note": "x" * nanogpt_format.MOST_META_BYTES}),
     "billion laughs": _laughs(),
     "a list that holds itself": b"\x80\x04]\x94h\x00a.",
     "set": pickle.dumps({1}),
@@ -523,7 +526,7 @@ def test_a_hostile_or_broken_meta_is_refused_and_nothing_in_it_runs(name: str) -
 @pytest.mark.parametrize("name", ["huge memo index", "too many opcodes", "too large a file"])
 def test_a_meta_that_would_fill_the_memory_is_refused_for_its_size(name: str) -> None:
     Path("meta.pkl").write_bytes(HOSTILE[name])
-    refused(lambda: data.read_meta(Path("meta.pkl")), "large")
+    refused(lambda: nanogpt_format.read_meta(Path("meta.pkl")), "large")
 
 
 def test_the_hostile_pickles_would_run_elsewhere() -> None:
@@ -538,10 +541,13 @@ def test_the_hostile_pickles_would_run_elsewhere() -> None:
 def test_the_unpickler_alone_refuses_code_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were an opcode too many let through, nothing would run either."""
     every = frozenset(opcode.name for opcode in pickletools.opcodes)
-    monkeypatch.setattr(data, "PLAIN_OPCODES", every)
+    monkeypatch.setattr(nanogpt_format, "PLAIN_OPCODES", every)
     for name in ("os.system", "eval", "inst", "a global, never called", "numpy array", "persistent id"):
         Path("meta.pkl").write_bytes(HOSTILE[name])
-        refused(lambda: data.read_meta(Path("meta.pkl")), "it names" if name != "persistent id" else "persistent id")
+        refused(
+            lambda: nanogpt_format.read_meta(Path("meta.pkl")),
+            "it names" if name != "persistent id" else "persistent id",
+        )
     assert not Path("ran").exists()
 
 
@@ -551,9 +557,9 @@ def test_every_honest_meta_is_read(protocol: int) -> None:
     for itos in (dict(enumerate(vocabulary)), list(vocabulary)):
         meta = {"vocab_size": 1000, "itos": itos, "stoi": {ch: i for i, ch in enumerate(vocabulary)}}
         Path("meta.pkl").write_bytes(pickle.dumps(meta, protocol))
-        assert data.read_meta(Path("meta.pkl")) == data.Meta(1000, vocabulary, None)
+        assert nanogpt_format.read_meta(Path("meta.pkl")) == nanogpt_format.Meta(1000, vocabulary, None)
     Path("meta.pkl").write_bytes(pickle.dumps({"vocab_size": 50304}, protocol))
-    assert data.read_meta(Path("meta.pkl")) == data.Meta(50304, None, None)
+    assert nanogpt_format.read_meta(Path("meta.pkl")) == nanogpt_format.Meta(50304, None, None)
 
 
 def test_the_largest_vocabulary_fits_the_limits() -> None:
@@ -696,13 +702,13 @@ def test_each_yaml_names_its_class_and_every_field(file: Path) -> None:
 
 def test_gather_shifts_targets_by_one() -> None:
     split = np.arange(100, 130, dtype=np.uint16)
-    idx, targets = data.gather(split, np.array([0, 5, 26]), 3)
+    idx, targets = data_batches.gather(split, np.array([0, 5, 26]), 3)
     assert idx.dtype == targets.dtype == torch.int64
     assert idx.tolist() == [[100, 101, 102], [105, 106, 107], [126, 127, 128]]
     assert targets.tolist() == [[101, 102, 103], [106, 107, 108], [127, 128, 129]]
     assert idx.is_contiguous()
     assert targets.is_contiguous()
-    top = data.gather(np.array([65535, 0], dtype=np.uint16), np.array([0]), 1)
+    top = data_batches.gather(np.array([65535, 0], dtype=np.uint16), np.array([0]), 1)
     assert top[0].item() == 65535  # not wrapped to -1
 
 
@@ -710,7 +716,7 @@ def test_batches_repeat_with_their_seed_and_reach_both_ends() -> None:
     split = np.arange(12, dtype=np.uint16)
 
     def draw(seed: int, n: int) -> list[torch.Tensor]:
-        batches = data.Batches(split, 5, 4, np.random.default_rng(seed))
+        batches = data_batches.Batches(split, 5, 4, np.random.default_rng(seed))
         return [batches.next()[0] for _ in range(n)]
 
     assert all(map(torch.equal, draw(1, 4), draw(1, 4)))
@@ -718,8 +724,8 @@ def test_batches_repeat_with_their_seed_and_reach_both_ends() -> None:
     starts = torch.cat(draw(1, 200))[:, 0].tolist()
     assert set(starts) == set(range(12 - 4))  # 0 to len - block_size - 1
     assert min(Counter(starts).values()) > 60  # 125 expected of each
-    data.Batches(split, 1, 11, np.random.default_rng(0)).next()
-    refused(lambda: data.Batches(split, 1, 12, np.random.default_rng(0)), "block_size=12", "12 tokens")
+    data_batches.Batches(split, 1, 11, np.random.default_rng(0)).next()
+    refused(lambda: data_batches.Batches(split, 1, 12, np.random.default_rng(0)), "block_size=12", "12 tokens")
 
 
 @settings(max_examples=150, deadline=None)
@@ -735,7 +741,7 @@ def test_windows_predict_each_token_exactly_once(
     split = np.arange(n, dtype=np.uint16)
     seen: list[int] = []
     shapes = []
-    for idx, targets in data.windows(split, block_size, batch_size, max_tokens):
+    for idx, targets in data_batches.windows(split, block_size, batch_size, max_tokens):
         assert torch.equal(idx + 1, targets)
         assert torch.equal(idx[:, 0] % block_size, torch.zeros(len(idx), dtype=torch.int64))
         seen += targets.flatten().tolist()
@@ -747,8 +753,8 @@ def test_windows_predict_each_token_exactly_once(
 
 
 def test_windows_need_something_to_predict() -> None:
-    refused(lambda: next(data.windows(np.zeros(1, dtype=np.uint16), 4, 4, None)), "nothing to predict")
-    refused(lambda: next(data.windows(np.zeros(9, dtype=np.uint16), 4, 4, 0)), "max_tokens=0")
+    refused(lambda: next(data_batches.windows(np.zeros(1, dtype=np.uint16), 4, 4, None)), "nothing to predict")
+    refused(lambda: next(data_batches.windows(np.zeros(9, dtype=np.uint16), 4, 4, 0)), "max_tokens=0")
 
 
 # Baselines
@@ -777,13 +783,13 @@ def test_baselines_agree_with_a_loop(
     uint16 = partial(np.array, dtype=np.uint16)
     corpus = data.Corpus("toy", uint16(train), uint16(val), vocab_size, "", None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "CHUNK", chunk)
-        found = data.baselines(corpus, max_tokens)
+        patch.setattr(data_tokens, "CHUNK", chunk)
+        found = data_batches.baselines(corpus, max_tokens)
     predicted = val if max_tokens is None else val[: max_tokens + 1]
     assert (found.unigram_nats, found.bigram_nats) == pytest.approx(counted(train, predicted, vocab_size), rel=1e-12)
 
 
 def test_baselines_of_the_play_leave_room_to_learn() -> None:
-    found = data.baselines(data.Play("play").load(), None)
+    found = data_batches.baselines(data.Play("play").load(), None)
     assert 3.0 < found.unigram_nats < 3.6
     assert 2.2 < found.bigram_nats < 2.7

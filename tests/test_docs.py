@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lnjac.config import compose, schema
-from lnjac.gpt import attention, credit
+from lnjac.gpt import attention, methods
 from lnjac.norms import decompose as jacobian
 from lnjac.norms import layers as norm
 from lnjac.runs import folder as runs
@@ -127,8 +127,8 @@ def test_how_to_add_a_method(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, add_member: Callable[..., str]
 ) -> None:
     page = root / "docs" / "how-to.md"
-    defined(monkeypatch, credit, example(page, "class NoisyTranspose"), "NoisyTranspose")
-    member = add_member("method", example(page, "lnjac.gpt.credit.NoisyTranspose", "yaml"))
+    defined(monkeypatch, methods, example(page, "class NoisyTranspose"), "NoisyTranspose")
+    member = add_member("method", example(page, "lnjac.gpt.methods.NoisyTranspose", "yaml"))
     row = run_with(tmp_path, f"method={member}")
     assert (row["method"], row["method.q"]) == ("noisy", 1.28)
 

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from lnjac.config.compose import compose
 from lnjac.config.schema import NormKind, Placement, RunConfig, check
+from lnjac.data import batches
 from lnjac.data import corpus as data
 from lnjac.gpt import model as gpt
 from lnjac.norms.layers import norms
 from lnjac.seeding import normal, sequence, stream
-from lnjac.training.run import Training
+from lnjac.training.loop import Training
 
 VOCAB = 11
 TINY = ("model=tiny", "model.n_embd=16", "model.block_size=8", "precision=fp64", "method=bp", "batch_size=4")
@@ -93,7 +94,7 @@ def test_five_adamw_updates_are_the_references() -> None:
     training = Training(config, corpus())
     twin = reference_of(training.model, config)
     start = copy.deepcopy(dict(twin.named_parameters()))
-    again = data.Batches(corpus().train, 4, 8, stream(config.seed, "batches"))
+    again = batches.Batches(corpus().train, 4, 8, stream(config.seed, "batches"))
     reference.train(twin, iter(again.next, None), 5, lr=1e-3, weight_decay=0.01)
     for _ in range(5):
         training.update()

@@ -20,7 +20,7 @@ from lnjac.config.schema import Device, RunConfig, build
 from lnjac.gpt import model as gpt
 from lnjac.gpt.attention import Attention
 from lnjac.norms import analyse
-from lnjac.training import graph
+from lnjac.training import graph, loop
 from lnjac.training import run as train
 
 pytestmark = [
@@ -159,7 +159,7 @@ def test_replayed_updates_are_those_launched_one_by_one(
 ) -> None:
     these = on_gpu(configs("deterministic=true", "steps=8", *options, varied=[["seed=1"]]))
     (replayed,) = alone(these, tmp_path / "graph")
-    monkeypatch.setattr(train, "captured", lambda passes, *_: passes)
+    monkeypatch.setattr(loop, "captured", lambda passes, *_: passes)
     (launched,) = alone(these, tmp_path / "eager")
     for name, value in launched.weights.items():
         assert torch.equal(value, replayed.weights[name]), name
@@ -168,7 +168,7 @@ def test_replayed_updates_are_those_launched_one_by_one(
 
 def test_updates_are_replayed() -> None:
     (config,) = on_gpu(configs(varied=[["seed=1"]]))
-    training = train.Training(config, corpus())
+    training = loop.Training(config, corpus())
     training.update()
     assert isinstance(training.passes, graph._Replay)
 

@@ -21,7 +21,7 @@ from lnjac.norms.analyse import analyse, replay
 from lnjac.norms.capture import Capture, capture
 from lnjac.runs import folder as runs
 from lnjac.runs.schema import DIAG_ID, MECHANISM, QUANTITIES, RUN_ID
-from lnjac.training.run import Training
+from lnjac.training.loop import Training
 
 VOCAB, T, D = 11, 8, 8
 Found = dict[tuple[str, str], float]

@@ -19,7 +19,7 @@ from lnjac.config.schema import RunConfig, check
 from lnjac.data.corpus import Corpus
 from lnjac.gpt import model as gpt
 from lnjac.gpt import optimizers as optim
-from lnjac.training.run import Training
+from lnjac.training.loop import Training
 
 TINY = ("model=tiny", "model.n_embd=8", "model.block_size=8", "precision=fp64", "batch_size=4", "method=bp")
 

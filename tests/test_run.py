@@ -27,7 +27,7 @@ from lnjac.norms.analyse import analyse
 from lnjac.runs import folder as runs
 from lnjac.runs import state as plan
 from lnjac.runs.schema import RUNS, VOLATILE
-from lnjac.training import checkpoint
+from lnjac.training import checkpoint, loop
 from lnjac.training import run as train
 
 
@@ -136,7 +136,7 @@ def test_the_same_run_twice_gives_the_same_science(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("override", ["attn_mode=sigmoid", "ln_backward=ste"])
 def test_runs_of_one_seed_share_init_feedback_batches_and_diagnostic_batch(override: str) -> None:
-    one, other = (train.Training(compose(*SMALL, *more), corpus()) for more in ([], [override]))
+    one, other = (loop.Training(compose(*SMALL, *more), corpus()) for more in ([], [override]))
     for name, value in one.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
     assert any("feedback" in name for name in one.model.state_dict())
@@ -211,7 +211,7 @@ def test_a_failing_run_says_why_and_leaves_no_rows(tmp_path: Path, monkeypatch: 
     def broken(self: object) -> float:
         raise RuntimeError("the disk is on fire")
 
-    monkeypatch.setattr(train.Training, "update", broken)
+    monkeypatch.setattr(loop.Training, "update", broken)
     with pytest.raises(RuntimeError):
         train.run(compose(*SMALL), tmp_path, corpus())
     assert runs.read_status(tmp_path)["status"] == "failed"
@@ -343,19 +343,19 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
 ) -> None:
     words = [*options, "steps=7", "diagnostics=trajectory", "eval.every=2", "checkpoint.every=0"]
     whole = finished(tmp_path / "whole", *words)
-    update, cut = train.Training.update, tmp_path / "cut"
+    update, cut = loop.Training.update, tmp_path / "cut"
     for stop in (3, 5):
 
-        def until(self: train.Training, stop: int = stop) -> float:
+        def until(self: loop.Training, stop: int = stop) -> float:
             if self.updates == stop:
                 raise KeyboardInterrupt
             return update(self)
 
-        monkeypatch.setattr(train.Training, "update", until)
+        monkeypatch.setattr(loop.Training, "update", until)
         with pytest.raises(KeyboardInterrupt):
             train.run(compose(*SMALL, *words), cut, corpus())
         assert runs.read_status(cut)["status"] == runs.INTERRUPTED
-    monkeypatch.setattr(train.Training, "update", update)
+    monkeypatch.setattr(loop.Training, "update", update)
     resumed = finished(cut, *words)
     assert (resumed.run["resumed_at"][0], whole.run["resumed_at"][0]) == (5, 0)
     assert not (cut / runs.CHECKPOINT).exists()
@@ -571,10 +571,10 @@ def test_backprop_on_shakespeare_learns_what_a_plain_reference_learns(tmp_path: 
         pytest.skip("needs tiny Shakespeare in ../shared/data/tinyshakespeare")
     config = compose("method=bp", "data=shakespeare_char", f"data.source={source}", f"data.dir={tmp_path}")
     corpus = train.admit(config)
-    ours = train.Training(config, corpus)
+    ours = loop.Training(config, corpus)
     plain = reference.GPT(corpus.vocab_size, 4, 4, 128, 64)
     plain.load_state_dict(ours.model.state_dict())
-    batches = iter(train.Training(config, corpus).batches.next, None)
+    batches = iter(loop.Training(config, corpus).batches.next, None)
     reference.train(plain, batches, 60, lr=1e-3, weight_decay=0.01)
     while ours.updates < 60:
         ours.update()
@@ -587,7 +587,7 @@ def test_backprop_on_shakespeare_learns_what_a_plain_reference_learns(tmp_path: 
 def test_the_first_query_under_softmax_is_known_to_hold_rounding_errors(precision: str) -> None:
     """It attends to one key, whatever its value: its true gradient is zero, and its cosines would be those of noise."""
     settings = compose(*TINY, "model.qk_norm=true", f"precision={precision}", "method=bp", "steps=0")
-    training = train.Training(settings, settings.data.load())
+    training = loop.Training(settings, settings.data.load())
     for row in training.diagnose()["layers"]:
         sequences = settings.diagnostics.batch_size * settings.model.n_head
         assert row["n_zero"] == (sequences if row["role"] == "q_norm" else 0), row["site"]

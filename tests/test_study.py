@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 
 from lnjac.comparing import intervals as stats
-from lnjac.comparing.compare import compare, cost
+from lnjac.comparing.compare import compare
+from lnjac.comparing.cost import cost
 
 STUDY = ROOT / "docs" / "study"
 

@@ -28,7 +28,7 @@ from lnjac.norms import decompose as jacobian
 from lnjac.norms.layers import Factors, matches, norms, set_backward
 from lnjac.runs import folder as runs
 from lnjac.training import run as train
-from lnjac.training.run import Training
+from lnjac.training.loop import Training
 
 Rows = list[dict[str, Any]]
 ONE = [(tokens(3, 8), tokens(3, 8, seed=1))]

@@ -17,10 +17,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
 from test_run import TINY, command
@@ -30,6 +32,7 @@ from lnjac.runs import folder as runs
 from lnjac.runs import merge as sweep
 from lnjac.runs import state as plan
 from lnjac.runs.schema import VOLATILE
+from lnjac.sweeps import launchers
 
 PROCESSES = "hydra.launcher.jobs=2"
 
@@ -607,3 +610,9 @@ def test_a_sweep_writes_its_report_and_does_not_fail_for_want_of_one(tmp_path: P
     done = command(*words, "report=sometimes", cwd=tmp_path)
     assert done.returncode == 1
     assert "report=sometimes must be auto or off" in done.stderr
+
+
+def test_a_full_gpu_names_the_remedy() -> None:
+    job = JobReturn(status=JobStatus.FAILED)
+    job.return_value = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert "hydra.launcher.jobs=1" in launchers.reason(job)

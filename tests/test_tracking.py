@@ -23,6 +23,7 @@ from lnjac.config.identity import columns, diag_id, run_id, to_dict
 from lnjac.config.schema import RunConfig, build, check
 from lnjac.runs import folder as runs
 from lnjac.runs import merge as sweep
+from lnjac.training import loop
 from lnjac.training import run as train
 from lnjac.training import trackers as tracking
 
@@ -125,14 +126,14 @@ def test_curves_go_on_without_duplicates(saved: int | None, tmp_path: Path, monk
     """Cut after five updates, two after its last checkpoint; without any it starts anew."""
     config = compose(*SMALL, *TENSORBOARD, "steps=7", "checkpoint.every=0", f"tracker.columns=[{','.join(DRAWN)}]")
     with monkeypatch.context() as patch:
-        update, save = train.Training.update, train.Job.save
+        update, save = loop.Training.update, train.Job.save
 
-        def until(self: train.Training) -> float:
+        def until(self: loop.Training) -> float:
             if self.updates == 5:
                 raise KeyboardInterrupt
             return update(self)
 
-        patch.setattr(train.Training, "update", until)
+        patch.setattr(loop.Training, "update", until)
         patch.setattr(train.Job, "save", lambda job: save(job) if job.training.updates == saved else None)
         with pytest.raises(KeyboardInterrupt):
             train.run(config, tmp_path, corpus())
@@ -292,7 +293,7 @@ def test_a_tracker_is_told_how_the_run_ended(
     def broken(self: object) -> float:
         raise error
 
-    monkeypatch.setattr(train.Training, "update", broken)
+    monkeypatch.setattr(loop.Training, "update", broken)
     with pytest.raises(type(error)):
         train.run(listening, tmp_path, corpus())
     assert TOLD[-1] == ("end", status)

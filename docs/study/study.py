@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lnjac.comparing import compare
+from lnjac.comparing import cost as comparing_cost
 from lnjac.comparing import intervals as stats
-from lnjac.comparing.study import LAST_NORM
+from lnjac.comparing import scaling
+from lnjac.comparing.study import LAST_NORM, Study, read
 from lnjac.runs.merge import companions, load
 
 HERE = Path(__file__).resolve().parent
@@ -50,8 +51,8 @@ def table(name: str, kind: str = "runs") -> pd.DataFrame:
     return load(companions(HERE / f"{name}.parquet")[kind])
 
 
-def study(*names: str) -> compare.Study:
-    return compare.read([HERE / f"{name}.parquet" for name in names])
+def study(*names: str) -> Study:
+    return read([HERE / f"{name}.parquet" for name in names])
 
 
 def markdown(heads: list[str], lines: list[list[str]]) -> str:
@@ -226,8 +227,8 @@ TRAINED = "method != 'frozen'"
 
 
 @cache
-def costs_of(*names: str, where: str = TRAINED) -> compare.Costs:
-    return compare.cost(study(*names), by="attn_mode", where=where, reference="sigmoid")
+def costs_of(*names: str, where: str = TRAINED) -> comparing_cost.Costs:
+    return comparing_cost.cost(study(*names), by="attn_mode", where=where, reference="sigmoid")
 
 
 def every_seed(*names: str) -> str:
@@ -364,7 +365,7 @@ def costs_best_rate() -> str:
 @block
 def width() -> str:
     """At ln_f, and as a slope of log metric against log width at each norm, after 250 updates."""
-    found = compare.scaling(study(WIDTH), "model.n_embd", metrics=[*WIDENED])
+    found = scaling.scaling(study(WIDTH), "model.n_embd", metrics=[*WIDENED])
     points = found.points[found.points["site"] == LAST_NORM]
     points = points.pivot_table("mean", ["metric", "attn_mode"], "model.n_embd", sort=False)
     lines = []

@@ -18,8 +18,9 @@ from lnjac.text import aligned
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lnjac.comparing.compare import Comparison, Scaling
+    from lnjac.comparing.compare import Comparison
     from lnjac.comparing.intervals import Inference
+    from lnjac.comparing.scaling import Scaling
     from lnjac.comparing.study import Study
 
 commands = typer.Typer(rich_markup_mode=None)
@@ -140,10 +141,10 @@ def cost(
     """
     import pandas as pd
 
-    from lnjac.comparing import compare as comparing
+    from lnjac.comparing import cost
 
     how = _inference(interval, confidence)
-    found = comparing.cost(study(sources), by=by, metric=metric, where=where, reference=reference, how=how)
+    found = cost.cost(study(sources), by=by, metric=metric, where=where, reference=reference, how=how)
     compared = {"cost": found.costs}
     if found.differences is not None:
         compared["difference of costs"] = found.differences
@@ -181,9 +182,9 @@ def scaling(
         lnjac scaling all.parquet --x model.n_embd --metric radial_share,r_mean
         lnjac scaling all.parquet --x steps --runs --where "method == 'bp'"
     """
-    from lnjac.comparing import compare as comparing
+    from lnjac.comparing import scaling
 
-    found = comparing.scaling(
+    found = scaling.scaling(
         study(sources),
         x,
         metrics=_names(metric),

@@ -4,7 +4,6 @@ Everything is computed on one number per seed (`lnjac.comparing.study`), tested 
 as data frames with notes that say what a reader must know: what was paired, what is missing, what diverged.
 """
 
-import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -17,33 +16,34 @@ import numpy.typing as npt
 
 from lnjac.comparing import intervals as stats
 from lnjac.comparing.intervals import STUDENT, Inference
-from lnjac.comparing.study import LAST_NORM, Study, Values, gather, named, read, varying, word
+from lnjac.comparing.study import LAST_NORM, Study, Values, gather, named, word
 from lnjac.errors import ConfigError
 from lnjac.text import listed
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "Comparison",
-    "Costs",
-    "Scaling",
-    "Study",
-    "compare",
-    "cost",
-    "read",
-    "scaling",
-    "varying",
-]
-
 Array = npt.NDArray[np.float64]
+
+
 Integers = npt.NDArray[np.int64]
+
+
 Booleans = npt.NDArray[np.bool_]
 
+
 LAYER_METRICS = ("radial_share", "cos_center_vs_true", "flat_cos_ste", "sigma_mean")
+
+
 RUN_METRICS = ("val_loss_nats", "train_loss_nats")
+
+
 LOSS = "val_loss_nats"
+
+
 EXACT = "exact"
+
+
 FEW = 3
 """Seeds below which an interval says next to nothing."""
 
@@ -91,36 +91,6 @@ class Comparison:
         sizes = rows["difference"].abs()
         largest = rows[sizes == sizes.groupby([rows[name] for name in key], dropna=False).transform("max")]
         return np.asarray((rows["site"] == LAST_NORM) | rows.index.isin(largest.drop_duplicates(key).index))
-
-
-@dataclass(frozen=True)
-class Costs:
-    """The cost of each backward (loss minus the exact one's), and how it differs between the levels of `by`."""
-
-    by: str | None
-    costs: Comparison
-    differences: Comparison | None
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """Slopes of log metric against log x, and whether lines describe the points.
-
-    `slopes`: a row for each cell, metric and site: `slope` with its interval over seeds, `p` (of slope 0), `agreement`, `n`.
-    `r2` is the mean over seeds of the share of log metric's spread that the line takes up; `curvature`, with
-    `curvature_low` and `curvature_high`, the change of the slope from one e-fold of x to the next; `p_line` is small where
-    seeds leave their lines at the same points. `bends` where the curvature's interval excludes 0, or `p_line` is below
-    1 − confidence. Of two points, through which any line goes, none of these is known.
-
-    `points`: the `mean` of the metric at each `x` with its interval; `seeds`: `slope`, `r2`, `curvature` of each seed.
-    """
-
-    x: str
-    cells: list[str]
-    slopes: "pd.DataFrame"
-    points: "pd.DataFrame"
-    seeds: "pd.DataFrame"
-    notes: list[str]
 
 
 Levels = tuple[int, ...]
@@ -189,152 +159,11 @@ def compare(
     chosen = metrics or (LAYER_METRICS if table == "layers" else RUN_METRICS)
     values = gather(study, [by], chosen, table=table, at=at, where=where)
     names = values.levels[0]
-    contrasts = [Contrast({}, *((names[k], [(k,)]) for k in pair)) for pair in _pairs(names, by, reference)]
-    return _compared(values, contrasts, how)
+    contrasts = [Contrast({}, *((names[k], [(k,)]) for k in pair)) for pair in pairs_of(names, by, reference)]
+    return compared_rows(values, contrasts, how)
 
 
-def cost(
-    study: Study,
-    *,
-    by: str | None = None,
-    metric: str = LOSS,
-    where: str | None = None,
-    reference: str | None = None,
-    how: Inference = STUDENT,
-) -> Costs:
-    """What each backward costs: its runs' loss minus the exact one's, paired by seed, within each cell of all else.
-
-    And the differences of these costs between the levels of `by` (attn_mode where that varies, unless given): softmax −
-    sigmoid. Within a cell the costs of all backwards are one family of Holm's adjustment, the differences another.
-    """
-    if by == "ln_backward":
-        raise ConfigError(
-            "--by ln_backward: each has its cost already; give the factor to compare costs by, as attn_mode"
-        )
-    costs = compare(study, "ln_backward", metrics=[metric], table="runs", where=where, reference=EXACT, how=how)
-    if by is None and "attn_mode" in costs.cells:
-        by = "attn_mode"
-    if by is None:
-        return Costs(None, costs, None)
-    values = gather(study, ["ln_backward", by], [metric], table="runs", where=where)
-    backwards, levels = values.levels
-    exact = backwards.index(EXACT)
-
-    contrasts = [
-        Contrast({"ln_backward": name}, *((levels[k], [(backward, k), (exact, k)]) for k in pair))
-        for backward, name in enumerate(backwards)
-        if backward != exact
-        for pair in _pairs(levels, by, reference)
-    ]
-    return Costs(by, costs, _compared(values, contrasts, how))
-
-
-def scaling(
-    study: Study,
-    x: str,
-    *,
-    metrics: Sequence[str] = (),
-    table: str = "layers",
-    at: int | None = None,
-    where: str | None = None,
-    how: Inference = STUDENT,
-) -> Scaling:
-    """The slope of log metric against log x of each seed, and its mean over seeds.
-
-    `x` is a config column of numbers, such as model.n_embd or steps, or the measured `step` of layers.
-    """
-    import pandas as pd
-
-    chosen = metrics or (LAYER_METRICS if table == "layers" else RUN_METRICS)
-    values = gather(study, [x], chosen, table=table, at=at, where=where)
-    levels = values.levels[0]
-    if not all(isinstance(level, (int, float)) and 0 < level < math.inf for level in levels):
-        raise ConfigError(
-            f"{x} has levels without a logarithm ({listed([word(level) for level in levels])}): "
-            f'choose positive ones by --where "{x} > 0"'
-        )
-    lines = np.moveaxis(values.data, -2, -1)  # (metric, site, cell, seed, x)
-    fits = stats.log_lines(levels, lines)
-    of_slope = stats.paired(fits.slope, how, fits.slope_size)
-    of_curvature = stats.paired(fits.curvature, how, fits.curvature_size)
-    misfit = stats.misfit(fits)
-    bends = (of_curvature.low > 0) | (of_curvature.high < 0) | (misfit.p < 1 - how.confidence)
-    bends |= misfit.agreement == stats.SAME
-    with warnings.catch_warnings(action="ignore"):  # the mean of nothing is NaN
-        r2 = np.nanmean(fits.r2, -1)
-    of_point = stats.paired(values.data, how._replace(method="t"))
-    metric, site, cell = (part.ravel() for part in np.indices(of_slope.n.shape))
-    key = _key(values, values.cells, metric, site, cell)
-    rows = key.assign(
-        slope=of_slope.estimate.ravel(),
-        low=of_slope.low.ravel(),
-        high=of_slope.high.ravel(),
-        p=of_slope.p.ravel(),
-        agreement=of_slope.agreement.ravel(),
-        n=of_slope.n.ravel(),
-        r2=r2.ravel(),
-        curvature=of_curvature.estimate.ravel(),
-        curvature_low=of_curvature.low.ravel(),
-        curvature_high=of_curvature.high.ravel(),
-        p_line=misfit.p.ravel(),
-        bends=bends.ravel(),
-    )
-    at_x = pd.concat([key.assign(**{x: level}) for level in levels], ignore_index=True)
-    columns = {"mean": of_point.estimate, "low": of_point.low, "high": of_point.high, "n": of_point.n}
-    points = at_x.assign(**{name: np.moveaxis(part, -1, 0).ravel() for name, part in columns.items()})
-    line, slot = np.nonzero(~np.isnan(fits.slope.reshape(len(key), -1)))
-    of_seed = {name: getattr(fits, name).reshape(len(key), -1)[line, slot] for name in ("slope", "r2", "curvature")}
-    seeds = key.iloc[line].reset_index(drop=True).assign(seed=values.seeds[slot], **of_seed)
-    notes = [f"slope of log metric against log {x} of each seed; its mean over seeds with a {_interval_name(how)}"]
-    not_positive = int(((lines <= 0).any(-1)).sum())
-    known = rows["n"] > 0
-    notes += _straight(rows[known], list(map(str, key)), how)
-    notes += _confounded([("", named(values.cells, i), _along(values, i)) for i in range(len(values.cells))])
-    if not_positive:
-        notes.append(f"{not_positive} lines of a seed have a value that is not positive, so no slope")
-    of_line = (~np.isnan(lines)).sum(-1)
-    if n := int(((of_line > 1) & (of_line < of_line.max(-1, keepdims=True))).sum()):
-        notes.append(f"{n} lines of a seed lack a point that another seed has: their slopes are of the rest")
-    few = rows[(rows["n"] > 0) & (rows["n"] < FEW)]
-    if len(few):
-        notes.append(_few_seeds(len(few), len(rows)))
-    notes += _about(values)
-    return Scaling(
-        x,
-        list(map(str, values.cells)),
-        rows[known].reset_index(drop=True),
-        points[points["n"] > 0].reset_index(drop=True),
-        seeds,
-        notes,
-    )
-
-
-def _straight(rows: "pd.DataFrame", key: Sequence[str], how: Inference) -> list[str]:
-    """Which rows a line does not describe, as far as that can be told."""
-    if not len(rows):
-        return []
-    if rows["curvature"].isna().all():
-        return [
-            "two points a line at most, through which any line goes: whether one describes the metric cannot be told"
-        ]
-    bent = [
-        f"{' '.join(word(row[name]) for name in key)} {row['curvature']:+.3g}"
-        for row in rows[rows["bends"]].to_dict("records")
-    ]
-    return _capped(
-        f"a line does not describe {len(bent)} of {len(rows)} rows (the curvature's interval excludes 0, or seeds leave the "
-        f"line at the same points, p < {1 - how.confidence:.2g}): read their points, not their slope; curvatures",
-        bent,
-    )
-
-
-def _along(values: Values, cell: int) -> Moving:
-    """The columns that move with the level in one cell."""
-    moving = values.moving([int(arm) for arm in values.arm[cell]])
-    return [(values.by[0], moving)] if moving else []
-
-
-def _pairs(levels: Sequence[Any], by: str, reference: str | None) -> list[tuple[int, int]]:
+def pairs_of(levels: Sequence[Any], by: str, reference: str | None) -> list[tuple[int, int]]:
     """Which levels to compare: all pairs, later minus earlier; or each minus the reference."""
     names = [word(level) for level in levels]
     if reference is None and by == "ln_backward" and EXACT in names:
@@ -422,7 +251,7 @@ def _moving(values: Values, contrast: Contrast, at: Sequence[int]) -> Moving:
     return [(by, names) for by, names in found.items() if names]
 
 
-def _compared(values: Values, contrasts: Sequence[Contrast], how: Inference) -> Comparison:
+def compared_rows(values: Values, contrasts: Sequence[Contrast], how: Inference) -> Comparison:
     pairs, cells = _matched(values, contrasts)
     a, b = np.stack([pair.a.data for pair in pairs]), np.stack([pair.b.data for pair in pairs])
     size_a, size_b = np.stack([pair.a.size for pair in pairs]), np.stack([pair.b.size for pair in pairs])
@@ -457,7 +286,7 @@ def _compared(values: Values, contrasts: Sequence[Contrast], how: Inference) -> 
     at = (pair, metric, site, cell)
     with warnings.catch_warnings(action="ignore"):  # the mean of nothing is NaN
         means = {"mean_a": np.nanmean(a[at], -1), "mean_b": np.nanmean(b[at], -1)}
-    rows = _key(values, cells, metric, site, cell).assign(
+    rows = row_key(values, cells, metric, site, cell).assign(
         **{name: [contrasts[i].more[name] for i in pair] for name in contrasts[0].more},
         a=[pairs[i].a.name for i in pair],
         b=[pairs[i].b.name for i in pair],
@@ -481,7 +310,7 @@ def _compared(values: Values, contrasts: Sequence[Contrast], how: Inference) -> 
         rows.loc[family, "family"] = int((~np.isnan(p)).sum())
     notes = [
         *_how(values, rows, how),
-        *_confounded(
+        *confounded(
             [
                 (pair.contrast.name, named(cells, number), pair.moving[number])
                 for pair, compared in zip(pairs, both, strict=True)
@@ -489,7 +318,7 @@ def _compared(values: Values, contrasts: Sequence[Contrast], how: Inference) -> 
             ]
         ),
         *_lacking(values, cells, pairs, both, rows),
-        *_about(values),
+        *about(values),
     ]
     return Comparison(rows, values.by[-1], list(map(str, cells)), values.seeds, a[at], b[at], notes)
 
@@ -523,12 +352,9 @@ def _names(moving: Moving) -> str:
     return ", ".join(dict.fromkeys(name for _, names in moving for name in names))
 
 
-def _key(values: Values, cells: "pd.DataFrame", metric: Integers, site: Integers, cell: Integers) -> "pd.DataFrame":
+def row_key(values: Values, cells: "pd.DataFrame", metric: Integers, site: Integers, cell: Integers) -> "pd.DataFrame":
     key = cells.iloc[cell].reset_index(drop=True).assign(metric=np.array(values.metrics)[metric])
     return key if values.sites == [""] else key.assign(site=np.array(values.sites)[site])
-
-
-# Notes
 
 
 def _how(values: Values, rows: "pd.DataFrame", how: Inference) -> list[str]:
@@ -537,7 +363,7 @@ def _how(values: Values, rows: "pd.DataFrame", how: Inference) -> list[str]:
     if not rows["paired"].all():
         found.append(f"unpaired (Welch) in {_of(~rows['paired'])}: no seed is at both levels")
     if rows["paired"].any():
-        found.append(f"paired by seed, {_interval_name(how)}")
+        found.append(f"paired by seed, {interval_name(how)}")
     tested = rows[rows["p"].notna()]
     if len(tested):
         smallest, largest = tested["family"].min(), tested["family"].max()
@@ -551,7 +377,7 @@ def _how(values: Values, rows: "pd.DataFrame", how: Inference) -> list[str]:
     return found
 
 
-def _confounded(compared: Sequence[tuple[str, str, Moving]]) -> list[str]:
+def confounded(compared: Sequence[tuple[str, str, Moving]]) -> list[str]:
     """Which columns move with the level; and in which comparisons (by name and cell), unless in all."""
     places: dict[tuple[str, tuple[str, ...]], list[tuple[str, str]]] = {}
     for name, cell, moving in compared:
@@ -564,7 +390,7 @@ def _confounded(compared: Sequence[tuple[str, str, Moving]]) -> list[str]:
         said = f"{listed(columns)} {change} together with {by}, so their effects cannot be told apart"
         whole = [name for name, n in Counter(name for name, _ in where).items() if n == known[name]]
         parts = [" at ".join(filter(None, (name, cell))) for name, cell in where if name not in whole]
-        found += [said] if len(where) == len(compared) else _capped(said, [*whole, *parts])
+        found += [said] if len(where) == len(compared) else capped(said, [*whole, *parts])
     return found
 
 
@@ -575,7 +401,7 @@ def _lacking(
     found = []
     few = rows["n"] < FEW
     if few.any():
-        found.append(_few_seeds(int(few.sum()), len(rows)))
+        found.append(few_seeds(int(few.sum()), len(rows)))
     by = values.by[-1]
     single = {
         " ".join(
@@ -586,7 +412,7 @@ def _lacking(
         for absent in (pair.a, pair.b)
         if not absent.there[cell].any() and (pair.a.there[cell].any() or pair.b.there[cell].any())
     }
-    found += _capped("not compared", sorted(single))
+    found += capped("not compared", sorted(single))
     missing = {
         f"{named(cells, cell)} {by}={word(side.name)} lacks seed {listed(values.seeds[lacks].tolist())}"
         for pair in pairs
@@ -594,10 +420,10 @@ def _lacking(
         for cell in np.flatnonzero((other.there & ~side.there).any(-1) & side.there.any(-1))
         for lacks in [other.there[cell] & ~side.there[cell]]
     }
-    return found + _capped("missing pairs", sorted(line.strip() for line in missing))
+    return found + capped("missing pairs", sorted(line.strip() for line in missing))
 
 
-def _about(values: Values) -> list[str]:
+def about(values: Values) -> list[str]:
     """Where, over what, and with which runs."""
     found = []
     if len(values.cells.columns):
@@ -612,15 +438,15 @@ def _about(values: Values) -> list[str]:
             )
             counts = values.diverged[tuple(at)].sum(), values.there[tuple(at)].sum()
             lines.append(f"{named(values.cells, at[0])} {levels} {counts[0]} of {counts[1]}".strip())
-        found += _capped(f"{n} runs diverged, left out of every mean", lines)
+        found += capped(f"{n} runs diverged, left out of every mean", lines)
     return found + values.doubts
 
 
-def _few_seeds(few: int, rows: int) -> str:
+def few_seeds(few: int, rows: int) -> str:
     return f"{few} of {rows} rows have fewer than {FEW} seeds: their intervals say next to nothing"
 
 
-def _interval_name(how: Inference) -> str:
+def interval_name(how: Inference) -> str:
     kind = {
         "t": "t interval",
         "signflip": "t interval and sign-flip p",
@@ -628,7 +454,7 @@ def _interval_name(how: Inference) -> str:
     return f"{100 * how.confidence:g}% {kind}"
 
 
-def _capped(what: str, lines: Sequence[str], most: int = 5) -> list[str]:
+def capped(what: str, lines: Sequence[str], most: int = 5) -> list[str]:
     if not lines:
         return []
     more = f"; and {len(lines) - most} more" if len(lines) > most else ""

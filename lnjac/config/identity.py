@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
 
-from lnjac.config.schema import HASHED_AS, PLUGIN_GROUPS, RunConfig, _hints, _is_group
+from lnjac.config.schema import HASHED_AS, PLUGIN_GROUPS, RunConfig, field_types, is_group
 from lnjac.runs.schema import Column
 
 NUMERICS_VERSION = 2
@@ -56,7 +56,7 @@ def columns(config: RunConfig) -> list[tuple[Column, Any]]:
         value = getattr(config, field.name)
         if field.name in EXECUTION:
             continue
-        if not _is_group(field):
+        if not is_group(field):
             found.append((_column(RunConfig, field.name, field.name), plain[field.name]))
             continue
         if hasattr(value, "name"):
@@ -74,7 +74,7 @@ def column_values(config: RunConfig) -> dict[str, Any]:
 
 def _leaves(cls: type, plain: Mapping[str, Any], prefix: str) -> Iterator[tuple[Column, Any]]:
     """A column for each scalar; a list is joined by `+`, what else there may be is written as JSON."""
-    hints = _hints(cls)
+    hints = field_types(cls)
     for name, value in plain.items():
         if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
             yield from _leaves(typing.cast(type, hints[name]), value, f"{prefix}{name}.")
@@ -87,7 +87,7 @@ def _leaves(cls: type, plain: Mapping[str, Any], prefix: str) -> Iterator[tuple[
 
 
 def _column(cls: type, field: str, name: str) -> Column:
-    dtype = {bool: "bool", int: "int64", float: "float64"}.get(_hints(cls)[field], "string")
+    dtype = {bool: "bool", int: "int64", float: "float64"}.get(field_types(cls)[field], "string")
     return Column(name, dtype, "", f"config value {name}")
 
 

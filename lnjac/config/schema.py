@@ -214,12 +214,12 @@ class RunConfig:
 
     def parts(self) -> dict[str, Any]:
         """The config groups by name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if _is_group(f)}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if is_group(f)}
 
 
 PLUGIN_GROUPS = {
     "attn_mode": "lnjac.gpt.attention.Attention",
-    "method": "lnjac.gpt.credit.Method",
+    "method": "lnjac.gpt.methods.Method",
     "ln_backward": "lnjac.norms.layers.Backward",
     "optimizer": "lnjac.gpt.optimizers.Optimizer",
     "data": "lnjac.data.corpus.Source",
@@ -354,7 +354,7 @@ def check_corpus(config: RunConfig, n_train: int, n_val: int) -> list[str]:
     ]
 
 
-def _hints(cls: type) -> dict[str, Any]:
+def field_types(cls: type) -> dict[str, Any]:
     """The type of each field, without `| None`."""
     found = {}
     for name, hint in typing.get_type_hints(cls).items():
@@ -365,7 +365,7 @@ def _hints(cls: type) -> dict[str, Any]:
     return found
 
 
-def _is_group(field: "dataclasses.Field[Any]") -> bool:
+def is_group(field: "dataclasses.Field[Any]") -> bool:
     return field.type is Any or dataclasses.is_dataclass(field.type)
 
 
@@ -444,7 +444,7 @@ def _fill(cls: type, node: Mapping[str, Any], prefix: str, problems: list[str]) 
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        schema, hints = OmegaConf.structured(cls), _hints(cls)
+        schema, hints = OmegaConf.structured(cls), field_types(cls)
     except Exception as error:  # of a stranger's annotations
         problems.append(f"{prefix.rstrip('.')}: {cls.__qualname__} cannot be a schema: {_first_line(error)}")
         return None

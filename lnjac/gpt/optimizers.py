@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lnjac.gpt.credit import Method
+from lnjac.gpt.methods import Method
 
 
 class Decay(str, Enum):

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lnjac.comparing import compare, pooling
+from lnjac.comparing import cost as comparing_cost
 from lnjac.comparing import intervals as stats
+from lnjac.comparing import scaling as comparing_scaling
 from lnjac.comparing import study as design
 from lnjac.comparing.filter import Where, known_column
 from lnjac.comparing.study import LAST_NORM, RUN, Study
@@ -430,7 +432,7 @@ def cost(view: View, metric: str | None = None) -> Drawing:
             "one backward alone: python run.py -m ln_backward=exact,center_scale seed=1,2,3 makes runs whose cost can be told"
         )
     by = None if view.by == "ln_backward" else view.by
-    found = compare.cost(view.study, by=by, metric=metric or LOSS, where=view.where)
+    found = comparing_cost.cost(view.study, by=by, metric=metric or LOSS, where=view.where)
     others = [name for name in found.costs.cells if name != found.by]
     rows, seeds = (_by_cell(part, others) for part in (found.costs.rows, found.costs.seeds()))
     for frame in (rows, seeds):
@@ -462,7 +464,7 @@ def cost(view: View, metric: str | None = None) -> Drawing:
 def cost_differences(view: View) -> "tuple[pd.DataFrame, Sequence[str]] | None":
     """How the cost differs between the levels, if there are any: a table and its notes."""
     by = None if view.by == "ln_backward" else view.by
-    found = compare.cost(view.study, by=by, where=view.where).differences
+    found = comparing_cost.cost(view.study, by=by, where=view.where).differences
     if found is None:
         return None
     rows = found.rows
@@ -491,7 +493,7 @@ def scaling(view: View, metric: str | None = None, x: str = "") -> Drawing:
     x = x or next(iter(sizes(view)), "")
     if not x:
         raise ConfigError(_SCALING)
-    found = compare.scaling(view.study, x, metrics=[metric], table=_table(view, metric), where=view.where)
+    found = comparing_scaling.scaling(view.study, x, metrics=[metric], table=_table(view, metric), where=view.where)
     others = [name for name in found.cells if name != view.by]
     points, what = _by_cell(found.points, others), metric
     if "site" in points and len(points):

@@ -462,7 +462,10 @@ def reason(job: JobReturn) -> str:
     """Why the job failed, in one line."""
     error = job._return_value
     said = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
-    return (said.splitlines() or [""])[0]
+    line = (said.splitlines() or [""])[0]
+    if type(error).__name__ == "OutOfMemoryError":
+        line = f"the GPU is out of memory: set hydra.launcher.jobs=1, or a smaller batch_size ({line})"
+    return line
 
 
 def _count(n: int, noun: str) -> str:

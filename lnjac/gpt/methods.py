@@ -1,0 +1,273 @@
+"""Methods of credit assignment: which feedback a layer gets, what is trained, what decays (conf/method/*.yaml)."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lnjac.gpt.credit import KINDS, Broadcast, ErrorAt, Inject, Linear, linears
+from lnjac.seeding import normal, stream, uniform
+
+
+class Transpose(str, Enum):
+    """What a matrix's input gradient is made with: random feedback, or the true transposed weight."""
+
+    random = "random"
+    true = "true"
+
+
+class Distribution(str, Enum):
+    normal = "normal"
+    uniform = "uniform"
+
+
+@dataclass
+class Policy:
+    """The transpose that each kind of matrix uses."""
+
+    qkv: Transpose
+    attn_proj: Transpose
+    fc: Transpose
+    mlp_proj: Transpose
+    head: Transpose
+
+
+def draw(shape: tuple[int, ...], std: float, distribution: Distribution, generator: np.random.Generator) -> Tensor:
+    """Zero-mean draws of standard deviation std, in float64."""
+    if distribution is Distribution.normal:
+        return normal(shape, generator) * std
+    return (uniform(shape, generator) * 2 - 1) * (std * math.sqrt(3))
+
+
+def _scale_problems(scale: float) -> Iterator[str]:
+    if not (scale > 0 and math.isfinite(scale)):
+        yield f"method.scale={scale} must be positive and finite: it multiplies the feedback's spread"
+
+
+@dataclass
+class Method:
+    """Base of every method (conf/method/*.yaml); by itself it is backprop."""
+
+    name: str
+
+    can_tie: ClassVar[bool] = True
+    """Whether embedding and head may share one matrix: only where both get gradients of one and the same kind."""
+
+    def install(self, model: nn.Module, seed: int) -> None:
+        """Give a model, already initialised, what the method needs: feedback matrices, cuts."""
+
+    def refresh(self, model: nn.Module, seed: int, step: int) -> None:
+        """Called before each update's forward pass."""
+
+    def before_update(self, model: nn.Module) -> None:
+        """Called between the (clipped) gradient and the optimizer's step."""
+
+    def trains(self, parameter: str) -> bool:
+        """Whether the optimizer gets this parameter."""
+        return True
+
+    def weight_decay(self, model: nn.Module, parameter: str, default: float) -> float:
+        return default
+
+    def problems(self, config: Any) -> Iterator[str]:
+        if config.model.tie and not self.can_tie:
+            yield (
+                f"model.tie=true mixes two kinds of gradient in one matrix under method={self.name}: "
+                "use model.tie=false, or method=bp"
+            )
+
+
+@dataclass
+class Backprop(Method):
+    """The true gradient."""
+
+
+@dataclass
+class Frozen(Method):
+    """Blocks keep their initial weights; embeddings, ln_f and head learn by backprop through them.
+
+    The control for every claim about alignment: what it reaches is not owed to learning in the blocks.
+    """
+
+    def trains(self, parameter: str) -> bool:
+        return not parameter.startswith("blocks.")
+
+
+@dataclass
+class FeedbackMethod(Method):
+    """Base of the methods that replace Wᵀ layer by layer: a stored matrix M per layer, and a rule B(W, M).
+
+    M has W's own initial spread times `scale`, so that errors keep the size they have under backprop at step 0.
+    """
+
+    policy: Policy
+    distribution: Distribution
+    scale: float
+
+    can_tie: ClassVar[bool] = False
+
+    def rule(self, weight: Tensor, m: Tensor) -> Tensor:
+        """B from W and M: (out, in)."""
+        return m
+
+    def draw_feedback(self, layer: Linear, generator: np.random.Generator) -> Tensor:
+        return draw(tuple(layer.weight.shape), layer.init_std * self.scale, self.distribution, generator)
+
+    def chosen(self, model: nn.Module) -> list[tuple[str, Linear]]:
+        """The layers whose policy is random."""
+        return [(n, layer) for n, layer in linears(model) if getattr(self.policy, layer.kind) is Transpose.random]
+
+    def install(self, model: nn.Module, seed: int) -> None:
+        for name, layer in self.chosen(model):
+            layer.feedback = self.draw_feedback(layer, stream(seed, "feedback", name)).to(layer.weight)
+            layer.feedback_rule = self.rule
+
+    def problems(self, config: Any) -> Iterator[str]:
+        yield from super().problems(config)
+        yield from _scale_problems(self.scale)
+        if all(getattr(self.policy, kind) is Transpose.true for kind in KINDS):
+            yield f"method={self.name} with every method.policy.* = true is backprop: use method=bp, or set one to random"
+
+
+@dataclass
+class FeedbackAlignment(FeedbackMethod):
+    """B is drawn once and never changes (Lillicrap et al. 2016, Nat. Commun. 7:13276)."""
+
+
+@dataclass
+class SignSymmetric(FeedbackMethod):
+    """B has W's present signs (Liao et al. 2016; Moskovitz et al. 2018, arXiv 1812.06488): B = |M|⊙sign(W).
+
+    usf: one magnitude for all, the spread of M's draw. frsf: |M| drawn once. brsf: |M| drawn anew for each update.
+    """
+
+    uniform: bool
+    redraw: bool
+
+    def rule(self, weight: Tensor, m: Tensor) -> Tensor:
+        return m.abs() * weight.sign()
+
+    def draw_feedback(self, layer: Linear, generator: np.random.Generator) -> Tensor:
+        if self.uniform:
+            return torch.tensor(layer.init_std * self.scale, dtype=torch.float64)
+        return super().draw_feedback(layer, generator)
+
+    def install(self, model: nn.Module, seed: int) -> None:
+        super().install(model, seed)
+        self.refresh(model, seed, 0)  # so that an analysis before the first update sees that update's feedback
+
+    def refresh(self, model: nn.Module, seed: int, step: int) -> None:
+        if not self.redraw:
+            return
+        for name, layer in self.chosen(model):
+            assert layer.feedback is not None
+            layer.feedback.copy_(self.draw_feedback(layer, stream(seed, "feedback", name, step)))
+
+    def problems(self, config: Any) -> Iterator[str]:
+        yield from super().problems(config)
+        if self.uniform and self.redraw:
+            yield "method.uniform=true leaves nothing to redraw: set method.redraw=false, or use method=brsf"
+
+
+@dataclass
+class KolenPollack(FeedbackMethod):
+    """B receives W's own update, and both decay by `decay`, so W − B shrinks by 1 − lr·decay a step (Akrout et al. 2019).
+
+    So under AdamW, and under SGD without momentum; with momentum W − B is a heavy ball that decay alone drives. `decay`
+    replaces the optimizer's weight decay for these matrices: AdamW's 1e-2 would leave plain fa over short runs.
+    """
+
+    decay: float
+
+    def install(self, model: nn.Module, seed: int) -> None:
+        super().install(model, seed)
+        for _, layer in self.chosen(model):
+            assert layer.feedback is not None
+            feedback = nn.Parameter(layer.feedback)
+            del layer.feedback  # a buffer's name must be given up before a parameter can take it
+            layer.feedback = feedback
+
+    def before_update(self, model: nn.Module) -> None:
+        for _, layer in self.chosen(model):
+            assert layer.feedback is not None
+            layer.feedback.grad = layer.weight.grad
+
+    def weight_decay(self, model: nn.Module, parameter: str, default: float) -> float:
+        layer, _, leaf = parameter.rpartition(".")
+        mine = leaf in ("weight", "feedback") and any(layer == name for name, _ in self.chosen(model))
+        return self.decay if mine else default
+
+    def problems(self, config: Any) -> Iterator[str]:
+        yield from super().problems(config)
+        if not self.decay > 0:
+            yield f"method.decay={self.decay} must be positive: without decay kp is plain fa (use method=fa)"
+        elif not (step := config.optimizer.lr * self.decay) < 1:
+            yield (
+                f"optimizer.lr * method.decay = {step:.3g} must stay below 1, or weights and feedback overshoot zero: "
+                f"try method.decay={0.01 / config.optimizer.lr:.3g}"
+            )
+
+    def warnings(self, config: Any) -> Iterator[str]:
+        shrink = config.optimizer.lr * self.decay * config.steps
+        if shrink < 1:
+            yield (
+                f"kp: lr * decay * steps = {shrink:.3g} < 1, so W - B keeps {math.exp(-shrink):.0%} of its start and kp is "
+                "close to plain fa: raise method.decay or steps"
+            )
+
+
+@dataclass
+class DirectFeedback(Method):
+    """dfa: each block learns from the top error through its own fixed matrix (Nøkland 2016; Launay et al. 2020).
+
+    Blocks are cut from each other, the first one not from the embedding, which therefore learns through it. With
+    `cut_head` the last part (block or sublayer) is taught as the others are; without it, it gets its true gradient.
+    B_ℓ has the head's initial spread times `scale` where the error is at the logits, scale/√d where it is before the head.
+    """
+
+    inject: Inject
+    error: ErrorAt
+    cut_head: bool
+    policy: Policy
+    distribution: Distribution
+    scale: float
+
+    can_tie: ClassVar[bool] = False
+
+    def install(self, model: nn.Module, seed: int) -> None:
+        within = FeedbackAlignment(self.name, self.policy, self.distribution, self.scale)
+        within.install(model, seed)
+        head: Linear = model.head  # type: ignore[assignment]
+        vocab, d = head.weight.shape
+        rows, std = (vocab, head.init_std) if self.error is ErrorAt.logits else (d, 1 / math.sqrt(d))
+        per_block = 1 if self.inject is Inject.block else 2
+        points = per_block * len(model.blocks) - (0 if self.cut_head else 1)  # type: ignore[arg-type]
+        model.broadcast = Broadcast(
+            [
+                draw(
+                    (rows, d),
+                    std * self.scale,
+                    self.distribution,
+                    stream(seed, "feedback", "broadcast", i),
+                ).to(head.weight)
+                for i in range(points)
+            ],
+            self.inject,
+            self.error,
+        )
+
+    def problems(self, config: Any) -> Iterator[str]:
+        yield from super().problems(config)
+        if self.policy.head is Transpose.random:
+            yield (
+                "method.policy.head=random makes no sense under dfa, whose head learns by its own true gradient: "
+                "set it to true, or use method=fa"
+            )
+        if config.model.n_layer == 1 and self.inject is Inject.block and not self.cut_head:
+            yield "dfa teaches nothing in one block that gets its true gradient: set method.cut_head=true, or use method=bp"
+        yield from _scale_problems(self.scale)
