@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lnjac.norms import decompose as jacobian
-from lnjac.norms.decompose import EXACT, SURROGATES, Switches, Tokens
+from lnjac.norms.decompose import Tokens
+from lnjac.norms.formulas import EXACT, SURROGATES, Backward
 
 laws = settings(deadline=None, max_examples=40, derandomize=True)
 
@@ -369,7 +370,7 @@ def test_flattened_where_sigma_varies_a_hundredfold_and_eps_is_of_its_size() -> 
 
 def test_rmsnorm_has_four_distinct_backwards() -> None:
     case = draw(11, 20, 6, 0.3, rms=True)
-    found = {s: jacobian.flattened(total(case), Switches(*s), rms=True) for s in [tuple(EXACT), *NAMES.values()]}
+    found = {s: jacobian.flattened(total(case), Backward(*s), rms=True) for s in [tuple(EXACT), *NAMES.values()]}
     assert len(found) == 8
     for (_, radial, scaled), flat in found.items():
         assert flat == found[(True, radial, scaled)]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lnjac.norms.decompose import SURROGATES
+from lnjac.norms.formulas import SURROGATES
 from lnjac.norms.layers import Factors, Norm, matches, norms, set_backward, unmatched
 
 laws = settings(deadline=None, max_examples=40, derandomize=True)

@@ -21,10 +21,10 @@ from lnjac.config.compose import compose
 from lnjac.config.schema import Parts
 from lnjac.diagnostics import substitution as swap
 from lnjac.diagnostics import switch
-from lnjac.diagnostics.switch import EXACT, SURROGATES, Swap
 from lnjac.gpt import credit
 from lnjac.gpt import optimizers as optim
 from lnjac.norms import decompose as jacobian
+from lnjac.norms.formulas import EXACT, SURROGATES, Backward
 from lnjac.norms.layers import Factors, matches, norms, set_backward
 from lnjac.runs import folder as runs
 from lnjac.training import run as train
@@ -314,15 +314,15 @@ def test_pull_back_spans_the_eight_backwards_and_every_change_is_made_of_the_bas
     g, x = (torch.randn(4, 6, generator=generator, dtype=torch.float64) for _ in range(2))
     z, rstd = jacobian.normalise(x, 0.1, rms=rms)
     exact = jacobian.pull_back(g, z, rstd, rms=rms)
-    torch.testing.assert_close(switch.pull_back(g, z, rstd, EXACT, rms=rms), exact)
+    torch.testing.assert_close(jacobian.pull_back(g, z, rstd, EXACT, rms=rms), exact)
     parts = switch.basis(g, z, rstd, rms=rms)
     assert len(parts) == (3 if rms else 5)
-    for name, switches in jacobian.SURROGATES.items():
-        found = switch.pull_back(g, z, rstd, SURROGATES[name], rms=rms)
+    for name, switches in SURROGATES.items():
+        found = jacobian.pull_back(g, z, rstd, SURROGATES[name], rms=rms)
         torch.testing.assert_close(found, jacobian.pull_back(g, z, rstd, switches, rms=rms))
     for doses in itertools.product([True, False], [0, 0.3, 1], [True, False]):
-        change = switch.pull_back(g, z, rstd, Swap(*doses), rms=rms) - exact
-        made = sum(c * part for c, part in zip(switch.coefficients(Swap(*doses), rms=rms), parts, strict=True))
+        change = jacobian.pull_back(g, z, rstd, Backward(*doses), rms=rms) - exact
+        made = sum(c * part for c, part in zip(switch.coefficients(Backward(*doses), rms=rms), parts, strict=True))
         torch.testing.assert_close(made, change)
 
 
@@ -330,10 +330,10 @@ def test_doses_run_from_center_scale_to_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     g, z = (torch.randn(4, 6, generator=generator, dtype=torch.float64) for _ in range(2))
     rstd = torch.rand(4, 1, generator=generator, dtype=torch.float64)
-    ends = [switch.pull_back(g, z, rstd, Swap(True, radial, True)) for radial in (0.0, 1.0)]
-    assert torch.equal(ends[0], jacobian.pull_back(g, z, rstd, jacobian.SURROGATES["center_scale"]))
+    ends = [jacobian.pull_back(g, z, rstd, Backward(True, radial, True)) for radial in (0.0, 1.0)]
+    assert torch.equal(ends[0], jacobian.pull_back(g, z, rstd, SURROGATES["center_scale"]))
     assert torch.equal(ends[1], jacobian.pull_back(g, z, rstd))
-    half = switch.pull_back(g, z, rstd, Swap(True, 0.5, True))
+    half = jacobian.pull_back(g, z, rstd, Backward(True, 0.5, True))
     torch.testing.assert_close(half, (ends[0] + ends[1]) / 2)
 
 
@@ -387,8 +387,8 @@ def test_a_swap_costs_at_most_the_layers_below_it(
 @settings(deadline=None, max_examples=30)
 def test_shapley_shares_are_means_over_the_orders(costs: list[float]) -> None:
     damage = dict(zip(SURROGATES.values(), costs, strict=True)) | {EXACT: 0.0}
-    expected = dict.fromkeys(Swap._fields, 0.0)
-    for order in itertools.permutations(Swap._fields):
+    expected = dict.fromkeys(Backward._fields, 0.0)
+    for order in itertools.permutations(Backward._fields):
         now = EXACT
         for name in order:
             after = now._replace(**{name: False})
@@ -411,7 +411,7 @@ def test_compounding_and_shapley_belong_to_the_rows_they_are_of(norm: str) -> No
             assert r["compounding"] is None
         elif (alone := sum(damage[site, *key] for site in sites)) > 1e-9:
             assert r["compounding"] == pytest.approx(damage[r["place"], *key] / alone, rel=1e-6)
-        shares = [r[f"shapley_{name}"] for name in Swap._fields]
+        shares = [r[f"shapley_{name}"] for name in Backward._fields]
         if r["surrogate"] == "ste":
             assert sum(shares) == pytest.approx(1 - r["grad_cos"], abs=1e-12)
             assert norm == "layernorm" or shares[0] == pytest.approx(0, abs=1e-12)

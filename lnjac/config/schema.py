@@ -220,7 +220,7 @@ class RunConfig:
 PLUGIN_GROUPS = {
     "attn_mode": "lnjac.gpt.attention.Attention",
     "method": "lnjac.gpt.methods.Method",
-    "ln_backward": "lnjac.norms.layers.Backward",
+    "ln_backward": "lnjac.norms.layers.Surrogate",
     "optimizer": "lnjac.gpt.optimizers.Optimizer",
     "data": "lnjac.data.corpus.Source",
     "tracker": "lnjac.training.trackers.Tracker",

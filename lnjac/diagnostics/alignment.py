@@ -17,7 +17,7 @@ from lnjac.norms.analyse import analyse, block_of, fresh_grads, replay
 from lnjac.norms.capture import Capture, Loss, capture
 from lnjac.norms.decompose import dot, noise_sq
 from lnjac.norms.formulas import GradAt
-from lnjac.norms.layers import Backward, Norm, exact_norms, norms
+from lnjac.norms.layers import Norm, Surrogate, exact_norms, norms
 
 OVER_DRAWS = ("enrichment_mean", "enrichment_radial", "enrichment_radial_share")
 """Columns of a layer row that are averaged over draws of the feedback."""
@@ -136,11 +136,11 @@ class Comparison:
         return {("model", "all", 0): total(found.values()), **found, **{key: self.at_norms[key] for key in by_site}}
 
 
-def _is_exact(rule: Backward | None) -> bool:
+def _is_exact(rule: Surrogate | None) -> bool:
     return rule is None or rule.surrogate(torch.zeros(1, 1), 1.0, rms=False) is None
 
 
-def _below(call: Capture, grad: Tensor, rule: Backward | None) -> Tensor:
+def _below(call: Capture, grad: Tensor, rule: Surrogate | None) -> Tensor:
     """∂L/∂x through this norm alone of grad = ∂L/∂y: (…, d), by the rule's backward; None: the exact one."""
     with torch.enable_grad(), torch.autocast(call.x.device.type, enabled=False):
         x = call.x.clone().requires_grad_()

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lnjac.config.schema import Parts
-from lnjac.diagnostics.switch import DOSES, EXACT, SURROGATES, Gradient, Graphs, Swap, add
+from lnjac.diagnostics.switch import DOSES, Gradient, Graphs, add
 from lnjac.gpt.credit import backprop, is_feedback
 from lnjac.gpt.optimizers import Optimizer, Rehearsal
 from lnjac.norms.capture import Loss
 from lnjac.norms.decompose import noise_sq
+from lnjac.norms.formulas import EXACT, SURROGATES, Backward
 from lnjac.norms.layers import exact_norms, norms
 
 ALL = "all"
@@ -56,12 +57,12 @@ def measure(
     del true  # a gradient less to hold, of the fourteen that the peak is made of
 
     rows: list[dict[str, Any]] = []
-    damages: dict[str, dict[Swap, float]] = {}
+    damages: dict[str, dict[Backward, float]] = {}
     for place, sites in places(model).items():
         treatments = [*TREATMENTS, ("exact", EXACT)] if place == ALL else TREATMENTS
         rms = all(module.rms for site, module in norms(model) if site in sites)
         distinct = list(dict.fromkeys(canonical(swap, rms=rms) for _, swap in treatments))
-        compared: dict[Swap, list[dict[str, Any]]] = {}
+        compared: dict[Backward, list[dict[str, Any]]] = {}
         for swap, gradient in zip(distinct, graphs.swapped(sites, distinct), strict=True):
             compared[swap] = yardstick.compare(gradient)
             if p is not None and is_group(sites, norms(model)) and swap not in DOSES:
@@ -96,17 +97,17 @@ def is_group(sites: Sequence[str], every: Sequence[tuple[str, nn.Module]]) -> bo
     return all(site in sites for site, _ in every if site.rpartition(".")[2] in roles)
 
 
-def canonical(swap: Swap, *, rms: bool) -> Swap:
+def canonical(swap: Backward, *, rms: bool) -> Backward:
     """The same backward by one name: RMSNorm has no mean to subtract."""
     return swap._replace(center=True) if rms else swap
 
 
-def shapley(damage: Mapping[Swap, float]) -> dict[str, float]:
+def shapley(damage: Mapping[Backward, float]) -> dict[str, float]:
     """Each factor's Shapley share in the damage of leaving out all three: its mean over the orders of leaving them out.
 
     `damage` of each of the seven surrogates; that of the exact backward is 0.
     """
-    names = Swap._fields
+    names = Backward._fields
     without = {
         frozenset(n for n, kept in zip(names, swap, strict=True) if not kept): swap for swap in SURROGATES.values()
     }

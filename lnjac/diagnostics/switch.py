@@ -9,42 +9,22 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lnjac.norms import formulas
 from lnjac.norms.capture import Loss
-from lnjac.norms.decompose import center, normalise, remove_radial
+from lnjac.norms.decompose import center, normalise, pull_back, remove_radial
+from lnjac.norms.formulas import EXACT, Backward
 from lnjac.norms.layers import norms
 
 Gradient = list[Tensor]
 """A tensor for each parameter."""
 
 
-class Swap(NamedTuple):
-    """A backward put in place of the exact one: subtract ḡ, subtract radial·z·m, divide by σ."""
-
-    center: bool
-    radial: float
-    scale: bool
-
-
-EXACT = Swap(True, 1.0, True)
-SURROGATES = {name: Swap(c, float(r), s) for name, (c, r, s) in formulas.SURROGATES.items()}
-DOSES = tuple(Swap(True, radial, True) for radial in (0.25, 0.5, 0.75))
+DOSES = tuple(Backward(True, radial, True) for radial in (0.25, 0.5, 0.75))
 """From center_scale, which subtracts none of z·m, to exact."""
-
-
-def pull_back(g: Tensor, z: Tensor, rstd: Tensor, swap: Swap, *, rms: bool = False) -> Tensor:
-    """`jacobian.pull_back` with any part of z·m subtracted. g, z: (…, d); rstd = 1/σ: (…, 1)."""
-    h = center(g) if swap.center and not rms else g
-    if swap.radial == 1:
-        h = remove_radial(z, h)
-    elif swap.radial:
-        h = h - swap.radial * z * (h * z).mean(-1, keepdim=True)
-    return h * rstd if swap.scale else h
 
 
 def basis(g: Tensor, z: Tensor, rstd: Tensor, *, rms: bool = False) -> list[Tensor]:
@@ -55,7 +35,7 @@ def basis(g: Tensor, z: Tensor, rstd: Tensor, *, rms: bool = False) -> list[Tens
     return [radial * rstd, u - u * rstd, radial] + ([] if rms else [mean * rstd, mean])
 
 
-def coefficients(swap: Swap, *, rms: bool = False) -> list[float]:
+def coefficients(swap: Backward, *, rms: bool = False) -> list[float]:
     """Of `basis`, in its order."""
     radial, mean, scaled = 1 - swap.radial, float(not swap.center), float(swap.scale)
     unscaled = 1 - scaled
@@ -71,7 +51,7 @@ class Call:
     x: Tensor
     rstd: Tensor
     rms: bool
-    swap: Swap = EXACT
+    swap: Backward = EXACT
     g: Tensor | None = None
 
     @property
@@ -108,7 +88,7 @@ class _Switched(torch.autograd.Function):
 
 
 class _Recorder:
-    """A norm's backward (`norm.Backward`) that notes each call of its site."""
+    """A norm's backward (`lnjac.norms.layers.Surrogate`) that notes each call of its site."""
 
     name = "switched"
 
@@ -151,12 +131,12 @@ class Graph:
         found = self._pull([self.loss])
         self.exact = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
-    def swapped(self, sites: Collection[str], swaps: Sequence[Swap]) -> Iterator[Gradient]:
+    def swapped(self, sites: Collection[str], swaps: Sequence[Backward]) -> Iterator[Gradient]:
         """For each swap the gradient with it at these sites, exact elsewhere."""
         calls = [call for call in self.calls if call.site in sites and call.g is not None]
         return self._at_one(calls[0], swaps) if len(calls) == 1 else self._together(calls, swaps)
 
-    def _at_one(self, call: Call, swaps: Sequence[Swap]) -> Iterator[Gradient]:
+    def _at_one(self, call: Call, swaps: Sequence[Backward]) -> Iterator[Gradient]:
         """At most five passes through the layers below serve all swaps."""
         assert call.g is not None
         parts = basis(call.g, call.z, call.rstd, rms=call.rms)
@@ -165,7 +145,7 @@ class Graph:
             c = coefficients(swap, rms=call.rms)
             yield [_changed(g, c, of_one) for g, of_one in zip(self.exact, deltas, strict=True)]
 
-    def _together(self, calls: Sequence[Call], swaps: Sequence[Swap]) -> Iterator[Gradient]:
+    def _together(self, calls: Sequence[Call], swaps: Sequence[Backward]) -> Iterator[Gradient]:
         """A pass for each swap, of the change alone, through the layers below.
 
         With g the exact gradient at a norm and δ what reaches it from the norms above that are changed too,
@@ -209,7 +189,7 @@ class Graphs:
         """The gradient with every norm's exact backward."""
         return reduce(add, (graph.exact for graph in self._each()))
 
-    def swapped(self, sites: Collection[str], swaps: Sequence[Swap]) -> Iterator[Gradient]:
+    def swapped(self, sites: Collection[str], swaps: Sequence[Backward]) -> Iterator[Gradient]:
         """For each swap the gradient with it at these sites, exact elsewhere."""
         if self.only is not None:
             return self.only.swapped(sites, swaps)

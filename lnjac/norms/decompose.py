@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnjac.norms import formulas
-from lnjac.norms.formulas import ENERGIES, RSTD_POWERS, SIGMA_QUANTILES
+from lnjac.norms.formulas import ENERGIES, EXACT, RSTD_POWERS, SIGMA_QUANTILES, SURROGATES, Backward
 
 CHUNK_ELEMENTS = 1 << 16
 """Elements taken to float64 at a time on a CPU: half a megabyte, so that the passes over a chunk stay in cache."""
@@ -42,19 +41,6 @@ ROUNDED = 1 / 16
 as noise. Gradients that vanish in exact arithmetic were measured at 0.002 to 0.03, in fp64, fp32 and bf16."""
 
 
-class Switches(NamedTuple):
-    """Which factors of the backward are kept: subtract ḡ, subtract z·m, divide by σ."""
-
-    center: bool
-    radial: bool
-    scale: bool
-
-
-EXACT = Switches(True, True, True)
-SURROGATES = {name: Switches(*factors) for name, factors in formulas.SURROGATES.items()}
-"""The seven surrogates by name; center_scale and scale are Xu et al. 2019 (arXiv 1911.07013), "detach σ" and DetachNorm."""
-
-
 def center(g: Tensor) -> Tensor:
     """g − ḡ over the last axis; g: (…, d)."""
     return g - g.mean(-1, keepdim=True)
@@ -65,17 +51,19 @@ def remove_radial(z: Tensor, g: Tensor) -> Tensor:
     return g - z * (g * z).mean(-1, keepdim=True)
 
 
-def pull_back(g: Tensor, z: Tensor, rstd: Tensor, switches: Switches = EXACT, *, rms: bool = False) -> Tensor:
-    """Pull ∂L/∂z back to ∂L/∂x through the chosen factors. g, z: (…, d); rstd = 1/σ: (…, 1).
+def pull_back(g: Tensor, z: Tensor, rstd: Tensor, backward: Backward = EXACT, *, rms: bool = False) -> Tensor:
+    """Pull ∂L/∂z back to ∂L/∂x by a backward. g, z: (…, d); rstd = 1/σ: (…, 1).
 
     Exact for any ε with `EXACT` (Ba et al. 2016; Zhang & Sennrich 2019 for rms). For RMSNorm there is no mean to remove,
     so `center` has no effect. The map is symmetric, as its two projections commute (z ⊥ 1): it is its own transpose.
     """
-    if switches.center and not rms:
+    if backward.center and not rms:
         g = center(g)
-    if switches.radial:
+    if backward.radial == 1:
         g = remove_radial(z, g)
-    return g * rstd if switches.scale else g
+    elif backward.radial:
+        g = g - backward.radial * z * (g * z).mean(-1, keepdim=True)
+    return g * rstd if backward.scale else g
 
 
 class Normalised(NamedTuple):
@@ -276,21 +264,21 @@ class Flattened(NamedTuple):
     gain: float
 
 
-def flattened(total: Mapping[str, float], switches: Switches, *, rms: bool = False) -> Flattened:
+def flattened(total: Mapping[str, float], backward: Backward, *, rms: bool = False) -> Flattened:
     """Flattened cosine and gain ‖surrogate‖/‖true‖ of any of the eight backwards.
 
     In the orthogonal parts (mean, radial, kept) of a token, t = (0, (1−ρ)√B, √C)/σ and the surrogate is
     (√A or 0, √B or (1−ρ)√B, √C), over σ where it scales.
     """
     powers = list(RSTD_POWERS)
-    scaled = int(switches.scale)
+    scaled = int(backward.scale)
 
     def energy(name: str, power: int) -> float:
         return total[f"sum_{name}{powers[power]}"]
 
-    keeps_mean = rms or not switches.center
-    dot = energy("B2" if switches.radial else "B1", 1 + scaled) + energy("C", 1 + scaled)
-    norm_sq = energy("B2" if switches.radial else "B", 2 * scaled) + energy("C", 2 * scaled)
+    keeps_mean = rms or not backward.center
+    dot = energy("B2" if backward.radial else "B1", 1 + scaled) + energy("C", 1 + scaled)
+    norm_sq = energy("B2" if backward.radial else "B", 2 * scaled) + energy("C", 2 * scaled)
     norm_sq += energy("A", 2 * scaled) if keeps_mean else 0.0
     true_sq = energy("B2", 2) + energy("C", 2)
     return Flattened(cos=_ratio(dot, math.sqrt(norm_sq * true_sq)), gain=math.sqrt(_ratio(norm_sq, true_sq)))
@@ -311,8 +299,8 @@ def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = Fa
         if name.startswith("sum_cos_") or name.removeprefix("sum_") in METRICS
     }
     found |= shares(total, d, rms=rms)
-    for name, switches in SURROGATES.items():
-        found[f"flat_cos_{name}"], found[f"gain_{name}"] = flattened(total, switches, rms=rms)
+    for name, backward in SURROGATES.items():
+        found[f"flat_cos_{name}"], found[f"gain_{name}"] = flattened(total, backward, rms=rms)
     sigmas = sigma.double().cpu().numpy()  # numpy's quantile takes any number of tokens, torch's 2^24
     found |= dict(zip(SIGMA_QUANTILES, np.quantile(sigmas, list(SIGMA_QUANTILES.values())).tolist(), strict=True))
     return found | {

@@ -1,6 +1,7 @@
-"""Names and constants of a norm's backward that need no torch: the surrogates, the energies and the sums that suffice."""
+"""A norm's backwards as values, and the names of the energies whose sums suffice for all of them. Without torch."""
 
 from enum import Enum
+from typing import NamedTuple
 
 
 class GradAt(str, Enum):
@@ -10,16 +11,26 @@ class GradAt(str, Enum):
     output = "output"
 
 
+class Backward(NamedTuple):
+    """A norm's backward: whether it subtracts ḡ, what part of z·m it subtracts (0 to 1), whether it divides by σ."""
+
+    center: bool
+    radial: float
+    scale: bool
+
+
+EXACT = Backward(True, 1.0, True)
 SURROGATES = {
-    "center_scale": (True, False, True),
-    "projected": (True, True, False),
-    "ste": (False, False, False),
-    "scale": (False, False, True),
-    "radial_scale": (False, True, True),
-    "center": (True, False, False),
-    "radial": (False, True, False),
+    "center_scale": Backward(True, 0.0, True),
+    "projected": Backward(True, 1.0, False),
+    "ste": Backward(False, 0.0, False),
+    "scale": Backward(False, 0.0, True),
+    "radial_scale": Backward(False, 1.0, True),
+    "center": Backward(True, 0.0, False),
+    "radial": Backward(False, 1.0, False),
 }
-"""The backwards that are compared with the exact one: whether each centres, removes the radial part, scales by 1/σ."""
+"""The backwards compared with the exact one; center_scale and scale are Xu et al. 2019 (arXiv 1911.07013), "detach σ" and
+DetachNorm."""
 
 SIGMA_QUANTILES = {
     "sigma_q05": 0.05,

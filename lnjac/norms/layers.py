@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lnjac.norms.decompose import EXACT, SURROGATES, Switches, normalise, pull_back
+from lnjac.norms.decompose import normalise, pull_back
+from lnjac.norms.formulas import EXACT, SURROGATES, Backward
 
 
-class Backward(Protocol):
+class Surrogate(Protocol):
     """What conf/ln_backward/*.yaml names: how a norm's normalisation is differentiated, and at which sites."""
 
     name: str
@@ -40,20 +41,22 @@ class Factors:
     radial: bool
     scale: bool
 
+    def value(self) -> Backward:
+        return Backward(self.center, float(self.radial), self.scale)
+
     def problems(self, config: Any) -> Iterator[str]:
-        mine = Switches(self.center, self.radial, self.scale)
+        mine = self.value()
         named = {"exact": EXACT, **SURROGATES}
         if mine != named.get(self.name, mine):
-            right = next(name for name, switches in named.items() if switches == mine)
+            right = next(name for name, backward in named.items() if backward == mine)
             yield f"ln_backward={self.name} with other factors than its own would be mislabelled: use ln_backward={right}"
 
     def surrogate(self, x: Tensor, eps: float, *, rms: bool) -> Tensor | None:
         """M(x), where M pulls ∂L/∂z back through the chosen factors with z and σ constant; its gradient is Mᵀ = M."""
-        switches = Switches(self.center, self.radial, self.scale)
-        if switches == EXACT:
+        if self.value() == EXACT:
             return None
         z, rstd = normalise(x.detach(), eps, rms=rms)  # not no_grad, which forward mode would look through
-        return pull_back(x, z, rstd, switches, rms=rms)
+        return pull_back(x, z, rstd, self.value(), rms=rms)
 
 
 class Norm(nn.Module):
@@ -67,7 +70,7 @@ class Norm(nn.Module):
         self.normalized_shape, self.eps, self.rms = (d,), eps, rms
         self.register_parameter("weight", nn.Parameter(torch.ones(d)) if affine else None)
         self.register_parameter("bias", nn.Parameter(torch.zeros(d)) if affine and bias and not rms else None)
-        self.backward_rule: Backward | None = None
+        self.backward_rule: Surrogate | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (…, d) -> γ⊙z + β: (…, d)."""
@@ -96,7 +99,7 @@ def matches(site: str, patterns: Iterable[str]) -> bool:
     return any(p == "all" or fnmatchcase(site, p) or fnmatchcase(role, p) for p in patterns)
 
 
-def set_backward(model: nn.Module, rule: Backward) -> list[str]:
+def set_backward(model: nn.Module, rule: Surrogate) -> list[str]:
     """Give every matching Norm of the model this backward, every other one the exact one; returns the matching sites."""
     chosen = []
     for site, module in norms(model):
