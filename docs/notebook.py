@@ -19,7 +19,8 @@ from pathlib import Path
 
 import lnjac
 from lnjac.comparing import study as design
-from lnjac.runs.merge import companions, load
+from lnjac.runs.merge import load
+from lnjac.runs.read import companions
 from lnjac.runs.schema import LAYERS, RUNS
 
 folder = Path(sys.argv[1]) if len(sys.argv) == 2 and Path(sys.argv[1]).is_dir() else Path("multirun/NAME")

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from lnjac.files import file_sha256
 from lnjac.runs import folder as runs
-from lnjac.runs.merge import companions
+from lnjac.runs.read import companions
 from lnjac.runs.schema import CURVES, LAYERS, RUNS, TABLES, Column
 
 SITES = (

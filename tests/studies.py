@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 
 from lnjac.runs import folder as runs
-from lnjac.runs import merge as sweep
+from lnjac.runs import read as reader
 from lnjac.runs import read as sources
 from lnjac.runs import schema as tables
 
@@ -58,7 +58,7 @@ def write_study(
     path = folder / "all.parquet"
     note = {"merged": True, "merge_id": "m", "rows": {}}
     for name, rows in (("layers", layers), ("runs", owners), ("curves", curves)):
-        runs.write_table(sweep.companions(path)[name], _typed(name, rows), {"table": name, **note})
+        runs.write_table(reader.companions(path)[name], _typed(name, rows), {"table": name, **note})
     report = {"found": len(configs) + len(skipped), "merged": len(configs), "sources": ["somewhere"], "warnings": []}
     report["skipped"] = [{"path": path, "reason": reason} for path, reason in skipped]
     path.with_suffix(".merge.json").write_text(json.dumps(report))

@@ -28,12 +28,12 @@ from lnjac.comparing import study as design
 from lnjac.errors import ConfigError
 from lnjac.files import file_sha256
 from lnjac.runs import folder as runs
-from lnjac.runs import merge as sweep
 from lnjac.runs import pile, placing, reading
+from lnjac.runs import read as reader
 from lnjac.runs import state as plan
 from lnjac.runs.diff import diff
-from lnjac.runs.merge import companions, load, merge
-from lnjac.runs.read import search
+from lnjac.runs.merge import load, merge
+from lnjac.runs.read import companions, search
 from lnjac.runs.schema import CORE, LAYERS, SCHEMA_VERSION, TABLES, Column
 
 
@@ -112,7 +112,7 @@ def test_a_link_to_itself_is_skipped_by_name(tmp_path: Path, out: Path):
     (tmp_path / "s" / "loop").symlink_to("loop")
     report = merge([tmp_path / "s"], out)
     assert (report.merged, report.found) == (1, 2)
-    assert report.skipped == [sweep.Skip(str(tmp_path / "s" / "loop"), "too many levels of symbolic links")]
+    assert report.skipped == [reader.Skip(str(tmp_path / "s" / "loop"), "too many levels of symbolic links")]
     assert design.read([tmp_path / "s"]).doubts == [f"1 runs were found and not merged: {tmp_path / 's' / 'loop'}"]
     with pytest.raises(ConfigError, match=r"strict(?s:.*)loop: too many levels"):
         merge([tmp_path / "s"], out, strict=True)
@@ -403,8 +403,8 @@ def test_a_renamed_column_of_a_merge_is_named_wherever_it_is_read(tmp_path: Path
         whole = path.read_bytes()
         path.write_bytes(whole.replace(column, b"q" + column[1:]))
         assert "q" + column[1:].decode() in pq.read_schema(path).names  # pyarrow alone takes it
-        for read in (load, runs.read_metadata, lambda _: sweep.read(sweep.Source(out, merged=True))):
-            with pytest.raises((ConfigError, sweep.Unfit, pa.ArrowException), match="its footer was altered"):
+        for read in (load, runs.read_metadata, lambda _: reader.read(reader.Source(out, merged=True))):
+            with pytest.raises((ConfigError, reader.Unfit, pa.ArrowException), match="its footer was altered"):
                 read(path)
         path.write_bytes(whole)
     assert len(load(out)) == len(runs.read_table(out))
@@ -432,8 +432,8 @@ def test_no_flipped_byte_ends_in_a_traceback(tmp_path: Path):
         place = i * len(before) // 150
         path.write_bytes(before[:place] + bytes([before[place] ^ (1 << i % 8)]) + before[place + 1 :])
         try:
-            sweep.read(sweep.Source(path.parent, merged=False))
-        except sweep.Unfit:
+            reader.read(reader.Source(path.parent, merged=False))
+        except reader.Unfit:
             n_caught += 1
     assert n_caught > 75
 
@@ -595,8 +595,8 @@ def rows_in_one_piece(folder: Path) -> dict[str, tuple[str, str]]:
     """The merged rows by the plainest way: no batches, no processes."""
     whole = pile.Pile()
     for source in search([folder]).sources:
-        with contextlib.suppress(sweep.Unfit):
-            whole.add(source, sweep.read(source))
+        with contextlib.suppress(reader.Unfit):
+            whole.add(source, reader.read(source))
     tables = pile.combine(whole, 0).tables
     return {name: (str(table.schema), repr(table.to_pylist())) for name, table in tables.items()}
 

@@ -10,7 +10,8 @@ from folders import make_run, rewrite, rows_of
 
 from lnjac.errors import ConfigError
 from lnjac.runs import folder as runs
-from lnjac.runs.merge import companions, load, merge
+from lnjac.runs.merge import load, merge
+from lnjac.runs.read import companions
 from lnjac.runs.schema import CORE, LONG, TABLES
 
 SWAPS = [

@@ -29,7 +29,7 @@ from test_run import TINY, command
 
 from lnjac.config.compose import CONF, Composer, as_typed
 from lnjac.runs import folder as runs
-from lnjac.runs import merge as sweep
+from lnjac.runs import read as reader
 from lnjac.runs import state as plan
 from lnjac.runs.schema import VOLATILE
 from lnjac.sweeps import launchers
@@ -76,7 +76,7 @@ def folders(sweep_folder: Path) -> dict[int, Path]:
 def science(merged: Path) -> list[pd.DataFrame]:
     """The merged tables without what may differ between two makings of one run, in one order."""
     tables = []
-    for path in sweep.companions(merged).values():
+    for path in reader.companions(merged).values():
         frame = pd.read_parquet(path)
         frame = frame.drop(columns=[name for name in VOLATILE if name in frame])
         keys = [name for name in ("run_id", "diag_id", "step", "site") if name in frame]

@@ -21,7 +21,8 @@ from lnjac.comparing import cost as comparing_cost
 from lnjac.comparing import intervals as stats
 from lnjac.comparing import scaling
 from lnjac.comparing.study import LAST_NORM, Study, read
-from lnjac.runs.merge import companions, load
+from lnjac.runs.merge import load
+from lnjac.runs.read import companions
 
 HERE = Path(__file__).resolve().parent
 SHORT, LONG = "cost250", "cost1000"

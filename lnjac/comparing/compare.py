@@ -1,4 +1,4 @@
-"""Compare runs: levels of a config column, the cost of each backward, scaling with width or steps. docs/comparing.md.
+"""Compare runs at the levels of a config column (docs/comparing.md).
 
 Everything is computed on one number per seed (`lnjac.comparing.study`), tested by `lnjac.comparing.intervals`, and returned
 as data frames with notes that say what a reader must know: what was paired, what is missing, what diverged.

@@ -1,4 +1,4 @@
-"""Corpora: token folders in nanoGPT's format, verified before anything trains on them, and their batches.
+"""Corpora: token folders in nanoGPT's format, verified before anything trains on them.
 
 A prepared folder holds `train.bin` and `val.bin` (raw little-endian uint16 tokens) and `meta.pkl`
 (vocab_size, itos, stoi), so nanoGPT reads what is written here and the other way round. Our own meta.pkl adds

@@ -20,13 +20,10 @@ from lnjac.runs.placing import finish, new_files
 from lnjac.runs.read import (
     OWNER,
     Skip,
-    Source,
     Tables,
     Unfit,
     companion,
-    companions,
     layers_file,
-    read,
     read_noted,
     report_file,
     search,
@@ -39,8 +36,6 @@ if TYPE_CHECKING:
 
 RTOL = 1e-6
 """Relative difference up to which two measurements of the same run count as equal."""
-
-__all__ = ["MergeReport", "Skip", "Source", "Unfit", "companions", "layers_file", "load", "merge", "read", "search"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lnjac.files import file_sha256
 from lnjac.runs import folder as runs
-from lnjac.runs.merge import Source, Unfit, read
+from lnjac.runs.read import Source, Unfit, read
 
 if TYPE_CHECKING:
     pass
