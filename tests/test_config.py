@@ -244,7 +244,7 @@ def test_a_yaml_that_is_not_utf8_is_named(add_member: Callable[..., str]) -> Non
 CODE = """
 from dataclasses import dataclass
 from lnjac.gpt.attention import Attention, Softmax
-from lnjac.norms.layers import Backward
+from lnjac.norms.layers import Surrogate
 
 class Bare:
     name = "bare"
@@ -258,7 +258,7 @@ class Unfinished(Attention):
     pass
 
 @dataclass
-class Silent(Backward):
+class Silent(Surrogate):
     name: str
 
 @dataclass

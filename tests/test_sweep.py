@@ -531,7 +531,7 @@ def test_config_columns_are_united_and_typed(tmp_path: Path, out: Path):
     whole, half = Column("model.gain", "int64", "", ""), Column("model.gain", "float64", "", "")
     late = Column("attn_mode.bias", "bool", "", "")
     make_run(tmp_path / "s" / "0", seed=1, config=[(whole, 2)])
-    make_run(tmp_path / "s" / "1", seed=2, config=[(half, 0.5), (late, True)])
+    make_run(tmp_path / "s" / "1", seed=2, attn_mode="sigmoid", config=[(half, 0.5), (late, True)])
     make_run(tmp_path / "s" / "2", seed=3)
     report = merge([tmp_path / "s"], out)
     for path in (out, companions(out)["runs"]):
@@ -542,6 +542,9 @@ def test_config_columns_are_united_and_typed(tmp_path: Path, out: Path):
     assert table["attn_mode.bias"].to_pylist() == [None, True, None]
     partial = "mixed schema: only some sources have model.gain; null in the others"
     assert partial in report.warnings  # attn_mode.bias is one mode's own: that others lack it is no news
+    make_run(tmp_path / "s" / "3", seed=4, attn_mode="sigmoid")
+    partial = "mixed schema: only some sources have model.gain, attn_mode.bias; null in the others"
+    assert partial in merge([tmp_path / "s"], out).warnings  # one and the same mode with it and without
 
 
 @pytest.mark.parametrize(("one", "other"), [("int64", "string"), ("bool", "int64"), ("string", "float64")])
