@@ -616,3 +616,14 @@ def test_a_full_gpu_names_the_remedy() -> None:
     job = JobReturn(status=JobStatus.FAILED)
     job.return_value = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     assert "hydra.launcher.jobs=1" in launchers.reason(job)
+
+
+def test_a_sweeper_is_made_whatever_hydra_has_loaded_again() -> None:
+    loaded = importlib.import_module("hydra._internal.core_plugins.basic_sweeper")
+    sweeper = importlib.import_module("lnjac.sweeps.sweeper")
+    before = loaded.BasicSweeper
+    try:
+        importlib.reload(loaded)  # as Hydra's search for plugins does
+        assert sweeper.Sweeper(max_batch_size=None).params == {}
+    finally:
+        loaded.BasicSweeper = before

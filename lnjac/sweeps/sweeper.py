@@ -60,6 +60,12 @@ class Job:
 class Sweeper(BasicSweeper):
     """The cartesian product of all swept values, as Hydra's basic sweeper makes it."""
 
+    def __init__(self, max_batch_size: int | None, params: dict[str, str] | None = None) -> None:
+        # Hydra executes its own plugins' modules anew whenever it looks for plugins: the name in BasicSweeper's `super()`
+        # then means another class than the one that is the base here.
+        self.max_batch_size, self.params = max_batch_size, params or {}
+        self.hydra_context = self.config = self.launcher = None
+
     def sweep(self, arguments: list[str]) -> Any:
         assert self.config is not None
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
