@@ -539,16 +539,21 @@ def test_a_run_loses_no_table_to_its_outputs_encoding(tmp_path: Path) -> None:
     assert "σ_μ  cos_c/t" in (tmp_path / "out" / "run.log").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
-def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
-    (tmp_path / "data").symlink_to(ROOT / "data")
-    line = [sys.executable, str(ROOT / "run.py"), *TINY, "hydra.run.dir=out"]
-    process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def assert_ends_well_without_a_reader(*words: str, cwd: Path) -> None:
+    """Run run.py with nobody at the other end of its standard output."""
+    line = [sys.executable, str(ROOT / "run.py"), *words]
+    process = subprocess.Popen(line, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout
     process.stdout.close()
     assert process.stderr
     assert process.stderr.read() == ""
     assert process.wait() == 0
+
+
+@pytest.mark.slow
+def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    assert_ends_well_without_a_reader(*TINY, "hydra.run.dir=out", cwd=tmp_path)
     assert len(lnjac.load_run(tmp_path / "out").layers) == 5
 
 

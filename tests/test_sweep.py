@@ -586,7 +586,7 @@ def test_runs_read_by_several_processes_are_as_if_read_by_one(many: Path, out: P
     expected = rows_of(out)
     assert expected == rows_in_one_piece(many)
     monkeypatch.setattr(reading, "FEW", 1)
-    monkeypatch.setattr(reading, "_cores", lambda: cores)
+    monkeypatch.setattr(reading, "cores", lambda: cores)
     calls: list[tuple[int, int]] = []
     assert merge([many], out, progress=lambda done, total: calls.append((done, total))) == one_batch
     assert rows_of(out) == expected
@@ -619,7 +619,7 @@ def test_a_helper_reads_and_one_that_fails_costs_nothing(many: Path, monkeypatch
         reading._let_read(batches, todo, done)
         assert done == {}
     monkeypatch.setattr(reading, "FEW", 1)
-    monkeypatch.setattr(reading, "_cores", lambda: 2)
+    monkeypatch.setattr(reading, "cores", lambda: 2)
     assert len(reading.read_all(sources)[0].sources) == 21
 
 
@@ -629,7 +629,7 @@ def test_a_helper_that_meets_an_error_leaves_it_to_the_caller(tmp_path: Path, ou
             tmp_path / "s" / str(i), seed=i, config=[(Column("method.b", dtype, "", ""), {"int64": 1}.get(dtype, "x"))]
         )
     monkeypatch.setattr(reading, "FEW", 1)
-    monkeypatch.setattr(reading, "_cores", lambda: 2)
+    monkeypatch.setattr(reading, "cores", lambda: 2)
     with pytest.raises(ConfigError, match=r"method\.b is int64 in .* but string in"):
         merge([tmp_path / "s"], out)
 

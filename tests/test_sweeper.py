@@ -25,7 +25,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
-from test_run import TINY, command
+from test_run import TINY, assert_ends_well_without_a_reader, command
 
 from lnjac.config.compose import CONF, Composer, as_typed
 from lnjac.runs import folder as runs
@@ -314,13 +314,7 @@ def test_odd_values_work(tmp_path: Path) -> None:
 def test_a_sweep_outlives_the_reader_of_its_output_and_needs_its_folders(tmp_path: Path) -> None:
     (tmp_path / "data").symlink_to(ROOT / "data")
     words = ("-m", *TINY, "seed=1,2", "hydra.launcher.jobs=2", "hydra/launcher=local")
-    line = [sys.executable, str(ROOT / "run.py"), *words, "sweep=A"]
-    process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout
-    process.stdout.close()
-    assert process.stderr
-    assert process.stderr.read() == ""
-    assert process.wait() == 0
+    assert_ends_well_without_a_reader(*words, "sweep=A", cwd=tmp_path)
     assert len(pd.read_parquet(tmp_path / "multirun/A/all.runs.parquet")) == 2
     names = sorted(path.name for path in folders(tmp_path / "multirun" / "A").values())
     (tmp_path / "multirun" / "B").touch()

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,6 @@ class Optimizer(ABC):
     decay: Decay
     final_lr_ratio: float
     grad_clip: float | None
-
-    elementwise: ClassVar[bool] = False
-    """Whether each entry of a parameter moves by its own gradient alone, so that runs can share one optimizer.
-
-    Counts for the class that says it, not for its subclasses: they may do otherwise.
-    """
 
     @abstractmethod
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -83,8 +77,6 @@ class AdamW(Optimizer):
     beta2: float
     eps: float
 
-    elementwise: ClassVar[bool] = True
-
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
@@ -111,8 +103,6 @@ class SGD(Optimizer):
 
     momentum: float
     nesterov: bool
-
-    elementwise: ClassVar[bool] = True
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)

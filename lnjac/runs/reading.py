@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from lnjac.machine import cores
 from lnjac.runs.pile import Pile
 from lnjac.runs.read import Skip, Source, Unfit, read
 
@@ -43,7 +44,7 @@ def read_all(sources: Sequence[Source], progress: Callable[[int, int], None] | N
             if progress:
                 progress(sum(len(batches[each]) for each in list(done)), len(sources))
 
-    helpers = min(_cores(), MOST) - 1 if len(sources) > FEW else 0
+    helpers = min(cores(), MOST) - 1 if len(sources) > FEW else 0
     if helpers:
         with ThreadPoolExecutor(helpers) as threads:  # one waits for each helper
             try:
@@ -107,8 +108,3 @@ def serve() -> None:
             return
         pickle.dump(read_batch(batch), answers, protocol=pickle.HIGHEST_PROTOCOL)
         answers.flush()
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

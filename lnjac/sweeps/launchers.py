@@ -37,6 +37,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lnjac.machine import cores
+
 log = logging.getLogger(__name__)
 
 Outcomes = Generator[tuple[int, JobReturn], None, None]
@@ -168,14 +170,14 @@ class LocalLauncher(Engine):
         self.jobs = jobs
 
     def prepare(self) -> None:
-        if _cores() > 1 and self.jobs != 1:
+        if cores() > 1 and self.jobs != 1:
             _warm_up()
 
     def map(self, configs: Sequence[DictConfig]) -> Outcomes:
         gpu = _gpu(configs)
-        fit = max(1, _cores() // max((c.threads or 1 for c in configs), default=1))
+        fit = max(1, cores() // max((c.threads or 1 for c in configs), default=1))
         processes = min(self.jobs or (min(fit, GPU_PROCESSES) if gpu else fit), len(configs))
-        threads = max(1, _cores() // processes)
+        threads = max(1, cores() // processes)
         said, where = _count(len(configs), "job"), ", on the GPU" if gpu else ""
         if processes == 1:
             log.info("%s, one after the other in this process%s", said, where)
@@ -197,11 +199,6 @@ def _gpu(configs: Sequence[DictConfig]) -> bool:
     import torch
 
     return torch.cuda.is_available() and all(config.device != "cpu" for config in configs)
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processes() -> Any:
@@ -326,7 +323,7 @@ class SlurmLauncher(Engine):
         self.submitit: Any = extra("submitit", "slurm")
 
     def map(self, configs: Sequence[DictConfig]) -> Outcomes:
-        # jobs do not find this module, which lies in run.py's folder
+        # sent by value, as the task function of a script is
         extra("cloudpickle", "slurm").register_pickle_by_value(sys.modules[__name__])
         arrays: dict[str, list[int]] = {}
         for i, config in enumerate(configs):  # the resources may depend on the job: hydra.launcher.mem_gb=${...}
