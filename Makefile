@@ -19,10 +19,10 @@ test: lint
 # On a real Slurm and a real Ray: where `sinfo` finds no cluster, ../shared/slurm starts one on this machine.
 test-slurm: $(VENV)/.installed-slurm
 	@sinfo >/dev/null 2>&1 || { ../shared/slurm/slurm_up.sh acct && ../shared/slurm/slurm_acct.sh; }
-	$(PY) -m pytest tests/test_clusters.py -k slurm
+	$(PY) -m pytest tests/sweeps/test_clusters.py -k slurm
 
 test-ray: $(VENV)/.installed-ray
-	$(PY) -m pytest tests/test_clusters.py -k ray
+	$(PY) -m pytest tests/sweeps/test_clusters.py -k ray
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

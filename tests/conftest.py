@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.paths import ROOT
 
 from lnjac.cli import main as cli
 from lnjac.config import compose
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

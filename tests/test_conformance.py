@@ -6,30 +6,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from support.paths import ROOT
+from support.small import SMALL, corpus, members
 
 from lnjac.config.compose import compose
 from lnjac.config.identity import columns
 from lnjac.config.schema import check
-from lnjac.data.corpus import Corpus
 from lnjac.gpt import model as gpt
 from lnjac.norms.layers import norms
 from lnjac.runs import folder as runs
 from lnjac.training import loop
 from lnjac.training import run as train
-
-SMALL = ("model.n_layer=2", "model.n_head=2", "model.n_embd=8", "model.block_size=8", "batch_size=4", "steps=3",
-         "eval.tokens=40", "diagnostics.batch_size=2", "device=cpu")  # fmt: skip
-
-
-def members(group: str) -> list[str]:
-    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
-
-
-def corpus() -> Corpus:
-    tokens = np.random.default_rng(0).integers(0, 11, 400).astype(np.uint16)
-    return Corpus("made", tokens[:300], tokens[300:], 11, "0" * 64, None)
-
 
 GROUPS = ("model", "attn_mode", "method", "ln_backward", "optimizer", "diagnostics")
 CASES = [(group, name) for group in GROUPS for name in members(group)]

@@ -13,11 +13,11 @@ from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
-from folders import make_run
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from studies import write_study
+from support.folders import make_run
+from support.studies import write_study
 
 from lnjac import escape
 from lnjac.cli import compare as cli_compare

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT
-from test_conformance import SMALL, corpus, members
+from support.paths import ROOT
+from support.small import SMALL, corpus, members
 from torch import Tensor
 
 from lnjac.config.compose import compose

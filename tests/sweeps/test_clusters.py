@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT
-from test_run import command
-from test_sweeper import TWO_JOBS, one_job_fails, science, started, sweeper_of, wait_for, workers
+from support.commands import command
+from support.paths import ROOT
+from support.sweeping import TWO_JOBS, one_job_fails, science, started, sweeper_of, wait_for, workers
 
 
 def _answers(*words: str) -> bool:

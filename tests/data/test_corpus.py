@@ -27,6 +27,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from support.paths import ROOT
 
 from lnjac.data import batches as data_batches
 from lnjac.data import corpus as data
@@ -35,7 +36,6 @@ from lnjac.data import synthetic as play
 from lnjac.data import tokens as data_tokens
 from lnjac.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare" / "input.txt"
 TEXT = "To be, or not to be: that is the question.\n" * 40
 

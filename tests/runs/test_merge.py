@@ -19,9 +19,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from folders import SITES, make_run, rewrite, rows_of, with_column
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.folders import SITES, make_run, rewrite, rows_of, with_column
 
 from lnjac import load_run
 from lnjac.comparing import study as design

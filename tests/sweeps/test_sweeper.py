@@ -5,46 +5,30 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
 from hydra import initialize_config_dir
-from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf
-from test_run import TINY, assert_ends_well_without_a_reader, command
+from support.commands import TINY, assert_ends_well_without_a_reader, command
+from support.paths import ROOT
+from support.sweeping import folders, one_job_fails, science, started, sweeper_of, wait_for, workers
 
-from lnjac.config.compose import CONF, Composer, as_typed
+from lnjac.config.compose import CONF, Composer
 from lnjac.runs import folder as runs
-from lnjac.runs import read as reader
 from lnjac.runs import state as plan
-from lnjac.runs.schema import VOLATILE
 from lnjac.sweeps import launchers
 
 PROCESSES = "hydra.launcher.jobs=2"
-
-
-def sweeper_of(*words: str) -> Any:
-    """A sweeper set up as Hydra does for these words, but for its launcher, whose package may not be installed."""
-    sweeper = importlib.import_module("hydra_plugins.lnjac_plugins").LnjacSweeper(max_batch_size=None)
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        sweeper.hydra_context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
-        loader = sweeper.hydra_context.config_loader
-        sweeper.config = loader.load_configuration("config", as_typed(words), RunMode.MULTIRUN)
-    return sweeper
 
 
 @pytest.mark.parametrize("words", [
@@ -65,23 +49,6 @@ def test_jobs_are_composed_as_hydra_composes_them(words: list[str], monkeypatch:
         assert plain[0] == plain[1]
     with pytest.raises(Exception, match="nosuch"):
         composer.compose(composer.parse([*words, "method=nosuch"]))
-
-
-def folders(sweep_folder: Path) -> dict[int, Path]:
-    """The runs' folders by seed."""
-    found = [path.parent for path in sweep_folder.glob(f"*/{runs.FILES['runs']}")]
-    return {runs.read_table(path / runs.FILES["runs"])["seed"][0].as_py(): path for path in found}
-
-
-def science(merged: Path) -> list[pd.DataFrame]:
-    """The merged tables without what may differ between two makings of one run, in one order."""
-    tables = []
-    for path in reader.companions(merged).values():
-        frame = pd.read_parquet(path)
-        frame = frame.drop(columns=[name for name in VOLATILE if name in frame])
-        keys = [name for name in ("run_id", "diag_id", "step", "site") if name in frame]
-        tables.append(frame.sort_values(keys).reset_index(drop=True))
-    return tables
 
 
 @pytest.mark.slow
@@ -331,68 +298,10 @@ def test_a_sweep_outlives_the_reader_of_its_output_and_needs_its_folders(tmp_pat
     assert not (tmp_path / "multirun" / "C" / "all.parquet").exists()
 
 
-TWO_JOBS = (*TINY, "seed=1,2", "sweep=A")
-
-
-def one_job_fails(tmp_path: Path, *engine: str) -> None:
-    """One job cannot write: the rest run and are merged, the exit code tells, and the next command retries."""
-    words = ("-m", *TWO_JOBS, *engine)
-    assert command(*words, cwd=tmp_path).returncode == 0
-    one = folders(tmp_path / "multirun" / "A")[1]
-    shutil.rmtree(one)
-    (one / "layers.parquet").mkdir(parents=True)  # os.replace cannot put a file over a folder
-    done = command(*words, cwd=tmp_path)
-    assert done.returncode != 0
-    assert "1 of 2 jobs failed" in done.stderr
-    assert "IsADirectoryError" in done.stderr
-    assert set(pd.read_parquet(tmp_path / "multirun/A/all.parquet")["seed"]) == {2}
-    assert "Traceback" in (one / "run.log").read_text()
-    status = runs.read_status(one)
-    assert status["status"] == "failed"
-    assert "os.replace" in status["traceback"]
-    kept = command(*words, "retry_failed=false", cwd=tmp_path)
-    assert kept.returncode != 0
-    assert "2 jobs: 0 to do (1 failed, 1 done)" in kept.stdout
-    (one / "layers.parquet").rmdir()
-    assert command(*words, cwd=tmp_path).returncode == 0
-    assert set(pd.read_parquet(tmp_path / "multirun/A/all.parquet")["seed"]) == {1, 2}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["local", "basic"])
 def test_a_failed_job_does_not_lose_the_others(tmp_path: Path, launcher: str) -> None:
     one_job_fails(tmp_path, f"hydra/launcher={launcher}")
-
-
-def started(tmp_path: Path, *words: str) -> "subprocess.Popen[str]":
-    if not (tmp_path / "data").exists():
-        (tmp_path / "data").symlink_to(ROOT / "data")
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), "-m", *words],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def workers(folder: Path) -> list[int]:
-    """The processes that make a run of this sweep: those that hold a run's lock open."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # gone, or not ours
-            links = [os.readlink(link) for link in (process / "fd").iterdir()]
-            if any(link.startswith(f"{folder}/") and link.endswith(runs.LOCK) for link in links):
-                found.append(int(process.name))
-    return found
-
-
-def wait_for(condition: object, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.05)
 
 
 LONG = (

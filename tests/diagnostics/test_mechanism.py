@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_conformance import SMALL, corpus, members
+from support.small import SMALL, corpus, members
 from torch import Tensor
 
 from lnjac.config.compose import compose

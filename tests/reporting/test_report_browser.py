@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import write_study
+from support.studies import write_study
 
 from lnjac.comparing import study as design
 from lnjac.reporting import report

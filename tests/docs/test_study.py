@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ROOT
+from support.paths import ROOT
 
 from lnjac.comparing import intervals as stats
 from lnjac.comparing.compare import compare

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from support.paths import ROOT
 
 from lnjac.runs import folder as runs
 from lnjac.runs import merge as sweep

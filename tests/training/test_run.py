@@ -13,10 +13,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import reference
 import torch
-from conftest import ROOT
-from test_conformance import SMALL, corpus
+from support import reference
+from support.commands import TINY, assert_ends_well_without_a_reader, command
+from support.paths import ROOT
+from support.small import SMALL, corpus
 from torch import Tensor, nn
 
 import lnjac
@@ -34,15 +35,6 @@ from lnjac.training import run as train
 def finished(folder: Path, *overrides: str) -> lnjac.Run:
     assert train.run(compose(*SMALL, *overrides), folder, corpus()) == runs.DONE
     return lnjac.load_run(folder)
-
-
-def command(*words: str, cwd: Path, **more: Any) -> "subprocess.CompletedProcess[str]":
-    """`python run.py WORDS`, in a folder of its own with the project's data linked in."""
-    if not (cwd / "data").exists():
-        (cwd / "data").symlink_to(ROOT / "data")
-    return subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *words], cwd=cwd, capture_output=True, text=True, timeout=300, **more
-    )
 
 
 # ---------------------------------------------------------------- rows against plain formulas
@@ -458,8 +450,6 @@ def test_weights_can_be_left_out(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- the command line
 
-TINY = ("model=tiny", "steps=4", "eval.tokens=500", "batch_size=4", "threads=1", "report=off")
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -537,17 +527,6 @@ def test_a_run_loses_no_table_to_its_outputs_encoding(tmp_path: Path) -> None:
     assert "sigma_mu  cos_c/t" in done.stdout
     assert "ln_f  " in done.stdout
     assert "σ_μ  cos_c/t" in (tmp_path / "out" / "run.log").read_text(encoding="utf-8")
-
-
-def assert_ends_well_without_a_reader(*words: str, cwd: Path) -> None:
-    """Run run.py with nobody at the other end of its standard output."""
-    line = [sys.executable, str(ROOT / "run.py"), *words]
-    process = subprocess.Popen(line, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout
-    process.stdout.close()
-    assert process.stderr
-    assert process.stderr.read() == ""
-    assert process.wait() == 0
 
 
 @pytest.mark.slow

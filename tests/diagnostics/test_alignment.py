@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_conformance import SMALL, corpus
+from support.small import SMALL, corpus
 from torch import Tensor, nn
 
 from lnjac.config.compose import compose

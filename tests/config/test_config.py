@@ -15,6 +15,7 @@ import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.errors import HydraException
+from support.paths import ROOT
 
 from lnjac.config import compose as config_compose
 from lnjac.config import identity, schema
@@ -394,7 +395,7 @@ def test_diag_id_changes_with_diagnostics_alone() -> None:
     assert diag_id(compose("diagnostics.grad_at=output")) != bare
 
 
-IDENTITIES = json.loads((Path(__file__).parent / "golden" / "identities.json").read_text())
+IDENTITIES = json.loads((ROOT / "tests" / "golden" / "identities.json").read_text())
 
 
 @pytest.mark.parametrize("case", IDENTITIES, ids=lambda case: " ".join(case["overrides"]) or "bare")

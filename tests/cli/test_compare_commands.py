@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from folders import make_run, noise
-from test_compare import COSTS, NULLS, TWO_MODES, run, study
+from support.folders import make_run, noise
+from support.tables import COSTS, NULLS, TWO_MODES, run, study
 from typer.testing import CliRunner
 
 from lnjac.cli import compare as cli_compare

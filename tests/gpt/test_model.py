@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 from torch import Tensor
 
 from lnjac.config.compose import compose

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import make_run, rewrite, rows_of
+from support.folders import make_run, rewrite, rows_of
 
 from lnjac.errors import ConfigError
 from lnjac.runs import folder as runs

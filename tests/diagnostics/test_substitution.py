@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_conformance import SMALL, corpus
-from test_credit import config_of, perturb, tokens, trained
+from support.small import SMALL, corpus
+from support.trained import config_of, perturb, tokens, trained
 from torch import Tensor, nn
 
 import lnjac

@@ -6,8 +6,8 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_conformance import SMALL, corpus
+from support.paths import ROOT
+from support.small import SMALL, corpus
 
 from lnjac.config.compose import compose
 from lnjac.runs import folder as runs

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
-from test_conformance import SMALL, corpus, members
-from test_run import TINY, command
+from support.commands import TINY, command
+from support.paths import ROOT
+from support.small import SMALL, corpus, members
 
 import lnjac
 from lnjac.config.compose import compose

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from folders import make_run
+from support.folders import make_run
+from support.tables import COSTS, NULLS, SITES, TWO_MODES, run, study
 
 from lnjac.comparing import compare as comparing
 from lnjac.comparing import intervals as stats
@@ -26,49 +27,6 @@ from lnjac.comparing.study import Study, read, word
 from lnjac.errors import ConfigError
 from lnjac.runs import folder as runs
 from lnjac.runs import merge as sweep
-from lnjac.runs import read as reader
-
-PLAIN = {
-    "attn_mode": "softmax",
-    "attn_mode.bias": None,
-    "method": "fa",
-    "model.n_embd": 64,
-    "steps": 100,
-    "ln_backward": "exact",
-    "ln_backward.sites": "all",
-    "optimizer": "adamw",
-    "optimizer.lr": 0.001,
-    "diagnostics": "final",
-    "data": "play",
-    "data_sha256": "aa",
-    "numerics_version": 2,
-    "status": "done",
-}
-SITES = ("blocks.0.ln_1", "ln_f")
-
-
-def run(seed: int, loss: float = 2.0, share: Sequence[float] | None = None, **config: Any) -> dict[str, Any]:
-    """One run: its loss, the radial_share of its norms, and where its config is not PLAIN's."""
-    known = {name.replace("__", "."): value for name, value in config.items()}
-    return PLAIN | {"seed": seed, "val_loss_nats": loss, "share": share or [loss / 10, loss / 5]} | known
-
-
-def study(folder: Path, rows: Sequence[dict[str, Any]], **layers: Any) -> Study:
-    """The rows as a merged table, with layer rows at steps 0 (all zero) and 100."""
-    of_runs, of_layers = [], []
-    for i, row in enumerate(rows):
-        ids = {"run_id": row.get("run_id", f"r{i}"), "diag_id": row.get("diag_id", "d")}
-        of_runs.append(ids | {name: value for name, value in row.items() if name != "share"})
-        for step, site, share in [(s, *at) for s in (0, 100) for at in zip(SITES, row["share"], strict=False)]:
-            values = {"radial_share": share * (step > 0), "role": site.split(".")[-1]} | layers
-            of_layers.append(ids | {"step": step, "site": site, "call": 0} | values)
-    tables = {"runs": of_runs, "layers": of_layers, "curves": [{"run_id": "r0", "step": 0}]}
-    path = folder / "all.parquet"
-    for name, file in reader.companions(path).items():
-        data = pa.Table.from_pandas(pd.DataFrame(tables[name]), preserve_index=False).replace_schema_metadata()
-        runs.write_table(file, data, {"table": name, "merged": True, "merge_id": "m"})
-    path.with_suffix(".merge.json").write_text(json.dumps({"warnings": [], "skipped": []}))
-    return read([path])
 
 
 def losses(folder: Path, by: str, rows: Sequence[dict[str, Any]], **options: Any) -> comparing.Comparison:
@@ -79,13 +37,6 @@ def noted(found: Any, start: str) -> str:
     """The one note that starts so."""
     (line,) = [note for note in found.notes if note.startswith(start)]
     return str(line)
-
-
-TWO_MODES = [
-    run(seed, loss, attn_mode=mode, attn_mode__bias=bias)
-    for mode, bias, values in (("softmax", None, (3.0, 3.5, 5.0)), ("sigmoid", -4.0, (2.0, 3.0, 3.5)))
-    for seed, loss in enumerate(values, 1)
-]
 
 
 # compare
@@ -547,19 +498,6 @@ def test_intervals_by_resampling_are_reproducible(tmp_path: Path):
 
 # cost
 
-COSTS = [
-    run(seed, loss + seed, attn_mode=mode, ln_backward=backward, ln_backward__sites=sites)
-    for mode, backward, sites, loss in (
-        ("softmax", "exact", "all", 2.0),
-        ("softmax", "center_scale", "all", 3.0),
-        ("softmax", "center_scale", "ln_f", 2.5),
-        ("sigmoid", "exact", "all", 4.0),
-        ("sigmoid", "center_scale", "all", 4.25),
-        ("sigmoid", "center_scale", "ln_f", 4.0),
-    )
-    for seed in (1, 2, 3)
-]
-
 
 def test_cost_is_paired_with_exact_and_sites_are_told_apart(tmp_path: Path):
     found = cost(study(tmp_path, COSTS))
@@ -714,14 +652,6 @@ def test_a_line_that_lacks_a_point_of_another_seed_is_said(tmp_path: Path):
     rows = [run(seed, d**0.5 + seed, model__n_embd=d) for d in (64, 128, 256) for seed in (1, 2, 3)]
     found = scaling(study(tmp_path, rows[:-1]), "model.n_embd", metrics=["val_loss_nats"], table="runs")
     assert noted(found, "1 lines of a seed lack a point")
-
-
-NULLS = [
-    run(seed, loss + seed / 8, method=method, method__scale=scale, model__n_embd=width)
-    for method, scale, loss in (("bp", math.nan, 2.0), ("fa", 0.5, 3.0), ("fa", 2.0, 3.5))
-    for width in (64, 128)
-    for seed in (1, 2, 3)
-]
 
 
 def test_a_missing_value_is_a_level_of_its_own(tmp_path: Path):

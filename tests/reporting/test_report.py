@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from studies import write_study
+from support.studies import write_study
 
 from lnjac.comparing import study as design
 from lnjac.errors import ConfigError
