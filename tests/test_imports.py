@@ -28,7 +28,7 @@ import torch
 from pathlib import Path
 from lnjac.norms.analyse import analyse
 from lnjac.runs import folder
-from lnjac.runs.schema import Column
+from lnjac.columns import Column
 
 norm = torch.nn.LayerNorm(8)
 (row,) = analyse(norm, [torch.randn(4, 8)], lambda model, x: (model(x)[:, :3].pow(3).mean(), 4))

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
 
+from lnjac.columns import Column
 from lnjac.config.schema import HASHED_AS, PLUGIN_GROUPS, RunConfig, field_types, is_group
-from lnjac.runs.schema import Column
 
 NUMERICS_VERSION = 2
 """Part of every run's identity: raised whenever the same config would give other numbers than before."""

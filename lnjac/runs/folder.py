@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, SoftFileLock, Timeout
 
+from lnjac.columns import Column
 from lnjac.files import file_sha256, why, write_atomically
-from lnjac.runs.schema import LONG, SCHEMA_VERSION, TABLES, Column
+from lnjac.runs.schema import LONG, SCHEMA_VERSION, TABLES
 
 STATUS = "status.json"
 FILES = {"layers": "layers.parquet", "runs": "run.parquet", "curves": "curve.parquet"}

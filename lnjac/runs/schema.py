@@ -1,20 +1,10 @@
 """Every column of every table, written down once: the files' schema, the checks and docs/columns.md come from here."""
 
-from typing import NamedTuple
-
+from lnjac.columns import Column
 from lnjac.norms.formulas import ENERGIES, RSTD_POWERS, SIGMA_QUANTILES, SURROGATES
 
 SCHEMA_VERSION = 2
 """Raised when a column is added or changes its name, type or meaning: tables of another version are not read."""
-
-
-class Column(NamedTuple):
-    """One column: dtype is int64, float64, string or bool; unit is empty for a pure number."""
-
-    name: str
-    dtype: str
-    unit: str
-    meaning: str
 
 
 RUN_ID = Column(

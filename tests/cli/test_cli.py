@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from support.paths import ROOT
 
+from lnjac.columns import Column
 from lnjac.runs import folder as runs
 from lnjac.runs import merge as sweep
 from lnjac.runs import schema as tables
-from lnjac.runs.schema import Column
 
 FILL = {"int64": 7, "float64": 0.25, "string": "x", "bool": False}
 

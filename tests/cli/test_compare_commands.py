@@ -313,7 +313,7 @@ def test_diff_names_rows_that_one_lacks(merged: Any):
 
 
 def test_diff_tells_null_from_nan_and_sees_columns(merged: Any):
-    from lnjac.runs.schema import Column
+    from lnjac.columns import Column
 
     one = merged("a", run={"val_loss_nats": math.nan})
     other = merged("b", run={"val_loss_nats": None}, config=[(Column("extra", "int64", "", ""), 1)])

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from support.folders import SITES, make_run, rewrite, rows_of, with_column
 
 from lnjac import load_run
+from lnjac.columns import Column
 from lnjac.comparing import study as design
 from lnjac.errors import ConfigError
 from lnjac.files import file_sha256
@@ -34,7 +35,7 @@ from lnjac.runs import state as plan
 from lnjac.runs.diff import diff
 from lnjac.runs.merge import load, merge
 from lnjac.runs.read import companions, search
-from lnjac.runs.schema import CORE, LAYERS, SCHEMA_VERSION, TABLES, Column
+from lnjac.runs.schema import CORE, LAYERS, SCHEMA_VERSION, TABLES
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from lnjac.columns import Column
 from lnjac.files import file_sha256
 from lnjac.runs import folder as runs
 from lnjac.runs.read import companions
-from lnjac.runs.schema import CURVES, LAYERS, RUNS, TABLES, Column
+from lnjac.runs.schema import CURVES, LAYERS, RUNS, TABLES
 
 SITES = (
     "blocks.0.ln_1",
