@@ -21,7 +21,7 @@ LARGE = 1e6
 SMALL = 1e-3
 """Size of the small one: ε between 1e-12 and 1 is seen beside its variance."""
 
-SAMPLE = 1024
+SAMPLE = 128
 """Tokens on which a module's output is compared with the formula's."""
 
 ROUNDING = 64
