@@ -67,7 +67,7 @@ def test_the_command_line_makes_sense(words: tuple[str, ...], monkeypatch: pytes
 
 @pytest.fixture(scope="session")
 def slurm() -> None:
-    """Skip where no Slurm answers; asked only once a test wants it, for an installed one that is down takes long to say so."""
+    """Skip where no Slurm answers. Asked by tests, never while collecting: an installed Slurm that is down takes seconds."""
     if importlib.util.find_spec("submitit") is not None and shutil.which("sinfo") is not None:
         with suppress(subprocess.SubprocessError):
             subprocess.run(["sinfo"], check=True, capture_output=True, timeout=5)
