@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import importlib
 import inspect
-import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,8 +19,9 @@ from enum import Enum
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lnjac.diagnostics.settings import Diagnostics
 from lnjac.errors import ConfigError
-from lnjac.norms.formulas import GradAt
+from lnjac.gpt.settings import Model, Precision
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -34,133 +34,6 @@ class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-class Precision(str, Enum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp64 = "fp64"
-
-
-class NormKind(str, Enum):
-    layernorm = "layernorm"
-    rmsnorm = "rmsnorm"
-
-
-class Placement(str, Enum):
-    pre = "pre"
-    post = "post"
-
-
-class Split(str, Enum):
-    train = "train"
-    val = "val"
-
-
-class Schedule(str, Enum):
-    none = "none"
-    final = "final"
-    linear = "linear"
-    log = "log"
-    list = "list"
-
-
-class Parts(str, Enum):
-    """How finely a replaced backward is compared with the exact one: each level adds rows to those before it."""
-
-    model = "model"
-    block = "block"
-    tensor = "tensor"
-
-
-@dataclass
-class Model:
-    """Shape of the GPT (conf/model)."""
-
-    name: str
-    n_layer: int
-    n_head: int
-    n_embd: int
-    block_size: int
-    dropout: float
-    bias: bool
-    norm: NormKind
-    placement: Placement
-    affine: bool
-    eps: float
-    qk_norm: bool
-    tie: bool
-
-    def problems(self, config: "RunConfig") -> Iterator[str]:
-        for field in ("n_layer", "n_head", "n_embd", "block_size"):
-            if (value := getattr(self, field)) < 1:
-                yield f"model.{field}={value} must be at least 1"
-        if self.n_head >= 1 and self.n_embd >= 1 and self.n_embd % self.n_head:
-            below = self.n_embd - self.n_embd % self.n_head
-            tries = " or ".join(str(n) for n in (below, below + self.n_head) if n)
-            yield f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}: try n_embd={tries}"
-        if not 0 <= self.dropout < 1:
-            yield f"model.dropout={self.dropout} must lie in [0, 1)"
-        if not 0 <= self.eps < math.inf:
-            yield f"model.eps={self.eps} must not be negative or infinite: LayerNorm's usual value is 1e-5"
-
-
-@dataclass
-class Diagnostics:
-    """What is measured, when, and on how much (conf/diagnostics)."""
-
-    name: str
-    schedule: Schedule
-    every: int
-    steps: list[int]
-    batches: int
-    batch_size: int
-    split: Split
-    grad_at: GradAt
-    distributions: bool
-    position_bins: int
-    alignment: bool
-    feedback_draws: int
-    attention: bool
-    swap: bool
-    swap_parts: Parts
-
-    def at(self, last: int) -> list[int]:
-        """The steps (numbers of updates done) at which the norms are analysed; the last one is always among them."""
-        match self.schedule:
-            case Schedule.none:
-                return []
-            case Schedule.final:
-                chosen: list[int] = []
-            case Schedule.linear:
-                chosen = list(range(0, last, self.every))
-            case Schedule.log:
-                chosen = [0] + [2**k for k in range(last.bit_length())]
-            case Schedule.list:
-                chosen = list(self.steps)
-        return sorted({step for step in chosen if step < last} | {last})
-
-    def problems(self, config: "RunConfig") -> Iterator[str]:
-        for field in ("batches", "batch_size", "every", "position_bins"):
-            if (value := getattr(self, field)) < 1:
-                yield f"diagnostics.{field}={value} must be at least 1"
-        if self.feedback_draws < 0:
-            yield f"diagnostics.feedback_draws={self.feedback_draws} must not be negative: 0 draws none"
-        if self.steps and self.schedule is not Schedule.list:
-            yield (
-                f"diagnostics.steps={self.steps} is not used by diagnostics.schedule={self.schedule.value}: "
-                "set diagnostics.schedule=list, or leave steps out"
-            )
-        if self.schedule is Schedule.none:
-            for field in ("distributions", "alignment", "feedback_draws", "attention", "swap"):
-                if value := getattr(self, field):
-                    yield (
-                        f"diagnostics.{field}={value} measures nothing with diagnostics.schedule=none: "
-                        "choose a schedule, such as final"
-                    )
-        for step in self.steps:
-            if not 0 <= step <= config.steps:
-                yield f"diagnostics.steps holds {step}, outside the run's 0 to {config.steps}: drop it or raise steps"
 
 
 @dataclass

@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 
 from lnjac.config import identity as config_identity
 from lnjac.config import schema
-from lnjac.config.schema import Device, Precision, RunConfig
+from lnjac.config.schema import Device, RunConfig
 from lnjac.data import batches
 from lnjac.data.corpus import Corpus
 from lnjac.errors import ConfigError
 from lnjac.gpt import model as gpt
 from lnjac.gpt.credit import ONEDNN, is_feedback
+from lnjac.gpt.settings import Precision
 from lnjac.norms.layers import norms, unmatched
 from lnjac.progress import progress
 from lnjac.runs import folder as runs
