@@ -58,8 +58,7 @@ def admit(config: RunConfig, *, here: bool = True) -> Corpus:
     except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
         problems.append(f"the config cannot be stored in a table: {error}; give its dataclass plain typed values")
     if not problems:
-        with torch.device("meta"):
-            sites = [name for name, _ in norms(gpt.GPT(config.model, config.attn_mode, vocab_size=1))]
+        sites = _sites(config)
         if not config.ln_backward.sites:
             problems.append("ln_backward.sites is empty: name a site, or use ln_backward=exact")
         problems += [
@@ -74,6 +73,18 @@ def admit(config: RunConfig, *, here: bool = True) -> Corpus:
     if problems := schema.check_corpus(config, len(corpus.train), len(corpus.val)):
         raise ConfigError("\n".join(problems))
     return corpus
+
+
+def _sites(config: RunConfig) -> list[str]:
+    """Return the names of the model's norms. A sweep checks thousands of configs of a few models, so they are kept."""
+    key = repr((config.model, config.attn_mode))
+    if key not in _KNOWN_SITES:
+        with torch.device("meta"):
+            _KNOWN_SITES[key] = [name for name, _ in norms(gpt.GPT(config.model, config.attn_mode, vocab_size=1))]
+    return _KNOWN_SITES[key]
+
+
+_KNOWN_SITES: dict[str, list[str]] = {}
 
 
 def _hardware_problems(config: RunConfig) -> list[str]:
