@@ -20,13 +20,13 @@ def task(cfg: "DictConfig") -> str:
     from hydra.types import RunMode
 
     from lnjac import errors
-    from lnjac.config import schema
+    from lnjac.config import compose, schema
     from lnjac.escape import visible_lines
     from lnjac.training import run as train
 
     job = HydraConfig.get()
     try:
-        settings = schema.build(cfg, job.runtime.choices)
+        settings = schema.build(compose.plain(cfg), job.runtime.choices)
         corpus = train.admit(settings)
         if job.mode == RunMode.RUN and (meant := [word for word in job.overrides.task if word.startswith("sweep=")]):
             raise errors.ConfigError(f"{meant[0]} names the folder of a sweep, and this is one run: add -m")

@@ -42,11 +42,11 @@ POLL_S = 1.0
 class Job:
     """One job of the sweep: how it was asked for, what it is, and where it goes.
 
-    `config` is a lnjac.config.schema.RunConfig and `state` a lnjac.runs.state.State.
+    `composed` is a lnjac.config.compose.Composed, `config` a RunConfig of it and `state` a lnjac.runs.state.State.
     """
 
     overrides: list[str]
-    composed: DictConfig
+    composed: Any
     config: Any
     identity: dict[str, str]
     folder: Path
@@ -157,7 +157,7 @@ class Sweeper(BasicSweeper):
         if isinstance(self.launcher, Engine) and not self.config.dry_run:
             self.launcher.prepare()
         from lnjac import errors
-        from lnjac.config import compose, schema
+        from lnjac.config import compose
         from lnjac.config import identity as config_identity
         from lnjac.escape import visible
         from lnjac.runs import state as plan
@@ -172,9 +172,9 @@ class Sweeper(BasicSweeper):
             choices: Mapping[str, str] = {}
             said = ""
             try:
-                composed = self._composed(composer, overrides)
-                choices = composed.hydra.runtime.choices
-                config = schema.build(composed)
+                composed = composer.compose(overrides)
+                choices = composed.choices
+                config = composed.build()
                 sha256 = train.admit(config, here=here).sha256
             except (errors.ConfigError, HydraException, OmegaConfBaseException) as error:
                 said = str(error) if isinstance(error, errors.ConfigError) else _in_one_line(error)
@@ -195,18 +195,19 @@ class Sweeper(BasicSweeper):
             )
         return jobs
 
-    def _composed(self, composer: Any, words: list[str]) -> DictConfig:
-        """The job's config, with what Hydra notes in it of how it was asked for."""
+    def _full(self, job: Job) -> DictConfig:
+        """Return the job's config as Hydra composes it, with its folder and the words by which it was asked for."""
         assert self.config is not None
-        overrides = composer.parse(words)
-        config: DictConfig = composer.compose(overrides)
-        ours = [override for override in overrides if not override.is_hydra_override()]
+        config: DictConfig = job.composed.full()
+        ours = [override for override in job.composed.overrides if not override.is_hydra_override()]
         config.hydra.overrides.task = [str(override.input_line).removeprefix("++") for override in ours]
         names = config.hydra.job.config.override_dirname
         config.hydra.job.override_dirname = get_overrides_dirname(
             overrides=ours, kv_sep=names.kv_sep, item_sep=names.item_sep, exclude_keys=names.exclude_keys
         )
         OmegaConf.copy_cache(from_config=self.config, to_config=config)
+        with open_dict(config):
+            config.hydra.sweep.subdir = job.folder.name
         return config
 
     def _distinct(self, jobs: Sequence[Job]) -> list[Job]:
@@ -260,10 +261,8 @@ class Sweeper(BasicSweeper):
         returned: list[JobReturn] = []
         try:
             if isinstance(self.launcher, Engine):
-                for job in jobs:
-                    with open_dict(job.composed):
-                        job.composed.hydra.sweep.subdir = job.folder.name
-                returned = list(self.launcher.launch_composed([job.composed for job in jobs], first))
+                configs = [self._full(job) for job in jobs]  # large, so made when they are needed
+                returned = list(self.launcher.launch_composed(configs, first))
             else:
                 grid = [[*job.overrides, f"hydra.sweep.subdir={job.folder.name}"] for job in jobs]
                 returned = list(self.launcher.launch(grid, initial_job_idx=first))

@@ -18,7 +18,7 @@ import torch
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from support.commands import TINY, assert_ends_well_without_a_reader, command
 from support.paths import ROOT
 from support.sweeping import folders, one_job_fails, science, started, sweeper_of, wait_for, workers
@@ -44,11 +44,14 @@ def test_jobs_are_composed_as_hydra_composes_them(words: list[str], monkeypatch:
     loader, master = sweeper.hydra_context.config_loader, sweeper.config
     composer = Composer(loader, lambda words: loader.load_sweep_config(master, words))
     for _ in range(2):  # the second time from what is known
-        one, other = sweeper._composed(composer, words), loader.load_sweep_config(master, words)
+        one = sweeper._full(SimpleNamespace(composed=composer.compose(words), folder=Path("a-b")))
+        other = loader.load_sweep_config(master, words)
+        with open_dict(other):
+            other.hydra.sweep.subdir = "a-b"
         plain = [OmegaConf.to_container(config, resolve=False) for config in (one, other)]
         assert plain[0] == plain[1]
     with pytest.raises(Exception, match="nosuch"):
-        composer.compose(composer.parse([*words, "method=nosuch"]))
+        composer.compose([*words, "method=nosuch"])
 
 
 @pytest.mark.slow
