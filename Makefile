@@ -5,6 +5,8 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 # Modules are compiled as they are imported, and kept: pip would compile all that is installed, for longer than installing takes.
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt --editable
+# Small tensors: a second thread would mostly wait.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: sweep test test-fast test-slurm test-ray lint format docs benchmark clean
@@ -13,12 +15,11 @@ sweep: $(VENV)/.installed
 	$(PY) run.py -m attn_mode=softmax,sigmoid seed=1,2,3 $(ARGS)
 
 test: lint
-	@# Small tensors: a second thread would mostly wait.
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+	$(PYTEST)
 
 # The unit tests alone.
 test-fast: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # On a real Slurm and a real Ray: where `sinfo` finds no cluster, ../shared/slurm starts one on this machine.
 test-slurm: $(VENV)/.installed-slurm

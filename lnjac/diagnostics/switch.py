@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lnjac.norms.capture import Loss
-from lnjac.norms.decompose import center, normalise, pull_back, remove_radial
+from lnjac.norms.decompose import center, normalise, pull_back, remove_radial, wide
 from lnjac.norms.formulas import EXACT, Backward
 from lnjac.norms.layers import norms
 
@@ -96,7 +96,7 @@ class _Recorder:
         self.sites, self.calls = [site], calls
 
     def surrogate(self, x: Tensor, eps: float, *, rms: bool) -> Tensor:
-        precise = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        precise = wide(x.detach())
         call = Call(self.sites[0], x, normalise(precise, eps, rms=rms).rstd, rms)
         self.calls.append(call)
         switched: Tensor = _Switched.apply(x, call)  # type: ignore[no-untyped-call]

@@ -183,7 +183,7 @@ PULLBACK = 0.02
 
 
 def _through(forward: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Tensor:
-    """Return autograd's ∂L/∂x through a norm's own forward. x, grad: (…, d)."""
+    """Return autograd's ∂L/∂x through a norm's forward. x, grad: (…, d)."""
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         leaf = x.detach().clone().requires_grad_()
         y = forward(leaf)
@@ -193,11 +193,12 @@ def _through(forward: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Te
 def replay(x: Tensor, grad: Tensor, eps: float, *, weight: Tensor | None, rms: bool) -> Tensor:
     """Autograd's ∂L/∂x through this norm alone, with its exact backward, in x's dtype. x, grad: (…, d); weight: (d,)."""
     d = (x.shape[-1],)
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        leaf = x.detach().clone().requires_grad_()
-        gamma = None if weight is None else weight.to(x.dtype)
-        y = F.rms_norm(leaf, d, gamma, eps) if rms else F.layer_norm(leaf, d, gamma, None, eps)
-        return torch.autograd.grad(y, leaf, grad.to(y.dtype))[0]
+    gamma = None if weight is None else weight.to(x.dtype)
+
+    def forward(x: Tensor) -> Tensor:
+        return F.rms_norm(x, d, gamma, eps) if rms else F.layer_norm(x, d, gamma, None, eps)
+
+    return _through(forward, x, grad)
 
 
 def _row(model: nn.Module, parts: Sequence[Measured]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lnjac.norms.decompose import wide_dtype
 from lnjac.norms.layers import Norm
 from lnjac.norms.recognise import NormFormula, Unrecognised, is_candidate, own_forward, recognise, require_formula
 
@@ -143,10 +144,9 @@ class _Recorder:
             named = dict(kwargs)
             first, *rest = args or (named.pop(next(iter(named))),)
             x, replaced = first.detach(), None
-            if type(module) not in GUARDED:
-                x = x.clone()  # it may have been cast before autograd, which guards what it keeps, kept it
+            if type(module) not in GUARDED or not output.requires_grad:
+                x = x.clone()  # autograd, which may keep no input here, would not notice one changed in place
             if not output.requires_grad:  # nothing below is trainable: give the gradient a place to arrive
-                x = x.clone()  # autograd, which keeps no input here, would not notice one changed in place
                 replaced = output = output.detach().requires_grad_().clone()
             call = _Call(when, module, x, tuple(rest), named)
             if recomputed:
@@ -180,7 +180,8 @@ class _Recorder:
             self._pair(site)
         assert call.when is not None
         try:
-            forward = own_forward(call.module, call.args, call.kwargs, _sufficient(call.x.dtype))
+            # in float32 for a half input, whose rounding would hide a fault
+            forward = own_forward(call.module, call.args, call.kwargs, wide_dtype(call.x.dtype))
             norm = recognise(call.module, call.x, call.args, call.kwargs)
             seen = Capture(
                 site=site,
@@ -199,11 +200,6 @@ class _Recorder:
         except Unrecognised as error:
             self.refused[site] = str(error)
         del call.x
-
-
-def _sufficient(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a module is called again: float32 for the half ones, whose rounding would hide a fault."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _on_tokens(norm: NormFormula, forward: Callable[[Tensor], Tensor], shape: torch.Size) -> Callable[[Tensor], Tensor]:

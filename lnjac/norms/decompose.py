@@ -315,9 +315,14 @@ def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = Fa
     }
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float32 for the half dtypes, any other dtype as it is."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def wide(x: Tensor) -> Tensor:
     """x in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide_dtype(x.dtype))
 
 
 def dot(a: Tensor, b: Tensor) -> float:

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lnjac.norms.decompose import normalise, wide_dtype
+from lnjac.norms.layers import exact_norms
+
 LARGE = 1e6
 """Size of the chosen token: its variance makes any ε vanish."""
 
@@ -61,15 +64,17 @@ class NormFormula:
 
     def tokens(self, x: Tensor) -> Tensor:
         """Return the module's input or output as (…, d), the normalised axis last."""
-        return x.movedim(self.axis, -1) if self.dims == 1 else x.flatten(-self.dims)
+        return as_tokens(x, self.axis, self.dims)
 
-    def output(self, x: Tensor) -> Tensor:
-        """Return γ⊙z + β of tokens x: (…, d), in float64."""
-        x = x.double()
-        centred = x if self.rms else x - x.mean(-1, keepdim=True)
-        y = centred * (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        y = y if self.weight is None else y * self.weight
+    def output(self, z: Tensor) -> Tensor:
+        """Return γ⊙z + β: (…, d)."""
+        y = z if self.weight is None else z * self.weight
         return y if self.bias is None else y + self.bias
+
+
+def as_tokens(x: Tensor, axis: int, dims: int) -> Tensor:
+    """Return x as (…, d): one axis moved to the end, or the last `dims` of them as one."""
+    return x.movedim(axis, -1) if dims == 1 else x.flatten(-dims)
 
 
 def is_candidate(module: nn.Module) -> bool:
@@ -112,7 +117,8 @@ def recognise(
             reasons.append(str(error))
         except (RuntimeError, TypeError, IndexError, ValueError, AttributeError) as error:
             if axis == -1:
-                reasons.append(f"on chosen tokens it raises {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+                line = str(error).partition("\n")[0][:120]
+                reasons.append(f"on chosen tokens it raises {type(error).__name__}: {line}")
     raise Unrecognised("; along its second axis, ".join(reasons))
 
 
@@ -125,29 +131,24 @@ def own_forward(
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         cast = {name: t.detach().to(dtype) if t.is_floating_point() else t for name, t in state.items()}
         rest = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-        with _undisturbed(module):
+        with _without_hooks(module), exact_norms(module):
             return torch.func.functional_call(module, cast, (x.to(dtype), *rest), dict(kwargs))
 
     return forward
 
 
 @contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Within the context the module has no hooks, and the exact backward if it is one of lnjac's norms."""
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """Within the context the module has no hooks."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     held = {name: getattr(module, name) for name in names}
-    rule = getattr(module, "backward_rule", None)
     try:
         for name, hooks in held.items():
             setattr(module, name, type(hooks)())
-        if rule is not None:
-            vars(module)["backward_rule"] = None
         yield
     finally:
         for name, hooks in held.items():
             setattr(module, name, hooks)
-        if rule is not None:
-            vars(module)["backward_rule"] = rule
 
 
 def _along(module: nn.Module, call: Callable[[Tensor], Any], x: Tensor, axis: int, shape: list[int]) -> NormFormula:
@@ -165,7 +166,7 @@ def _along(module: nn.Module, call: Callable[[Tensor], Any], x: Tensor, axis: in
         y = call(given)
     if not isinstance(y, Tensor) or y.shape != given.shape:
         raise Unrecognised("its output is no tensor of its input's shape")
-    y = (y.movedim(axis, -1) if len(shape) == 1 else y.flatten(-len(shape))).reshape(5, d).double()
+    y = as_tokens(y, axis, len(shape)).reshape(5, d).double()
     if not y.isfinite().all():
         raise Unrecognised("its output is not finite")
     weight, bias = (y[0] - y[1]) / (2 * token / size.sqrt()), (y[0] + y[1]) / 2
@@ -195,10 +196,10 @@ def _along(module: nn.Module, call: Callable[[Tensor], Any], x: Tensor, axis: in
         weight=None if torch.allclose(weight, torch.ones_like(weight), rtol=0, atol=1e-12) else weight,
         bias=None if not bias.abs().max() > 1e-12 * scale else bias,
     )
-    if (apart := residual(found.output(tokens), y)) > 1e-3:
+    if (apart := residual(found.output(normalise(tokens, eps, rms=rms).z), y)) > 1e-3:
         raise Unrecognised(f"its outputs on chosen tokens are {apart:.2g} away from a norm's")
     if isinstance(module, nn.RMSNorm) and module.eps is None:  # it takes that of the dtype it computes in
-        return replace(found, eps=torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps)
+        return replace(found, eps=torch.finfo(wide_dtype(x.dtype)).eps)
     return found
 
 
@@ -223,11 +224,10 @@ def require_formula(norm: NormFormula, x: Tensor, y: Tensor) -> None:
     rows, outputs = rows[at].double(), outputs[at]
     if not (rows.isfinite().all() and outputs.isfinite().all()):
         return  # the analysis counts what is not finite
-    centred = rows if norm.rms else rows - rows.mean(-1, keepdim=True)
-    sigma = (centred.square().mean(-1) + norm.eps).sqrt()
-    lost = float((rows.abs().amax(-1) / sigma).max()) if len(rows) else 0.0
+    z, rstd = normalise(rows, norm.eps, rms=norm.rms)
+    lost = float((rows.abs() * rstd).max()) if len(rows) else 0.0
     bound = ROUNDING * torch.finfo(outputs.dtype).eps * (1 + lost)
-    if (apart := residual(norm.output(rows), outputs)) > bound:
+    if (apart := residual(norm.output(z), outputs)) > bound:
         name = "RMSNorm" if norm.rms else "LayerNorm"
         raise Unrecognised(
             f"its output is {apart:.2g} of its size away from a {name}'s, more than the {bound:.1g} of rounding"

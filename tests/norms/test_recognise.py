@@ -170,7 +170,8 @@ def test_rows_are_the_truth_whatever_the_class(norm: nn.Module, shape: tuple[int
     model = around(norm)
     x = torch.randn(*shape, D, dtype=torch.float64)
     row = pd.DataFrame(analyse(model, [(x,)], loss)).set_index("site").loc["norm"]
-    assert row[list(truth(model, x))].tolist() == pytest.approx(list(truth(model, x).values()), rel=1e-6, nan_ok=True)
+    true = truth(model, x)
+    assert row[list(true)].tolist() == pytest.approx(list(true.values()), rel=1e-6, nan_ok=True)
     assert row["norm"] == ("rmsnorm" if isinstance(norm, RMS) else "layernorm")
     assert row["jacobian_residual"] < 1e-6
 
