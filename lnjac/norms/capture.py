@@ -10,8 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lnjac.norms.decompose import wide_dtype
-from lnjac.norms.layers import Norm
-from lnjac.norms.recognise import NormFormula, Unrecognised, is_candidate, own_forward, recognise, require_formula
+from lnjac.norms.recognise import (
+    KNOWN,
+    NormFormula,
+    Unrecognised,
+    is_candidate,
+    own_forward,
+    recognise,
+    require_formula,
+)
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
 """`loss(model, batch)`: the mean loss, and the number of tokens it is the mean of."""
@@ -32,9 +39,6 @@ class Capture:
     forward: Callable[[Tensor], Tensor] | None = None
     """The module's own forward of x: (…, d), with its exact backward, for half inputs in float32."""
 
-
-GUARDED = (nn.LayerNorm, nn.RMSNorm, Norm)
-"""Classes whose input autograd keeps, so that it raises when the input is changed in place before the backward pass."""
 
 Unknown = Literal["raise", "warn", "skip"]
 
@@ -144,7 +148,7 @@ class _Recorder:
             named = dict(kwargs)
             first, *rest = args or (named.pop(next(iter(named))),)
             x, replaced = first.detach(), None
-            if type(module) not in GUARDED or not output.requires_grad:
+            if type(module) not in KNOWN or not output.requires_grad:
                 x = x.clone()  # autograd, which may keep no input here, would not notice one changed in place
             if not output.requires_grad:  # nothing below is trainable: give the gradient a place to arrive
                 replaced = output = output.detach().requires_grad_().clone()

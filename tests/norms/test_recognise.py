@@ -265,3 +265,14 @@ def test_an_input_changed_in_place_after_an_upcast_is_read_as_it_was() -> None:
     with capture(model) as calls:
         model(x).backward()
     assert torch.equal(calls[0].x, model.embed(x).detach())
+
+
+def test_a_known_class_is_believed_only_as_far_as_its_output_shows() -> None:
+    """Its constants are read from its attributes, and another forward put in its place is noticed all the same."""
+    norm = nn.LayerNorm(D)
+    model, x = around(norm), torch.randn(3, 5, D, dtype=torch.float64)
+    norm.forward = lambda h: F.layer_norm(h, (D,), norm.weight + 1, norm.bias, norm.eps)  # type: ignore[method-assign]
+    with pytest.raises(
+        ValueError, match=r"^norm \(LayerNorm\) is not measured: its output is .* away from a LayerNorm's"
+    ):
+        analyse(model, [(x,)], loss)
