@@ -35,7 +35,7 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format .
 
 # The site, in build/site. It asks no other host for anything: `python -m http.server -d build/site` shows it.
-docs: $(VENV)/.installed-docs
+docs: $(VENV)/.installed-dev
 	$(PY) -m lnjac columns > docs/columns.md.tmp && mv docs/columns.md.tmp docs/columns.md
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
@@ -59,7 +59,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(PY)
 	$(PIP_INSTALL) '.[dev]'
 	@touch $@ $(VENV)/.installed
 
-$(VENV)/.installed-slurm $(VENV)/.installed-ray $(VENV)/.installed-docs: $(VENV)/.installed-%: $(VENV)/.installed-dev
+$(VENV)/.installed-slurm $(VENV)/.installed-ray: $(VENV)/.installed-%: $(VENV)/.installed-dev
 	$(PIP_INSTALL) '.[dev,$*]'
 	@touch $@
 

@@ -43,7 +43,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Fill in the page's generated part, and turn links between files of the repository into links between pages."""
+    """Fill in a page's generated part, and turn links between files of the repository into links between pages."""
+    if page.parent is None:  # a tab of one page has no list of pages to show beside it
+        page.meta["hide"] = ["navigation"]
     parts = {"<!-- api -->": api, "<!-- commands -->": commands, "<!-- configuration -->": configuration}
     for marker, write in parts.items():
         if marker in markdown:
@@ -98,7 +100,10 @@ def commands() -> str:
     env = {**os.environ, "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "200"}
     text = subprocess.run(words, cwd=ROOT, env=env, check=True, capture_output=True, text=True).stdout
     text = re.sub(r"^\*\*Usage\*\*:\n\n```console\n\$ (.*)\n```", r"```text\n\1\n```", text, flags=re.MULTILINE)
-    return re.sub(r"\n\nExample:\n((?:    .*\n)+)", _fenced, text.partition("\n")[2])
+    text = re.sub(
+        r"^\*\*Commands\*\*:\n\n(?:\* .*\n)+", "", text, flags=re.MULTILINE
+    )  # cut short; the contents list them
+    return re.sub(r"\n\n\x08?\s*Example:\n((?:    .*\n)+)", _fenced, text.partition("\n")[2])
 
 
 def _fenced(found: "re.Match[str]") -> str:
