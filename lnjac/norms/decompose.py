@@ -195,7 +195,7 @@ METRICS: dict[str, Callable[[Tokens], Tensor]] = {}
 
 
 def metric(function: Callable[[Tokens], Tensor]) -> Callable[[Tokens], Tensor]:
-    """Decorator: make function(tokens) -> (n,) a column of its name, declared in `tables.LAYERS` (docs/how-to.md)."""
+    """Decorator: make function(tokens) -> (n,) a column of its name, declared in `tables.LAYERS` (docs/extending.md)."""
     METRICS[function.__name__] = function
     return function
 
