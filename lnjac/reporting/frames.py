@@ -175,7 +175,8 @@ def layer_values(view: View, metrics: Sequence[str], *, last: bool) -> "pd.DataF
     known = [*dict.fromkeys([*RUN, "step", "site", "call", *metrics])]
     rows = view.study.frame("layers", known)
     if rows["call"].any():
-        rows = pooling.pooled(view.study.frame("layers", [*dict.fromkeys([*known, *pooling.NEEDED])]), list(metrics))
+        described = view.study.described("layers")
+        rows = pooling.pooled(view.study.frame("layers", pooling.needed(metrics, described)), metrics, described)
     rows = rows.merge(context, on=RUN)
     if last:
         rows = rows[rows["step"] == rows.groupby(RUN)["step"].transform("max")]
