@@ -32,7 +32,7 @@ def make_run(folder: Path, seed: int = 1, *, steps: tuple[int, ...] = (0, 100), 
         for step in steps
         for i, site in enumerate(("blocks.0.ln_1", "ln_f"))
     ]
-    out.write("layers", layers, config, {})
+    out.write("layers", tables.TABLES["layers"], layers, config, {})
     known = {
         "status": "done",
         "diverged_step": None,
@@ -40,8 +40,8 @@ def make_run(folder: Path, seed: int = 1, *, steps: tuple[int, ...] = (0, 100), 
         "unigram_nats": 3.0,
         "bigram_nats": 2.0,
     }
-    out.write("runs", [row("runs", **(ids | known | run))], config, {})
-    out.write("curves", [row("curves", run_id=ids["run_id"], step=0)], config, {})
+    out.write("runs", tables.TABLES["runs"], [row("runs", **(ids | known | run))], config, {})
+    out.write("curves", tables.TABLES["curves"], [row("curves", run_id=ids["run_id"], step=0)], config, {})
     out.status(run.get("status", "done"))
     return folder
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,6 +15,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+from lnjac.columns import Column
 from lnjac.config import compose, schema
 from lnjac.gpt import attention, methods
 from lnjac.norms import decompose as jacobian
@@ -94,12 +96,13 @@ def defined(monkeypatch: pytest.MonkeyPatch, module: object, code: str, name: st
 def test_how_to_add_a_metric(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = root / "docs" / "extending.md"
     monkeypatch.setattr(jacobian, "METRICS", {})
-    column = eval(example(page, 'Column("log2_sigma"'), vars(tables))
-    monkeypatch.setitem(tables.TABLES, "layers", [*tables.LAYERS, column])
     exec(example(page, "@metric"), {**vars(jacobian)})
+    ratio = eval(example(page, 'Column("mean_to_radial"'), {"Column": Column})
+    monkeypatch.setattr(jacobian, "COLUMNS", [*jacobian.COLUMNS, ratio])
     settings = compose.compose(*SHORT, f"data.dir={tmp_path}/play", "diagnostics.distributions=true")
     assert train.run(settings, tmp_path / "run") == "done"
     layers = runs.read_table(tmp_path / "run" / "layers.parquet").to_pandas()
+    np.testing.assert_allclose(layers["mean_to_radial"], layers["sum_A"] / layers["sum_B"], rtol=1e-12)
     spread = runs.read_table(tmp_path / "run" / "distributions.parquet").to_pandas()
     ends = spread[(spread["quantity"] == "log2_sigma") & (spread["statistic"] == "quantile")]
     low, high = (ends[ends["at"] == at].set_index("site")["value"] for at in (0.0, 1.0))
