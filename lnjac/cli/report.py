@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lnjac.cli.compare import AsJson, Sources, ascii_json, study
+from lnjac.cli.options import AsJson, Sources, study
+from lnjac.cli.tables import ascii_json
 from lnjac.errors import ConfigError
 from lnjac.escape import visible
 

@@ -198,12 +198,6 @@ class Metric(NamedTuple):
     of: Callable[[Tokens], Tensor]
 
 
-<<<<<<< HEAD
-def metric(function: Callable[[Tokens], Tensor]) -> Callable[[Tokens], Tensor]:
-    """Decorator: make function(tokens) -> (n,) a column of its name, declared in `tables.LAYERS` (docs/extending.md)."""
-    METRICS[function.__name__] = function
-    return function
-=======
 METRICS: dict[str, Metric] = {}
 """Further quantities by name: filled by `metric`."""
 
@@ -227,7 +221,6 @@ def metric(meaning: str, unit: str = "") -> Callable[[Callable[[Tokens], Tensor]
 def columns() -> list[Column]:
     """Return the measured columns of `layers`, those of METRICS included."""
     return [*COLUMNS, *(metric.column for metric in METRICS.values())]
->>>>>>> wip-columns
 
 
 def per_token(tokens: Tokens, *, rms: bool = False) -> dict[str, Tensor]:

@@ -75,9 +75,9 @@ class View:
         known = [*dict.fromkeys([*RUN, "step", "site", "call", *metrics])]
         rows = self.study.frame("layers", known)
         if rows["call"].any():
-            rows = pooling.pooled(
-                self.study.frame("layers", [*dict.fromkeys([*known, *pooling.NEEDED])]), list(metrics)
-            )
+            described = self.study.described("layers")
+            rows = self.study.frame("layers", pooling.needed(metrics, described))
+            rows = pooling.pooled(rows, metrics, described)
         rows = self.done.merge(rows, on=RUN)
         if last:
             rows = rows[rows["step"] == rows.groupby(RUN)["step"].transform("max")]

@@ -255,7 +255,7 @@ def test_show_a_sweep_lists_the_runs_to_choose_from(lnjac: Any, tmp_path: Path):
     assert code == 1
     assert err == f"lnjac: {tmp_path} holds 2 runs: choose one by --run from abc1, abc2\n"
     assert lnjac("show", tmp_path, "--run", "abc2") == lnjac("show", tmp_path / "1")
-    error = f"lnjac: {tmp_path} holds no run whose run_id starts with 0: choose one by --run from abc1, abc2\n"
+    error = f"lnjac: the run_id of no runs in {tmp_path} starts with 0: choose one by --run from abc1, abc2\n"
     assert lnjac("show", tmp_path, "--run", 0) == (1, "", error)
     error = f"lnjac: the run_id of 2 runs in {tmp_path} starts with a: choose one by --run from abc1, abc2\n"
     assert lnjac("show", tmp_path, "--run", "a") == (1, "", error)
@@ -279,7 +279,7 @@ def test_show_a_merged_file_asks_for_one_of_its_runs(lnjac: Any, tmp_path: Path)
     assert lnjac("show", out) == (1, "", f"lnjac: {out} holds 2 runs: choose one by --run from abc1, abc2\n")
     assert lnjac("show", out, "--run", "abc2")[1] == lnjac("show", tmp_path / "1")[1]
     code, _, err = lnjac("show", out, "--run", "zzz")
-    said = f"lnjac: {out} holds no run whose run_id starts with zzz: choose one by --run from abc1, abc2\n"
+    said = f"lnjac: the run_id of no runs in {out} starts with zzz: choose one by --run from abc1, abc2\n"
     assert (code, err) == (1, said)
 
 
