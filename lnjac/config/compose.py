@@ -154,6 +154,12 @@ class Composed:
         self._composer, self._base, self._plain = composer, base, plain
         self.overrides, self.choices = overrides, base.choices
 
+    @property
+    def hydra(self) -> "DictConfig":
+        """Hydra's own part of the config, with its launcher; what it notes of a job is in `full` alone."""
+        found: DictConfig = self._base.config.hydra
+        return found
+
     def build(self) -> RunConfig:
         """Return the typed config. Raises ConfigError for values that the schema refuses."""
         given = [(o.key_or_group, o.value()) for o in self._plain if o.key_or_group not in SWEEP]

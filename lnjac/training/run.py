@@ -26,10 +26,12 @@ from lnjac.errors import ConfigError
 from lnjac.gpt import model as gpt
 from lnjac.gpt.credit import ONEDNN, is_feedback
 from lnjac.gpt.settings import Precision
+from lnjac.norms import decompose
 from lnjac.norms.layers import norms, unmatched
 from lnjac.progress import progress
 from lnjac.runs import folder as runs
 from lnjac.runs import state as plan
+from lnjac.runs.schema import DIAG_ID, RUN_ID, STEP, TABLES
 from lnjac.seeding import sequence
 from lnjac.text import layer_table
 from lnjac.training import checkpoint
@@ -347,9 +349,9 @@ def _write(
 ) -> None:
     config = training.config
     metadata = {**identity, "config": config_identity.to_dict(config), "provenance": _environment(config, training)}
-    columns = config_identity.columns(config)
+    declared = {**TABLES, "layers": [RUN_ID, DIAG_ID, STEP, *decompose.columns()]}
     for name, rows in tables.items():
-        out.write(name, rows, columns, metadata)
+        out.write(name, declared[name], rows, config_identity.columns(config), metadata)
     idx, targets = (torch.stack(part) for part in zip(*training.diagnostic_batches(), strict=True))
     out.save(runs.BATCH, lambda path: save_file({"idx": idx, "targets": targets}, path))
     if config.save_model:

@@ -12,7 +12,8 @@ from lnjac.comparing import intervals as stats
 from lnjac.comparing.compare import compare
 from lnjac.comparing.cost import cost
 
-STUDY = ROOT / "docs" / "study"
+STUDY = ROOT / "studies" / "cost"
+PAGE = ROOT / "docs" / "study.md"
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +28,12 @@ def study() -> ModuleType:
 
 @pytest.mark.slow
 def test_every_number_is_the_scripts(study: ModuleType) -> None:
-    text = (STUDY / "README.md").read_text()
+    text = PAGE.read_text()
     assert study.filled(text) == text
 
 
 def test_prose_has_no_measured_number(study: ModuleType) -> None:
-    text = (STUDY / "README.md").read_text()
+    text = PAGE.read_text()
     for name in study.BLOCKS:
         text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", "", text, flags=re.DOTALL)
     assert "-->" not in text
@@ -40,7 +41,7 @@ def test_prose_has_no_measured_number(study: ModuleType) -> None:
 
 
 def test_an_altered_table_or_page_is_noticed(study: ModuleType, tmp_path: Path) -> None:
-    text = (STUDY / "README.md").read_text()
+    text = PAGE.read_text()
     assert study.filled(text.replace("| 1 | ", "| 1 | 9", 1)) == text
     with pytest.raises(KeyError, match="primary"):
         study.filled(text.replace("<!-- primary -->", ""))

@@ -599,7 +599,7 @@ def test_dfa_is_the_pullback_of_each_part(inject: str, error: str, cut_head: boo
 
 
 def test_a_surrogate_at_ln_f_reaches_no_block_under_dfa() -> None:
-    """Only the rounding of ln_f's own gradient differs, by which docs/study judges the costs of so unstable a method."""
+    """Only the rounding of ln_f's own gradient differs, by which docs/study.md judges the costs of so unstable a method."""
     exact = gradients(perturb(build("method=dfa")))
     found = gradients(perturb(build("method=dfa", "ln_backward=center_scale", "ln_backward.sites=[ln_f]")))
     assert_close(found, exact)
