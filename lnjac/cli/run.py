@@ -34,7 +34,9 @@ def task(cfg: "DictConfig") -> str:
         settings = schema.build(cfg, job.runtime.choices)
         corpus = train.admit(settings)
         if job.mode == RunMode.RUN and (meant := [word for word in job.overrides.task if word.startswith("sweep=")]):
-            raise errors.ConfigError(f"{meant[0]} names the folder of a sweep, and this is one run: add -m")
+            raise errors.ConfigError(
+                f"{meant[0]} names the folder of a sweep, but this command makes a single run: add -m"
+            )
         if cfg.dry_run:
             log.info("dry_run: the config is sound; nothing was started")
             return "dry_run"
@@ -66,15 +68,15 @@ def plan(cfg: "DictConfig") -> "Planned":
 
 
 def after_interruption(folder: Path) -> str:
-    """Return how an interrupted run is continued: from its checkpoint only if it has one."""
+    """Return the command that continues an interrupted run, and from where."""
     from lnjac.runs import folder as runs
 
     if runs.read_status(folder).get("status") in runs.FINISHED:
         return f"the run is finished, in {folder}"
-    same = f"the same command with hydra.run.dir={folder}"
+    same = f"run the same command with hydra.run.dir={folder}"
     if (folder / runs.CHECKPOINT).exists():
-        return f"{same} goes on from the checkpoint"
-    return f"there is no checkpoint yet, so {same} starts from the beginning"
+        return f"{same} to resume from the checkpoint"
+    return f"there is no checkpoint yet: {same} to start from the beginning"
 
 
 def interrupt(signum: int, frame: Any) -> None:
