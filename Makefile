@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt --editable
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: sweep test test-slurm test-ray lint format docs benchmark clean
+.PHONY: sweep test test-fast test-slurm test-ray lint format docs benchmark clean
 
 sweep: $(VENV)/.installed
 	$(PY) run.py -m attn_mode=softmax,sigmoid seed=1,2,3 $(ARGS)
@@ -15,6 +15,10 @@ sweep: $(VENV)/.installed
 test: lint
 	@# Small tensors: a second thread would mostly wait.
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+
+# The unit tests alone.
+test-fast: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -m "not slow"
 
 # On a real Slurm and a real Ray: where `sinfo` finds no cluster, ../shared/slurm starts one on this machine.
 test-slurm: $(VENV)/.installed-slurm

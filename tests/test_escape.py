@@ -240,6 +240,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["study", "two"])
+@pytest.mark.slow
 def test_charts_are_drawn_whatever_their_texts(name: str, tmp_path: Path, lnjac: Any, request: pytest.FixtureRequest):
     pytest.importorskip("vl_convert", reason="the extra [report] is not installed")
     from lnjac.reporting import frames as views
@@ -254,6 +255,7 @@ def test_charts_are_drawn_whatever_their_texts(name: str, tmp_path: Path, lnjac:
         assert any(part[:12] in shown for part in SHOWN)
 
 
+@pytest.mark.slow
 def test_no_section_of_a_report_is_lost(two: Path, tmp_path: Path, lnjac: Any):
     pytest.importorskip("vl_convert", reason="the extra [report] is not installed")
     code, text, err = lnjac(

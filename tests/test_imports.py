@@ -42,6 +42,7 @@ assert again["radial_share"] == row["radial_share"]
 """
 
 
+@pytest.mark.slow
 def test_norms_and_runs_need_neither_hydra_nor_config(root: Path, tmp_path: Path) -> None:
     line = [sys.executable, "-c", MEASURES_AND_WRITES, str(tmp_path / "layers.parquet")]
     done = subprocess.run(line, cwd=root, capture_output=True, text=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from lnjac.config.compose import Composed
     from lnjac.sweeps.protocol import Planned
 
 log = logging.getLogger("lnjac")
@@ -24,14 +25,14 @@ def task(cfg: "DictConfig") -> str:
     from hydra.types import RunMode
 
     from lnjac import errors
-    from lnjac.config import schema
+    from lnjac.config import compose, schema
     from lnjac.escape import visible_lines
     from lnjac.training import run as train
 
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     try:
-        settings = schema.build(cfg, job.runtime.choices)
+        settings = schema.build(compose.plain(cfg), job.runtime.choices)
         corpus = train.admit(settings)
         if job.mode == RunMode.RUN and (meant := [word for word in job.overrides.task if word.startswith("sweep=")]):
             raise errors.ConfigError(
@@ -52,19 +53,16 @@ def task(cfg: "DictConfig") -> str:
         raise
 
 
-def plan(cfg: "DictConfig") -> "Planned":
+def plan(composed: "Composed", here: bool) -> "Planned":
     """Check a sweep's job and identify its run (lnjac.sweeps.protocol). Raises ConfigError with every problem found."""
-    from hydra.utils import get_class
-
-    from lnjac.config import identity, schema
+    from lnjac.config import identity
     from lnjac.sweeps.protocol import Planned
     from lnjac.training import run as train
 
-    settings = schema.build(cfg)
-    elsewhere = getattr(get_class(cfg.hydra.launcher._target_), "elsewhere", False)
-    sha256 = train.admit(settings, here=not elsewhere).sha256
-    ids = {"run_id": identity.run_id(settings, sha256), "diag_id": identity.diag_id(settings)}
-    return Planned(ids, identity.column_values(settings))
+    config = composed.build()
+    sha256 = train.admit(config, here=here).sha256
+    ids = {"run_id": identity.run_id(config, sha256), "diag_id": identity.diag_id(config)}
+    return Planned(ids, identity.column_values(config))
 
 
 def after_interruption(folder: Path) -> str:

@@ -128,6 +128,7 @@ class Sweeper(HydraSweeper):
         if isinstance(self.launcher, Engine) and not self.dry_run:
             self.launcher.prepare()
         log.info("checking %d jobs", len(words))
+        here = not getattr(self.launcher, "elsewhere", False)
         loader, master = self.hydra_context.config_loader, self.config
         composer = Composer(loader, lambda words: loader.load_sweep_config(master, words))
         jobs: list[Job] = []
@@ -136,8 +137,8 @@ class Sweeper(HydraSweeper):
         for overrides in words:
             composed, problems = None, ""
             try:
-                composed = self._composed(composer, overrides)
-                jobs.append(Job.planned(overrides, composed, plan(composed), folder))
+                composed = composer.compose(overrides)
+                jobs.append(Job.planned(overrides, composed, plan(composed, here), folder))
             except ConfigError as error:
                 problems = str(error)
             except (HydraException, OmegaConfBaseException) as error:
@@ -145,7 +146,7 @@ class Sweeper(HydraSweeper):
             if problems:
                 bad.append("\n  ".join([in_words(overrides), *map(visible, problems.split("\n"))]))
             if composed is not None:
-                checked.append(grid.Checked(composed.hydra.runtime.choices, problems))
+                checked.append(grid.Checked(composed.choices, problems))
         if bad:
             given = self.config.hydra.overrides
             typed = [word for word in (*given.hydra, *given.task) if not word.startswith("hydra.mode=")]
@@ -153,17 +154,18 @@ class Sweeper(HydraSweeper):
             raise CompactHydraException("\n".join([head, *bad, *grid.advice(typed, checked)]))
         return jobs
 
-    def _composed(self, composer: Any, words: list[str]) -> DictConfig:
-        """Return the job's config, in which Hydra's part tells how the job was asked for."""
-        overrides = composer.parse(words)
-        config: DictConfig = composer.compose(overrides)
-        ours = [override for override in overrides if not override.is_hydra_override()]
+    def _full(self, job: "Job") -> DictConfig:
+        """Return the job's config as Hydra composes it, with its folder and the words by which it was asked for."""
+        config = job.composed.full()
+        ours = [override for override in job.composed.overrides if not override.is_hydra_override()]
         config.hydra.overrides.task = [str(override.input_line).removeprefix("++") for override in ours]
         names = config.hydra.job.config.override_dirname
         config.hydra.job.override_dirname = get_overrides_dirname(
             overrides=ours, kv_sep=names.kv_sep, item_sep=names.item_sep, exclude_keys=names.exclude_keys
         )
         OmegaConf.copy_cache(from_config=self.config, to_config=config)
+        with open_dict(config):
+            config.hydra.sweep.subdir = job.folder.name
         return config
 
     def _distinct(self, jobs: "Sequence[Job]") -> "list[Job]":
@@ -196,10 +198,8 @@ class Sweeper(HydraSweeper):
         returned: list[JobReturn] = []
         try:
             if isinstance(self.launcher, Engine):
-                for job in jobs:
-                    with open_dict(job.composed):
-                        job.composed.hydra.sweep.subdir = job.folder.name
-                returned = list(self.launcher.launch_composed([job.composed for job in jobs]))
+                configs = [self._full(job) for job in jobs]  # large, so made when they are needed
+                returned = list(self.launcher.launch_composed(configs))
             else:
                 words = [[*job.overrides, f"hydra.sweep.subdir={job.folder.name}"] for job in jobs]
                 returned = list(self.launcher.launch(words, initial_job_idx=0))

@@ -77,8 +77,9 @@ def test_a_user_error_is_one_line_and_exit_code_1(tmp_path: Path):
 
 
 @pytest.mark.parametrize("words", [
-    ["columns"], ["--help"], ["show", "run"], ["merge", "run", "-o", "all.parquet"],
-    ["compare", "one.parquet", "--by", "seed"],
+    ["columns"],
+    *(pytest.param(words, marks=pytest.mark.slow) for words in (
+        ["--help"], ["show", "run"], ["merge", "run", "-o", "all.parquet"], ["compare", "one.parquet", "--by", "seed"]))
 ])  # fmt: skip
 def test_a_reader_that_leaves_ends_no_command_with_a_traceback(tmp_path: Path, words: list[str]):
     sweep.merge([make_run(tmp_path / "run"), make_run(tmp_path / "other", 2)], tmp_path / "one.parquet")

@@ -25,6 +25,7 @@ def study() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_every_number_is_the_scripts(study: ModuleType) -> None:
     text = (STUDY / "README.md").read_text()
     assert study.filled(text) == text

@@ -10,10 +10,11 @@ from support.trained import BLOCK, N_LAYER, TINY, VOCAB, D, config_of, corpus, p
 from torch import Tensor, nn
 
 from lnjac.config.compose import compose
-from lnjac.config.schema import Precision, check
+from lnjac.config.schema import check
 from lnjac.gpt import credit, methods
 from lnjac.gpt import model as gpt
 from lnjac.gpt import optimizers as optim
+from lnjac.gpt.settings import Precision
 from lnjac.norms.analyse import analyse
 from lnjac.training.loop import Training
 

@@ -252,7 +252,7 @@ class Several(nn.Module):
     ("backend", "names"),
     [
         ("eager", NAMES),
-        ("aot_eager", NAMES),
+        pytest.param("aot_eager", NAMES, marks=pytest.mark.slow),
         pytest.param("inductor", ["projected"], marks=pytest.mark.slow),
     ],
 )

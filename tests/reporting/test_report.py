@@ -121,6 +121,7 @@ def test_every_section_has_its_charts_each_with_a_table(whole: report.Report):
 
 
 @pytest.mark.usefixtures("light")
+@pytest.mark.slow
 def test_the_dictionary_is_of_the_tables_that_are_there(tmp_path: Path):
     path = write_study(tmp_path, {"attn_mode": ["a", "b"]})
     assert "Columns of swaps" not in made(path).html

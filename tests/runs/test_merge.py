@@ -582,6 +582,7 @@ def many(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.slow
 def test_runs_read_by_several_processes_are_as_if_read_by_one(many: Path, out: Path, cores: int, monkeypatch: Any):
     one_batch = merge([many], out)
     expected = rows_of(out)
@@ -836,6 +837,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
+@pytest.mark.slow
 def test_merging_in_stages_gives_the_same_rows(pool: list[Path], tmp_path: Path, data: st.DataObject):
     order = data.draw(st.permutations(pool))
     cut, end = sorted(data.draw(st.sets(st.integers(1, len(pool)), min_size=2, max_size=2)))
@@ -1014,6 +1016,7 @@ LOOKS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize(("look", "rich_first"), [("merge", True), ("load", False), ("read", True), ("diff", False)])
+@pytest.mark.slow
 def test_a_merge_is_one_step_whenever_it_is_killed(
     two: tuple[Path, Path], tmp_path: Path, out: Path, look: str, rich_first: bool, monkeypatch: pytest.MonkeyPatch
 ):

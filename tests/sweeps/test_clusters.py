@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -20,18 +21,12 @@ from support.paths import ROOT
 from support.sweeping import TWO_JOBS, one_job_fails, science, started, sweeper_of, wait_for, workers
 
 
-def _answers(*words: str) -> bool:
-    return shutil.which(words[0]) is not None and subprocess.run(words, capture_output=True).returncode == 0
+def on_slurm(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.slow(pytest.mark.usefixtures("slurm")(test))
 
 
-def slurm(test: Callable[..., None]) -> Callable[..., None]:
-    there = importlib.util.find_spec("submitit") is not None and _answers("sinfo")
-    return pytest.mark.slow(pytest.mark.skipif(not there, reason="needs a Slurm: make test-slurm")(test))
-
-
-def ray(test: Callable[..., None]) -> Callable[..., None]:
-    there = importlib.util.find_spec("ray") is not None
-    return pytest.mark.slow(pytest.mark.skipif(not there, reason="needs Ray: make test-ray")(test))
+def on_ray(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.slow(pytest.mark.usefixtures("ray")(test))
 
 
 LOCAL = ("hydra/launcher=local",)
@@ -70,9 +65,21 @@ def test_the_command_line_makes_sense(words: tuple[str, ...], monkeypatch: pytes
     assert len(jobs) == 1 + ("seed=1,2" in words)
 
 
+@pytest.fixture(scope="session")
+def slurm() -> None:
+    """Skip where no Slurm answers. Asked by tests, never while collecting: an installed Slurm that is down takes seconds."""
+    if importlib.util.find_spec("submitit") is not None and shutil.which("sinfo") is not None:
+        with suppress(subprocess.SubprocessError):
+            subprocess.run(["sinfo"], check=True, capture_output=True, timeout=5)
+            return
+    pytest.skip("needs a Slurm: make test-slurm")
+
+
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray of this machine, started as a user would."""
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("needs Ray: make test-ray")
     command_line = Path(sys.executable).with_name("ray")
     folder = tmp_path_factory.mktemp("r")
     env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
@@ -101,12 +108,12 @@ def compare_with(undisturbed: str, tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(one, other, check_exact=True)
 
 
-@slurm
+@on_slurm
 def test_slurm_a_job_that_raises(tmp_path: Path) -> None:
     one_job_fails(tmp_path, *SLURM)
 
 
-@slurm
+@on_slurm
 def test_slurm_a_job_that_is_cancelled(tmp_path: Path) -> None:
     process = started(tmp_path, *LINES["two on Slurm"])
     out = tmp_path / "multirun/A"
@@ -122,7 +129,7 @@ def test_slurm_a_job_that_is_cancelled(tmp_path: Path) -> None:
     compare_with("two undisturbed", tmp_path)
 
 
-@slurm
+@on_slurm
 def test_slurm_a_job_with_notice_is_requeued_and_goes_on(tmp_path: Path) -> None:
     """The notice is the signal that Slurm sends ahead of a time limit or a preemption, here in the middle of the run.
 
@@ -144,7 +151,7 @@ def test_slurm_a_job_with_notice_is_requeued_and_goes_on(tmp_path: Path) -> None
     compare_with("one undisturbed", tmp_path)
 
 
-@slurm
+@on_slurm
 def test_slurm_ctrl_c_cancels_the_jobs(tmp_path: Path) -> None:
     process = started(tmp_path, *LINES["endless on Slurm"])
     out = tmp_path / "multirun/A"
@@ -156,8 +163,7 @@ def test_slurm_ctrl_c_cancels_the_jobs(tmp_path: Path) -> None:
     wait_for(lambda: not subprocess.check_output(["squeue", "-h", "-t", "PD,R,CG", "-j", job]), 60)
 
 
-@ray
-@pytest.mark.usefixtures("cluster")
+@on_ray
 def test_ray_a_job_that_raises(tmp_path: Path) -> None:
     one_job_fails(tmp_path, *RAY)
 
@@ -170,8 +176,7 @@ def killed_once(tmp_path: Path, line: str) -> "subprocess.Popen[str]":
     return process
 
 
-@ray
-@pytest.mark.usefixtures("cluster")
+@on_ray
 def test_ray_a_worker_that_dies_is_replaced_and_its_run_goes_on(tmp_path: Path) -> None:
     process = killed_once(tmp_path, "saved on Ray")
     out, err = process.communicate(timeout=300)
@@ -180,8 +185,7 @@ def test_ray_a_worker_that_dies_is_replaced_and_its_run_goes_on(tmp_path: Path) 
     compare_with("saved undisturbed", tmp_path)
 
 
-@ray
-@pytest.mark.usefixtures("cluster")
+@on_ray
 def test_ray_a_worker_that_dies_for_good_costs_its_own_run(tmp_path: Path) -> None:
     process = killed_once(tmp_path, "without retries on Ray")
     _, err = process.communicate(timeout=300)

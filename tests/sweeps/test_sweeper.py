@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -17,7 +18,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from support.commands import TINY, assert_ends_well_without_a_reader, command
 from support.paths import ROOT
 from support.sweeping import folders, one_job_fails, science, started, sweeper_of, wait_for, workers
@@ -48,11 +49,14 @@ def test_jobs_are_composed_as_hydra_composes_them(words: list[str], monkeypatch:
     loader, master = sweeper.hydra_context.config_loader, sweeper.config
     composer = Composer(loader, lambda words: loader.load_sweep_config(master, words))
     for _ in range(2):  # the second time from what is known
-        one, other = sweeper._composed(composer, words), loader.load_sweep_config(master, words)
+        one = sweeper._full(SimpleNamespace(composed=composer.compose(words), folder=Path("a-b")))
+        other = loader.load_sweep_config(master, words)
+        with open_dict(other):
+            other.hydra.sweep.subdir = "a-b"
         plain = [OmegaConf.to_container(config, resolve=False) for config in (one, other)]
         assert plain[0] == plain[1]
     with pytest.raises(Exception, match="nosuch"):
-        composer.compose(composer.parse([*words, "method=nosuch"]))
+        composer.compose([*words, "method=nosuch"])
 
 
 @pytest.mark.slow
@@ -509,20 +513,28 @@ def test_a_full_gpu_names_the_remedy() -> None:
 def test_a_script_that_plans_nothing_is_refused_with_the_remedy() -> None:
     def task(cfg: object) -> None: ...
 
-    with pytest.raises(ConfigError, match=r"test_sweeper has no function plan\(cfg\).*hydra/sweeper=basic"):
+    with pytest.raises(ConfigError, match=r"test_sweeper has no function plan\(composed, here\).*hydra/sweeper=basic"):
         protocol.planner(task)
 
 
-def test_our_own_script_plans_each_run_as_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_is_planned_as_the_run_that_it_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.chdir(ROOT)  # the corpus
-    one = sweeper_of("model=tiny", "seed=3")
+    one = sweeper_of()
+    (job,) = one._admitted([["model=tiny", "seed=3"]], tmp_path)
     settings = compose.compose("model=tiny", "seed=3")
-    found = protocol.planner(one.task_function)(one.config)
-    assert found.identity["run_id"] == config_identity.run_id(settings, settings.data.load().sha256)
-    assert found.identity["diag_id"] == config_identity.diag_id(settings)
-    assert found.columns["model.n_embd"] == settings.model.n_embd
-    cores = "threads=100000 is more than this machine's"
-    with pytest.raises(ConfigError, match=cores):
-        protocol.planner(one.task_function)(sweeper_of("threads=100000").config)
-    assert protocol.planner(one.task_function)(sweeper_of("threads=100000", "hydra/launcher=slurm").config)
+    run_id = config_identity.run_id(settings, settings.data.load().sha256)
+    assert job.folder == tmp_path / f"{run_id}-{config_identity.diag_id(settings)}"
+    assert job.identity["run_id"] == run_id
+    assert job.columns == config_identity.column_values(settings)
+
+
+def test_the_hardware_of_other_machines_is_not_checked_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(ROOT)
+    one = sweeper_of()
+    words = [["model=tiny", "threads=100000"]]
+    with pytest.raises(CompactHydraException, match="threads=100000 is more than this machine's"):
+        one._admitted(words, tmp_path)
+    one.launcher = SimpleNamespace(elsewhere=True)
+    assert len(one._admitted(words, tmp_path)) == 1

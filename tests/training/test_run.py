@@ -326,9 +326,10 @@ def test_a_folder_belongs_to_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    ["method=bp"], ["method=fa", "model.dropout=0.2"], ["method=kp", "optimizer.grad_clip=0.5"], ["method=brsf"],
-    ["method=dfa", "precision=fp64"], ["optimizer=sgd", "optimizer.lr=0.5"], ["model.tie=true", "method=bp"],
-    ["method=frozen", "optimizer.decay=cosine"],
+    ["method=kp", "optimizer.grad_clip=0.5", "model.dropout=0.2"],
+    *(pytest.param(options, marks=pytest.mark.slow) for options in (
+        ["method=bp"], ["method=fa", "model.dropout=0.2"], ["method=brsf"], ["method=dfa", "precision=fp64"],
+        ["optimizer=sgd", "optimizer.lr=0.5"], ["model.tie=true", "method=bp"], ["method=frozen", "optimizer.decay=cosine"])),
 ])  # fmt: skip
 def test_an_interrupted_run_goes_on_bit_for_bit(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

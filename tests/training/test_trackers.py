@@ -194,6 +194,7 @@ def test_a_column_that_is_not_there_is_refused() -> None:
     assert check(compose("tracker=tensorboard", "tracker.columns=['*']")) == []
 
 
+@pytest.mark.slow
 def test_tensorboard_is_imported_only_when_asked_for() -> None:
     code = "import sys, lnjac; lnjac.run; lnjac.compose(); sys.exit('tensorboard' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
