@@ -1,4 +1,4 @@
-"""Hydra takes sweepers and launchers from this namespace alone (so it has no __init__.py): the code is in lnjac.sweeps."""
+"""Register the sweeper and launchers of lnjac.sweeps with Hydra, which looks in this namespace alone (hence no __init__)."""
 
 from lnjac.sweeps import sweeper
 from lnjac.sweeps.launchers import local, ray, slurm

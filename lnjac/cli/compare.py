@@ -23,7 +23,7 @@ commands = typer.Typer(rich_markup_mode=None)
 @commands.command()
 def compare(
     sources: options.Sources,
-    by: Annotated[str, typer.Option(help="The config column whose levels are compared, or step.")],
+    by: Annotated[str, typer.Option(help="The config column whose levels are compared; or step.")],
     metric: options.Metrics = "",
     at: options.At = None,
     where: options.Where = None,
@@ -67,7 +67,9 @@ def cost(
     as_json: options.AsJson = False,
     output: options.Output = None,
 ) -> None:
-    """Compute the cost of each ln_backward: its loss minus exact's, paired by seed, and how costs differ between levels.
+    """Compute the cost of each ln_backward, paired by seed.
+
+    The cost is a run's loss minus that of its exact twin. A second table compares costs between the levels of --by.
 
     \b
     Example:
@@ -107,7 +109,9 @@ def scaling(
     as_json: options.AsJson = False,
     output: options.Output = None,
 ) -> None:
-    """Compute how a metric scales with width, steps or another number: the log-log slope of each seed, and its interval.
+    """Fit how a metric scales with width, steps or another number.
+
+    The slope of log metric against log x is fitted for each seed; its mean over seeds comes with an interval.
 
     \b
     Example:

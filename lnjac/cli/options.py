@@ -18,13 +18,13 @@ Sources = Annotated[list[Path], typer.Argument(help="A merged table, or any mix 
 Metrics = Annotated[str, typer.Option("--metric", help="Columns, separated by commas.", show_default=False)]
 At = Annotated[int | None, typer.Option(help="The measured step; each run's last unless given.")]
 Where = Annotated[str | None, typer.Option(help="Only rows that meet this condition, such as \"method == 'fa'\".")]
-OfRuns = Annotated[bool, typer.Option("--runs/--layers", help="Columns of runs (losses), or of the norms in them.")]
+OfRuns = Annotated[bool, typer.Option("--runs/--layers", help="Take metrics of whole runs (losses), or of each norm.")]
 Reference = Annotated[
     str | None, typer.Option(help="The level that each other is compared with; all pairs unless given.")
 ]
 Seeds = Annotated[bool, typer.Option("--seeds", help="Show every seed.")]
 Kind = Annotated[IntervalKind, typer.Option("--interval", help="Student's t, or that with a sign-flip p.")]
-Confidence = Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of the intervals.")]
+Confidence = Annotated[float, typer.Option(min=0.5, max=0.9999, help="Confidence of the intervals.")]
 RTol = Annotated[float, typer.Option(min=0, help="Relative difference up to which numbers are equal.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Output = Annotated[
@@ -38,7 +38,7 @@ Output = Annotated[
 ]
 
 SEED = 0
-"""Of a permutation's draws: the same table gives the same numbers."""
+"""Seed of the draws of a sign-flip p, so that the same table gives the same numbers."""
 
 
 def study(sources: Sequence[Path]) -> "Study":

@@ -35,7 +35,9 @@ def task(cfg: "DictConfig") -> str:
         settings = schema.build(compose.plain(cfg), job.runtime.choices)
         corpus = train.admit(settings)
         if job.mode == RunMode.RUN and (meant := [word for word in job.overrides.task if word.startswith("sweep=")]):
-            raise errors.ConfigError(f"{meant[0]} names the folder of a sweep, and this is one run: add -m")
+            raise errors.ConfigError(
+                f"{meant[0]} names the folder of a sweep, but this command makes a single run: add -m"
+            )
         if cfg.dry_run:
             log.info("dry_run: the config is sound; nothing was started")
             return "dry_run"
@@ -51,31 +53,28 @@ def task(cfg: "DictConfig") -> str:
         raise
 
 
-def plan(job: "Composed") -> "Planned":
+def plan(composed: "Composed", here: bool) -> "Planned":
     """Check a sweep's job and identify its run (lnjac.sweeps.protocol). Raises ConfigError with every problem found."""
-    from hydra.utils import get_class
-
     from lnjac.config import identity
     from lnjac.sweeps.protocol import Planned
     from lnjac.training import run as train
 
-    settings = job.build()
-    elsewhere = getattr(get_class(job.hydra.launcher._target_), "elsewhere", False)
-    sha256 = train.admit(settings, here=not elsewhere).sha256
-    ids = {"run_id": identity.run_id(settings, sha256), "diag_id": identity.diag_id(settings)}
-    return Planned(ids, identity.column_values(settings))
+    config = composed.build()
+    sha256 = train.admit(config, here=here).sha256
+    ids = {"run_id": identity.run_id(config, sha256), "diag_id": identity.diag_id(config)}
+    return Planned(ids, identity.column_values(config))
 
 
 def after_interruption(folder: Path) -> str:
-    """Return how an interrupted run is continued: from its checkpoint only if it has one."""
+    """Return the command that continues an interrupted run, and from where."""
     from lnjac.runs import folder as runs
 
     if runs.read_status(folder).get("status") in runs.FINISHED:
         return f"the run is finished, in {folder}"
-    same = f"the same command with hydra.run.dir={folder}"
+    same = f"run the same command with hydra.run.dir={folder}"
     if (folder / runs.CHECKPOINT).exists():
-        return f"{same} goes on from the checkpoint"
-    return f"there is no checkpoint yet, so {same} starts from the beginning"
+        return f"{same} to resume from the checkpoint"
+    return f"there is no checkpoint yet: {same} to start from the beginning"
 
 
 def interrupt(signum: int, frame: Any) -> None:

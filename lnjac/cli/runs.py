@@ -27,7 +27,9 @@ def merge(
     rtol: RTol = 1e-6,
     as_json: AsJson = False,
 ) -> None:
-    """Merge runs and sweeps into X.parquet, X.runs.parquet, X.curves.parquet, with a report in X.merge.json.
+    """Merge runs and sweeps into one set of tables.
+
+    Writes X.parquet (a row for each norm), X.runs.parquet, X.curves.parquet, and a report of the merge, X.merge.json.
 
     \b
     Example:
@@ -50,7 +52,7 @@ def show(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the table of one finished run: a line for each norm.
+    """Print the table of one finished run, a line for each norm.
 
     \b
     Example:
@@ -74,13 +76,14 @@ def show(
 @commands.command()
 def diff(
     one: Annotated[Path, typer.Argument(help="A merged table.")],
-    other: Annotated[Path, typer.Argument(help="Another.")],
+    other: Annotated[Path, typer.Argument(help="Another merged table.")],
     rtol: RTol = 1e-6,
     as_json: AsJson = False,
 ) -> None:
-    """Print the differences of two merged tables: exit code 1 if there are any, 2 if a table cannot be read.
+    """Print the differences of two merged tables.
 
-    Wall times, commits, versions and devices may differ.
+    The exit code is 1 if their science differs, 2 if a table cannot be read. Wall times, commits, versions and devices may
+    differ.
 
     \b
     Example:

@@ -1,1 +1,1 @@
-"""Many runs: Hydra's sweeper and launchers."""
+"""Many runs: what a script offers to be swept, the sweeper, and the launchers that run its jobs."""

@@ -1,17 +1,18 @@
 """Estimate the time that a sweep still needs, from finished runs of the same shape."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import Any
 
-from lnjac.runs import folder as runs
+from lnjac.errors import ConfigError
+from lnjac.runs.folder import DONE
+from lnjac.runs.merge import load
 from lnjac.runs.schema import RUNS
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-PER_RUN = ("seed", "steps", "eval.every", "eval.tokens")
-"""Config columns, beside an optimizer's numbers, that leave the time of an update as it is."""
+PER_RUN = {"seed", "steps", "eval.every", "eval.tokens", *(column.name for column in RUNS)}
+"""Columns of a run, beside an optimizer's numbers, that leave the time of an update as it is."""
 
 
 def seconds(todo: Sequence[Mapping[str, Any]], tables: Iterable[Path]) -> tuple[float, int]:
@@ -27,19 +28,12 @@ def seconds(todo: Sequence[Mapping[str, Any]], tables: Iterable[Path]) -> tuple[
     Returns:
         Seconds in all, and the number of runs that they cover.
     """
-    import pandas as pd
-
-    frames = [frame for path in tables if (frame := _timed(path)) is not None]
-    if not frames:
-        return 0.0, 0
-    known = pd.concat(frames, ignore_index=True)
-    total, covered = 0.0, 0
-    for row in todo:
-        same = known[known["shape"] == shape(row)]
-        if len(same):
-            total += float((same["per_update_s"] * row["steps"] + same["rest_s"]).median())
-            covered += 1
-    return total, covered
+    known = defaultdict(list)
+    for row in [row for path in tables for row in _finished(path)]:
+        known[shape(row)].append((row["train_s"] / row["steps_done"], row["eval_s"] + row["diagnostics_s"]))
+    alike = [(row["steps"], known[shape(row)]) for row in todo]
+    times = [median(per_update * steps + rest for per_update, rest in runs) for steps, runs in alike if runs]
+    return sum(times), len(times)
 
 
 def in_words(seconds: float) -> str:
@@ -48,36 +42,15 @@ def in_words(seconds: float) -> str:
     return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
 
 
-def shape(row: Mapping[str, Any]) -> str:
-    """Return as text the config columns that fix the time of an update: not PER_RUN, nor the optimizer's numbers."""
-    names = sorted(
-        name for name in row if name not in PER_RUN and (name == "optimizer" or not name.startswith("optimizer."))
-    )
-    return " ".join(f"{name}={_number(row[name])}" for name in names if not _null(row[name]))
+def shape(row: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
+    """Return the columns that fix the time of an update, without those that are null."""
+    fixed = {name: row[name] for name in row if name not in PER_RUN and not name.startswith("optimizer.")}
+    return frozenset((name, value) for name, value in fixed.items() if value is not None and value == value)
 
 
-def _timed(path: Path) -> "pd.DataFrame | None":
-    from lnjac.errors import ConfigError
-    from lnjac.runs.merge import load
-
+def _finished(path: Path) -> list[dict[Any, Any]]:
     try:
         frame = load(path)
     except ConfigError:
-        return None
-    done = frame[(frame["status"] == runs.DONE) & (frame["steps_done"] > 0)]
-    declared = {column.name for column in RUNS}
-    config = done[[name for name in done if name not in declared]]
-    return done.assign(
-        shape=[shape(dict(zip(config.columns, row, strict=True))) for row in config.itertuples(index=False)],
-        per_update_s=done["train_s"] / done["steps_done"],
-        rest_s=done["eval_s"] + done["diagnostics_s"],
-    )[["shape", "per_update_s", "rest_s"]]
-
-
-def _null(value: Any) -> bool:
-    return value is None or value != value  # only NaN differs from itself
-
-
-def _number(value: Any) -> Any:
-    """A whole float as an integer: a merged column of integers with nulls is one of floats."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+        return []
+    return frame[(frame["status"] == DONE) & (frame["steps_done"] > 0)].to_dict("records")

@@ -2,9 +2,11 @@
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -38,7 +40,7 @@ def _values(override: Override) -> Iterator[str]:
     key = override.get_key_element().lstrip("+")
     if key in (*SWEEP, "experiment"):
         raise CompactHydraException(
-            f"{key} is said of a whole sweep, so it cannot take several values: run one sweep for each"
+            f"{key} belongs to the sweep as a whole and cannot take several values: run one sweep for each value"
         )
     if override.is_interval_sweep():
         raise CompactHydraException(f"{key} is swept over an interval: use choice(), range() or a list of values")
@@ -77,12 +79,14 @@ def advice(typed: Sequence[str], jobs: Sequence[Checked]) -> list[str]:
     lines = [
         f"only some of the members have {', '.join(some)}: fill one sweep by several commands, each with what it has:"
     ]
+    program = Path(sys.argv[0]).name
+    script = f"python {program}" if program.endswith(".py") else program
     groups = [name for name in jobs[0].choices if len({choices.get(name) for choices, _ in jobs}) > 1]
     for lacking, members in alike.items():
         kept = [word.removeprefix("++") for word in typed if word not in lacking and _key(word) not in groups]
         chosen = [f"{name}={','.join(dict.fromkeys(choices[name] for choices in members))}" for name in groups]
         name = [] if any(_key(word) == "sweep" for word in typed) else ["sweep=NAME"]
-        lines.append("  python run.py -m " + shlex.join([*kept, *chosen, *name]))
+        lines.append(f"  {script} -m {shlex.join([*kept, *chosen, *name])}")
     return lines
 
 

@@ -6,15 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lnjac.config.compose import Composed
 from lnjac.escape import visible
 from lnjac.runs import folder as runs
 from lnjac.runs import state as states
 from lnjac.sweeps.protocol import Planned
-
-if TYPE_CHECKING:
-    from lnjac.config.compose import Composed
 
 log = logging.getLogger("lnjac.sweeps")
 
@@ -27,14 +25,14 @@ class Job:
     """One job of the sweep: how it was asked for, which run it is, where that goes, and how far it has come."""
 
     overrides: list[str]
-    composed: "Composed"
+    composed: Composed
     identity: Mapping[str, str]
     columns: Mapping[str, Any]
     folder: Path
     state: states.State
 
     @classmethod
-    def planned(cls, overrides: list[str], composed: "Composed", plan: Planned, sweep: Path) -> "Job":
+    def planned(cls, overrides: list[str], composed: Composed, plan: Planned, sweep: Path) -> "Job":
         """Return the job as its script has planned it, in a folder of the sweep's that is named by its identity."""
         folder = sweep / "-".join(plan.identity.values())
         return cls(overrides, composed, plan.identity, plan.columns, folder, states.state(folder, plan.identity))

@@ -32,20 +32,21 @@ def script(task_function: "TaskFunction") -> ModuleType:
     return sys.modules[task_function.__module__]
 
 
-def planner(task_function: "TaskFunction") -> "Callable[[Composed], Planned]":
-    """Return the script's `plan`, which is called with each job's composed config: `job.full()` is Hydra's form of it.
+def planner(task_function: "TaskFunction") -> "Callable[[Composed, bool], Planned]":
+    """Return the script's function `plan(composed, here)`.
 
-    `plan` starts nothing. It raises ConfigError, with a line for every problem, for a config that cannot run.
+    It is called with a job's composed config, and whether the job will run on this machine, whose hardware must then allow
+    it. It starts nothing, and raises ConfigError, with a line for every problem, for a config that cannot run.
 
     Raises:
-        ConfigError: the script has no `plan`.
+        ConfigError: the script has no such function.
     """
     from lnjac.errors import ConfigError
 
     module = script(task_function)
     if not callable(plan := getattr(module, "plan", None)):
         raise ConfigError(
-            f"{module.__name__} has no function plan(job), by which this sweeper checks its jobs: "
+            f"{module.__name__} has no function plan(composed, here), by which this sweeper checks its jobs: "
             "add one, or choose hydra/sweeper=basic"
         )
-    return cast("Callable[[Composed], Planned]", plan)
+    return cast("Callable[[Composed, bool], Planned]", plan)

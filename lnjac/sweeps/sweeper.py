@@ -70,7 +70,7 @@ class Sweeper(HydraSweeper):
             jobs = self._distinct(self._admitted(self._grid(arguments), folder))
         except PermissionError as error:  # an earlier sweep's folder, of another user
             raise CompactHydraException(
-                f"{error.filename} cannot be read ({error.strerror}): choose another sweep="
+                f"{error.filename} cannot be read ({error.strerror}): choose another name by sweep=NAME"
             ) from None
         todo = of_jobs.to_do(jobs, retry_failed=self.retry_failed)
         if self.dry_run:
@@ -83,7 +83,7 @@ class Sweeper(HydraSweeper):
             returned = self._launch(todo) if todo else []
             waited = of_jobs.wait_for_others(jobs)
         except KeyboardInterrupt:
-            log.warning("interrupted: the same command with sweep=%s goes on from here", self.name)
+            log.warning("interrupted: to resume, run the same command with sweep=%s", self.name)
             raise
         finally:
             merged = _merge(folder)
@@ -115,7 +115,7 @@ class Sweeper(HydraSweeper):
         return grid.grid([*params, *arguments], self.hydra_context.config_loader)
 
     def _admitted(self, words: Sequence[list[str]], folder: Path) -> "list[Job]":
-        """Compose and check every job; raises with all bad ones listed before anything is started."""
+        """Compose and check every job; raise CompactHydraException, with all bad ones listed, before any is started."""
         from lnjac.config.compose import Composer
         from lnjac.errors import ConfigError
         from lnjac.escape import visible
@@ -128,6 +128,7 @@ class Sweeper(HydraSweeper):
         if isinstance(self.launcher, Engine) and not self.dry_run:
             self.launcher.prepare()
         log.info("checking %d jobs", len(words))
+        here = not getattr(self.launcher, "elsewhere", False)
         loader, master = self.hydra_context.config_loader, self.config
         composer = Composer(loader, lambda words: loader.load_sweep_config(master, words))
         jobs: list[Job] = []
@@ -137,7 +138,7 @@ class Sweeper(HydraSweeper):
             composed, problems = None, ""
             try:
                 composed = composer.compose(overrides)
-                jobs.append(Job.planned(overrides, composed, plan(composed), folder))
+                jobs.append(Job.planned(overrides, composed, plan(composed, here), folder))
             except ConfigError as error:
                 problems = str(error)
             except (HydraException, OmegaConfBaseException) as error:
@@ -155,7 +156,7 @@ class Sweeper(HydraSweeper):
 
     def _full(self, job: "Job") -> DictConfig:
         """Return the job's config as Hydra composes it, with its folder and the words by which it was asked for."""
-        config: DictConfig = job.composed.full()
+        config = job.composed.full()
         ours = [override for override in job.composed.overrides if not override.is_hydra_override()]
         config.hydra.overrides.task = [str(override.input_line).removeprefix("++") for override in ours]
         names = config.hydra.job.config.override_dirname

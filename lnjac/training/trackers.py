@@ -143,7 +143,7 @@ class TensorBoard:
 
     def problems(self, config: Any) -> Iterator[str]:
         if importlib.util.find_spec("tensorboard") is None:
-            yield "tracker=tensorboard needs the package tensorboard: pip install -e '.[track]'"
+            yield "tracker=tensorboard needs the package tensorboard: pip install 'lnjac[track]'"
         for pattern in self.columns:
             if not fnmatch.filter(MEASURED, pattern):
                 yield f"tracker.columns={pattern} matches no number of a layer row: docs/columns.md names them"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support.paths import ROOT
 
+import lnjac as package
 from lnjac.columns import Column
 from lnjac.runs import folder as runs
 from lnjac.runs import merge as sweep
@@ -102,6 +103,10 @@ def test_an_output_of_another_encoding_keeps_numbers_and_json_whole(tmp_path: Pa
 
     assert "sigma_mu" in show()
     assert json.loads(show("--json"))["run"]["seed"] == 1
+
+
+def test_the_version_is_one_line(lnjac: Any):
+    assert lnjac("--version") == (0, f"lnjac {package.__version__}\n", "")
 
 
 @pytest.mark.parametrize("command", ["merge", "show", "columns"])

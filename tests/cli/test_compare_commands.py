@@ -206,16 +206,16 @@ def test_a_missing_level_is_called_null_and_a_moving_column_is_left_open(tmp_pat
     assert cells == {"2 − 0.5": "bf16", "null − 0.5": "-", "null − 2": "fp32"}
 
 
-def test_a_table_too_wide_for_the_terminal_loses_no_character(
-    modes: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-):
-    found = tables.Grid("t", ["site", "difference"], 1, [["x" * 70, "0.123456789012"]], set())
+def test_a_terminal_shows_the_headline_in_bold_and_loses_no_character(monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    wide = "x" * 300
+    found = tables.Grid("t", ["site", "difference"], 1, [["ln_f", "0.5"], [wide, "0.123456789012"]], {1})
+    plain = [f"{'site':300}      difference", f"{'ln_f':300}             0.5", f"{wide}  0.123456789012"]
+    tables.show([found, "- a note"])
+    assert capsys.readouterr().out.splitlines() == ["t", *plain, "", "- a note"]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
     tables.show([found])
-    text = capsys.readouterr().out
-    assert text.count("x") == 70
-    assert "…" not in text
+    assert capsys.readouterr().out.splitlines() == ["t", *plain[:2], f"\x1b[1m{plain[2]}\x1b[0m", ""]
 
 
 @pytest.mark.parametrize("command", ["compare", "cost", "scaling", "diff"])

@@ -239,8 +239,8 @@ def test_a_sweeps_name_that_names_no_folder_is_refused(name: object) -> None:
     (["sweep="], "sweep='' names no folder"),
     (["hydra.sweep.dir="], "hydra.sweep.dir is empty"),
     (["attn_mode=glob(zz*)"], "the sweep has no jobs"),
-    (["sweep=a,b"], "sweep is said of a whole sweep"),
-    (["+experiment=original,width_sweep"], "experiment is said of a whole sweep"),
+    (["sweep=a,b"], "sweep belongs to the sweep as a whole"),
+    (["+experiment=original,width_sweep"], "experiment belongs to the sweep as a whole"),
     (["seed=interval(1,2)"], "seed is swept over an interval: use choice(), range() or a list"),
     (["dry_run=perhaps"], "dry_run=perhaps must be true or false"),
     (["sweep=" + "n" * 300], "by parts of at most 255 bytes"),
@@ -513,20 +513,28 @@ def test_a_full_gpu_names_the_remedy() -> None:
 def test_a_script_that_plans_nothing_is_refused_with_the_remedy() -> None:
     def task(cfg: object) -> None: ...
 
-    with pytest.raises(ConfigError, match=r"test_sweeper has no function plan\(cfg\).*hydra/sweeper=basic"):
+    with pytest.raises(ConfigError, match=r"test_sweeper has no function plan\(composed, here\).*hydra/sweeper=basic"):
         protocol.planner(task)
 
 
-def test_our_own_script_plans_each_run_as_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_is_planned_as_the_run_that_it_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.chdir(ROOT)  # the corpus
-    one = sweeper_of("model=tiny", "seed=3")
+    one = sweeper_of()
+    (job,) = one._admitted([["model=tiny", "seed=3"]], tmp_path)
     settings = compose.compose("model=tiny", "seed=3")
-    found = protocol.planner(one.task_function)(one.config)
-    assert found.identity["run_id"] == config_identity.run_id(settings, settings.data.load().sha256)
-    assert found.identity["diag_id"] == config_identity.diag_id(settings)
-    assert found.columns["model.n_embd"] == settings.model.n_embd
-    cores = "threads=100000 is more than this machine's"
-    with pytest.raises(ConfigError, match=cores):
-        protocol.planner(one.task_function)(sweeper_of("threads=100000").config)
-    assert protocol.planner(one.task_function)(sweeper_of("threads=100000", "hydra/launcher=slurm").config)
+    run_id = config_identity.run_id(settings, settings.data.load().sha256)
+    assert job.folder == tmp_path / f"{run_id}-{config_identity.diag_id(settings)}"
+    assert job.identity["run_id"] == run_id
+    assert job.columns == config_identity.column_values(settings)
+
+
+def test_the_hardware_of_other_machines_is_not_checked_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(ROOT)
+    one = sweeper_of()
+    words = [["model=tiny", "threads=100000"]]
+    with pytest.raises(CompactHydraException, match="threads=100000 is more than this machine's"):
+        one._admitted(words, tmp_path)
+    one.launcher = SimpleNamespace(elsewhere=True)
+    assert len(one._admitted(words, tmp_path)) == 1

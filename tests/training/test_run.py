@@ -501,7 +501,7 @@ def test_a_run_told_to_stop_keeps_a_checkpoint_and_no_half_written_file(
     left = {path.name for path in (tmp_path / "out").iterdir()}
     saved = every != "null"
     assert left == {".hydra", "run.log", runs.STATUS, runs.LOCK, *([runs.CHECKPOINT] if saved else [])}
-    promised = "goes on from the checkpoint" if saved else "starts from the beginning"
+    promised = "to resume from the checkpoint" if saved else "to start from the beginning"
     assert re.search(rf"interrupted: .*the same command with hydra.run.dir=\S*out {promised}\n", log.read_text())
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

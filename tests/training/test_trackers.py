@@ -183,7 +183,7 @@ def test_a_tracker_is_no_part_of_the_identity(name: str) -> None:
 def test_without_the_extra_tensorboard_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (said,) = check(compose("tracker=tensorboard"))
-    assert "pip install -e '.[track]'" in said
+    assert "pip install 'lnjac[track]'" in said
     assert check(compose()) == []
 
 

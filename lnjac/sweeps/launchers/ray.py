@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class RayLauncher(Engine):
-    """Tasks on a Ray cluster. A run whose task is retried goes on from its checkpoint."""
+    """Tasks on a Ray cluster. A run whose task is retried resumes from its checkpoint."""
 
     elsewhere = True
 

@@ -66,7 +66,7 @@ class SlurmLauncher(Engine):
             )
             return executor.map_array(_Call(self), configs)
         except Exception as error:  # sbatch's own word, which submitit wraps in one of several of its errors
-            raise CompactHydraException(f"Slurm does not take the jobs: {_line(error)[-300:]}") from None
+            raise CompactHydraException(f"Slurm refuses the jobs: {_line(error)[-300:]}") from None
 
     def _outcome(self, job: Any, config: DictConfig) -> JobReturn:
         try:
@@ -80,7 +80,7 @@ class _Call(Call):
     """A job that submitit asks what to submit when Slurm gives notice of its end."""
 
     def checkpoint(self, config: DictConfig) -> Any:
-        """Return the same job, which goes on from its own checkpoint."""
+        """Return the same job, which resumes from its own checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, config)
