@@ -123,10 +123,7 @@ def chart(
 
 NORMS = Need("layers", ["site"], 1, "no norm of these runs was measured: leave diagnostics=off out")
 LEVELS = Need(
-    "runs",
-    ["level"],
-    2,
-    "nothing to compare, as one level alone was run: python run.py -m attn_mode=softmax,sigmoid seed=1,2,3 compares two",
+    "runs", ["level"], 2, "one level alone was run: python run.py -m attn_mode=softmax,sigmoid seed=1,2,3 runs two"
 )
 BACKWARDS = Need(
     "runs",
@@ -135,10 +132,7 @@ BACKWARDS = Need(
     "one backward alone was run: python run.py -m ln_backward=exact,center_scale seed=1,2,3 runs one with a cost",
 )
 RECORDED = Need(
-    "curves",
-    ["step"],
-    2,
-    "losses were recorded at one step alone: python run.py eval.every=50 records them along the way",
+    "curves", ["step"], 2, "losses were recorded at one step alone: python run.py eval.every=50 records more"
 )
 ENRICHED = Need("layers", ENRICHMENTS, 1, "no enrichment was measured in these runs: leave diagnostics=off out")
 

@@ -78,7 +78,8 @@ def dots(seeds: pd.DataFrame, intervals: pd.DataFrame, *, by: str, title: str, u
     zero = alt.Chart(pd.DataFrame({"zero": [0]})).mark_rule(style="none").encode(value("zero:Q"))
     bars = _filtered(alt, intervals).encode(*rows, level.color, tooltip=_numbers(alt, intervals))
     rule = [bars.mark_rule(style="interval").encode(at("low"), value_2("high:Q"))] if _bounded(intervals) else []
-    mean = bars.mark_tick(style="middle", orient="horizontal" if upright else "vertical").encode(at("mean"))
+    tick = {"orient": "horizontal", "size": 40} if upright else {"orient": "vertical"}
+    mean = bars.mark_tick(style="middle", **tick).encode(at("mean"))
     base = _filtered(alt, seeds).encode(*rows, at("difference"))
     points = base.mark_point(style="seed").encode(level.color, level.shape, tooltip=_numbers(alt, seeds))
     pairs = [base.mark_line(style="pair").encode(detail=["seed:N", "place:N"])] if upright else []

@@ -122,7 +122,7 @@ def test_the_dictionary_is_of_the_tables_that_are_there(tmp_path: Path):
 @pytest.mark.usefixtures("light")
 def test_charts_without_data_are_named_with_what_to_run(tmp_path: Path):
     text = Page(made(write_study(tmp_path, {}, steps=(100,))).html).text.partition("Not shown\n")[2]
-    assert "nothing to compare, as one level alone was run: python run.py -m attn_mode=softmax,sigmoid" in text
+    assert "one level alone was run: python run.py -m attn_mode=softmax,sigmoid" in text
     assert "python run.py eval.every=50" in text
     assert "python run.py -m ln_backward=exact,center_scale" in text
     assert "Scaling with width" in text
