@@ -338,9 +338,8 @@ def depth(view: View, metric: str) -> Drawing:
 
 
 def _of_size(size: str, name: str, example: str) -> Callable[[Function], Function]:
-    need = Need(
-        "runs", [size], 2, f"{size} is the same in all runs: python run.py -m {size}={example} seed=1,2,3 varies it"
-    )
+    otherwise = f"{size} is the same in all runs: python run.py -m {size}={example} seed=1,2,3 varies it"
+    need = Need("runs", [size], 2, otherwise)
     return chart(f"scaling-{name}", f"Scaling with {name}", needs=[need], metrics=("radial_share", LOSS), size=size)
 
 
@@ -361,7 +360,7 @@ def scaling(view: View, metric: str, size: str) -> Drawing:
     by = view.by if view.by in found.cells else ""
     picture = marks.lines(points, x="x", by=by, title=name, log=log, size=size)
     caption = f"{name} against {size}: mean over seeds and its 95% interval."
-    table = arranged(found.slopes, found.cells, view.by)
+    table = arranged(found.slopes, found.cells, view.by).drop(columns=["cell", "level"])
     return Drawing(picture, caption, {"Table": table}, found.notes, choices(points))
 
 

@@ -76,12 +76,11 @@ class View:
         Values are of each run's last step, or of all steps.
         """
         studies.require_metrics(self.study, "layers", metrics)
-        known = [*dict.fromkeys([*RUN, "step", "site", "call", *metrics])]
-        rows = self.study.frame("layers", known)
+        known = dict.fromkeys([*RUN, "step", "site", "call", *metrics])
+        rows = self.study.frame("layers", [*known])
         if rows["call"].any():
-            rows = pooling.pooled(
-                self.study.frame("layers", [*dict.fromkeys([*known, *pooling.NEEDED])]), list(metrics)
-            )
+            rows = self.study.frame("layers", [*(known | dict.fromkeys(pooling.NEEDED))])
+            rows = pooling.pooled(rows, list(metrics))
         rows = self.done.merge(rows, on=RUN)
         if last:
             rows = rows[rows["step"] == rows.groupby(RUN)["step"].transform("max")]
@@ -92,9 +91,8 @@ class View:
         known = [name for name in self.study.columns("curves") if name not in ("run_id", "step")]
         known_column(metric, known, "no column of curves for --metric is called")
         rows = self.study.frame("curves", ["run_id", "step", metric]).dropna(subset=metric)
-        done = self.done.drop(columns="diag_id").drop_duplicates(
-            "run_id"
-        )  # other diagnostics of one run are no other run
+        # other diagnostics of one run are no other run
+        done = self.done.drop(columns="diag_id").drop_duplicates("run_id")
         return done.merge(rows, on="run_id").rename(columns={metric: "value"}).assign(metric=metric)
 
     def means(self, values: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
