@@ -42,9 +42,7 @@ def report(
     """
     from lnjac.reporting import report as reporting
 
-    reporting.require_page(output)
-    title = title or ", ".join(path.name or str(path) for path in sources)
-    made = reporting.report(study(sources), output=output, by=by, where=where, title=title)
+    made = reporting.report(sources, output=output, by=by, where=where, title=title)
     size = output.stat().st_size
     if as_json:
         print(ascii_json({"output": str(output), "bytes": size, "sections": made.sections}))

@@ -1,13 +1,13 @@
 """The charts of a study: each is one function that makes a frame of a view and draws it, registered in `CHARTS`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from lnjac.comparing import compare, study
+from lnjac.comparing import compare
 from lnjac.comparing import cost as costs
 from lnjac.comparing import scaling as slopes
 from lnjac.comparing.compare import LOSS
@@ -24,11 +24,19 @@ MOST_ROWS = 16_000
 """Rows of the curves behind a map, so that a page stays small whatever the number of runs."""
 
 
-class Drawing(NamedTuple):
-    """A chart with its caption, notes and tables of the same numbers.
+class Answer(NamedTuple):
+    """A table that stays in sight below a chart, with its title and notes."""
 
-    `choices` holds the values that a reader may choose among by the parameter of their name. The `answer`, a table with its
-    title, is always in sight; `tables` are folded. If a drawing `follows`, its table has only the rows that are chosen.
+    title: str
+    table: pd.DataFrame
+    notes: Sequence[str]
+
+
+class Drawing(NamedTuple):
+    """A chart with its caption, notes and folded tables of the same numbers.
+
+    `choices` holds the values that a reader may choose among by the parameter of their name. If a drawing `follows`, its
+    table has only the rows that are chosen. A `wide` one is scrolled on a narrow page.
     """
 
     picture: marks.Picture
@@ -36,7 +44,7 @@ class Drawing(NamedTuple):
     tables: Mapping[str, pd.DataFrame]
     notes: Sequence[str] = ()
     choices: Mapping[str, Sequence[str]] = {}
-    answer: "tuple[str, pd.DataFrame] | None" = None
+    answer: Answer | None = None
     wide: bool = False
     follows: bool = False
 
@@ -60,8 +68,7 @@ class Need(NamedTuple):
         return any(frame[name].nunique() >= self.least for name in known)
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """A kind of chart that a study may have.
 
     `title` heads the section of a page, which charts of one title share; `summary` tells one line of what is drawn. A page
@@ -73,7 +80,7 @@ class Chart:
     summary: str
     needs: Sequence[Need]
     metrics: Sequence[str | None]
-    function: Callable[..., Drawing] = field(repr=False)
+    function: Callable[..., Drawing]
 
     def draw(self, view: View, metric: str | None = None) -> Drawing:
         """Draw a metric, or the first of the chart's own.
@@ -107,11 +114,8 @@ def chart(
     """Register a function of a view and a metric as a chart; further options are passed to it."""
 
     def register(function: Function) -> Function:
-        def draw(view: View, metric: str | None) -> Drawing:
-            return function(view, metric, **options)
-
         summary = (function.__doc__ or "").partition("\n")[0]
-        CHARTS[name] = Chart(name, title, summary, needs, metrics, draw)
+        CHARTS[name] = Chart(name, title, summary, needs, metrics, partial(function, **options))
         return function
 
     return register
@@ -119,16 +123,16 @@ def chart(
 
 NORMS = Need("layers", ["site"], 1, "no norm of these runs was measured: leave diagnostics=off out")
 LEVELS = Need(
-    "runs",
-    ["level"],
-    2,
-    "nothing to compare, as one level alone was run: python run.py -m attn_mode=softmax,sigmoid seed=1,2,3 compares two",
+    "runs", ["level"], 2, "one level alone was run: python run.py -m attn_mode=softmax,sigmoid seed=1,2,3 runs two"
 )
 BACKWARDS = Need(
     "runs",
     ["ln_backward"],
     2,
     "one backward alone was run: python run.py -m ln_backward=exact,center_scale seed=1,2,3 runs one with a cost",
+)
+RECORDED = Need(
+    "curves", ["step"], 2, "losses were recorded at one step alone: python run.py eval.every=50 records more"
 )
 ENRICHED = Need("layers", ENRICHMENTS, 1, "no enrichment was measured in these runs: leave diagnostics=off out")
 
@@ -145,12 +149,12 @@ def headline(view: View, metric: str) -> Drawing:
     rows, seeds = (_in_words(part[part["metric"] == metric], found.cells) for part in (rows, found.seeds()))
     if rows["difference"].isna().all():
         raise ConfigError(_NO_PAIRS)
-    key = ["cell"] * bool(found.cells) + ["site"] * ("site" in rows)
+    own, site, pairs = ["cell"] * bool(found.cells), ["site"] * ("site" in rows), rows["pair"].unique()
+    few = len(rows[["cell", "pair"]].drop_duplicates()) <= MOST_LINES
+    place, level = (site, ["pair"] * (len(pairs) > 1) + own) if few and site else (own + site, [])
     for frame in (rows, seeds):
-        parts = [frame[name] for name in key or ["cell"]]
-        frame["place"] = [", ".join(of) for of in zip(*parts, strict=True)]
-        frame["level"] = frame["pair"]
-    shown = rows if len(rows[["cell", "pair"]].drop_duplicates()) <= MOST_LINES else rows[rows["headline"]]
+        frame["place"], frame["level"] = _joined(frame, place or ["cell"]), _joined(frame, level or ["pair"])
+    shown = rows if few else rows[rows["headline"]]
     at, notes = "", [*found.notes, _EFFECT]
     if len(shown) < len(rows):
         last = f"at {LAST_NORM} and " if (shown["site"] == LAST_NORM).any() else ""
@@ -158,7 +162,6 @@ def headline(view: View, metric: str) -> Drawing:
         notes.append(
             "the largest is chosen by its size: its adjusted p, over all norms, allows for that, its interval does not"
         )
-    pairs = rows["pair"].unique()
     picture = marks.dots(
         seeds.merge(shown[["place", "level"]]).dropna(subset="difference")[["place", "level", "seed", "difference"]],
         shown.rename(columns={"difference": "mean"})[["place", "level", "mean", "low", "high"]],
@@ -167,8 +170,8 @@ def headline(view: View, metric: str) -> Drawing:
     )
     caption = f"Difference of {metric}{at} between levels of {view.by}: every seed, the mean, its 95% interval."
     tables = {
-        "Table": rows[[*key, "a", "b", "mean_a", "mean_b", *_RESULTS]],
-        "Every seed's value": _by_seed(seeds, key, view.by),
+        "Table": rows[[*own, *site, "a", "b", "mean_a", "mean_b", *_RESULTS]],
+        "Every seed's value": _by_seed(seeds, [*own, *site], view.by),
     }
     return Drawing(picture, caption, tables, notes)
 
@@ -176,10 +179,8 @@ def headline(view: View, metric: str) -> Drawing:
 @chart("heatmap", "Norms and metrics", needs=[NORMS, LEVELS])
 def heatmap(view: View, metric: str | None) -> Drawing:
     """The difference of every metric at every norm, shaded against the metric's largest."""
-    if metric:
-        study.require_metrics(view.study, "layers", [metric])
-    found = _compared(view, metric) if metric else view.norms_compared
-    rows = _in_words(found.rows[found.rows["metric"] == metric] if metric else found.rows, found.cells)
+    found = view.compared([metric]) if metric else view.norms_compared
+    rows = _in_words(found.rows, found.cells)
     rows = rows.dropna(subset="difference")
     if rows.empty:
         raise ConfigError(_NO_PAIRS)
@@ -247,7 +248,7 @@ def curves(view: View, metric: str | None) -> Drawing:
     return Drawing(picture, caption, tables, notes, choices(lines), follows=True)
 
 
-@chart("losses", "Trajectories", needs=[], metrics=(LOSS, "train_loss_nats"))
+@chart("losses", "Trajectories", needs=[RECORDED], metrics=(LOSS, "train_loss_nats"))
 def losses(view: View, metric: str) -> Drawing:
     """A loss over the updates, beside that of a bigram model."""
     values = view.curves(metric)
@@ -300,7 +301,7 @@ def cost(view: View, metric: str) -> Drawing:
         rows.rename(columns={"difference": "mean"})[[*own, "place", "level", "mean", "low", "high"]],
         by=found.by or "",
         title=f"{metric} − exact's",
-        joined=True,
+        upright=True,
     )
     caption = (
         "What training with each backward costs: every seed, those of one seed joined, the mean, its 95% interval."
@@ -310,14 +311,14 @@ def cost(view: View, metric: str) -> Drawing:
         "Table": rows[[*own, "level", "backward", "mean_a", "mean_b", *_RESULTS]].rename(columns=columns),
         "Every seed's value": _by_seed(seeds, [*own, "level"], "backward"),
     }
-    notes, answer = [*found.costs.notes, _EFFECT], None
-    if (between := found.differences) is not None:
-        rows = _in_words(between.rows, between.cells)
-        own = ["cell"] * bool(between.cells)
-        table = rows[[*own, "ln_backward", "a", "b", "mean_a", "mean_b", *_RESULTS]]
-        answer = ("Differences of cost between levels", table.rename(columns={"ln_backward": "backward"}))
-        notes += [note for note in between.notes if note not in notes]
-    return Drawing(picture, caption, tables, notes, choices(seeds[own]), answer)
+    answer = None
+    if found.differences is not None:
+        between = _in_words(found.differences.rows, found.differences.cells)
+        own = ["cell"] * bool(found.differences.cells)
+        table = between[[*own, "ln_backward", "a", "b", "mean_a", "mean_b", *_RESULTS]]
+        table = table.rename(columns={"ln_backward": "backward"})
+        answer = Answer("Differences of cost between levels", table, [*found.differences.notes, _EFFECT])
+    return Drawing(picture, caption, tables, [*found.costs.notes, _EFFECT], choices(seeds[own]), answer)
 
 
 @chart("depth", "By depth", needs=[NORMS], metrics=("sigma_mean", "radial_share"))
@@ -337,9 +338,8 @@ def depth(view: View, metric: str) -> Drawing:
 
 
 def _of_size(size: str, name: str, example: str) -> Callable[[Function], Function]:
-    need = Need(
-        "runs", [size], 2, f"{size} is the same in all runs: python run.py -m {size}={example} seed=1,2,3 varies it"
-    )
+    otherwise = f"{size} is the same in all runs: python run.py -m {size}={example} seed=1,2,3 varies it"
+    need = Need("runs", [size], 2, otherwise)
     return chart(f"scaling-{name}", f"Scaling with {name}", needs=[need], metrics=("radial_share", LOSS), size=size)
 
 
@@ -360,7 +360,7 @@ def scaling(view: View, metric: str, size: str) -> Drawing:
     by = view.by if view.by in found.cells else ""
     picture = marks.lines(points, x="x", by=by, title=name, log=log, size=size)
     caption = f"{name} against {size}: mean over seeds and its 95% interval."
-    table = arranged(found.slopes, found.cells, view.by)
+    table = arranged(found.slopes, found.cells, view.by).drop(columns=["cell", "level"])
     return Drawing(picture, caption, {"Table": table}, found.notes, choices(points))
 
 
@@ -369,9 +369,7 @@ def scaling(view: View, metric: str, size: str) -> Drawing:
 
 def _compared(view: View, metric: str) -> compare.Comparison:
     """Compare the metric with all metrics of a layer that are shown, or alone."""
-    if metric in view.tested:
-        return view.norms_compared
-    return compare.compare(view.study, view.by, metrics=[metric], table=_table(view, metric), where=view.where)
+    return view.norms_compared if metric in view.tested else view.compared([metric], _table(view, metric))
 
 
 def _table(view: View, metric: str) -> str:
@@ -383,6 +381,10 @@ def _in_words(rows: pd.DataFrame, cells: Sequence[str]) -> pd.DataFrame:
     rows = arranged(rows, cells)
     a, b = rows["a"].map(word), rows["b"].map(word)
     return rows.assign(a=a, b=b, pair=a + " − " + b)
+
+
+def _joined(frame: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    return [", ".join(parts) for parts in zip(*(frame[name] for name in names), strict=True)]
 
 
 def _by_seed(seeds: pd.DataFrame, keys: Sequence[str], level: str) -> pd.DataFrame:

@@ -25,14 +25,16 @@ Picture = Any
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 2], [4, 4, 1, 4], [1, 3])
 PICKS = ("cell", "pair", "site", "metric")
 """Columns of a frame whose values a reader may choose among, by the parameters of the same names."""
-NUMBER = ".6~g"
-"""Digits of an axis: Vega's own choice shows 0 where all values are one."""
+_LABEL = "replace(datum.label, '−', '-')"
+NUMBER = f"!datum.label || abs({_LABEL} - datum.value) <= 1e-9 ? datum.label : format(datum.value, '.6~g')"
+"""The label of a number on an axis: Vega's own, unless it rounds, as to 0 where all values are one."""
 
 
 THEME = json.loads(Path(__file__).with_name("theme.json").read_text(encoding="utf-8"))
 """Vega's config, whose colours are CSS variables, and their values in the palettes light and dark.
 
-Of these, `level-0` and on are Okabe and Ito's colours, `shade-0` and on run from below to above through the paper's shade.
+The config's `aria` is off: each mark's description would be an expression made of titles, which a backslash breaks.
+`level-0` and on are Okabe and Ito's colours; `shade-0` and on run from below to above through the paper's shade.
 """
 MISSING = "charts need altair, jinja2 and vl-convert-python: pip install -e '.[report]'"
 
@@ -48,7 +50,7 @@ def extra(module: str) -> Any:
 # Three kinds of drawing
 
 
-def dots(seeds: pd.DataFrame, intervals: pd.DataFrame, *, by: str, title: str, joined: bool = False) -> Picture:
+def dots(seeds: pd.DataFrame, intervals: pd.DataFrame, *, by: str, title: str, upright: bool = False) -> Picture:
     """Draw differences in rows: every seed a dot, the mean a bar with its interval, and a line at zero.
 
     Args:
@@ -56,29 +58,33 @@ def dots(seeds: pd.DataFrame, intervals: pd.DataFrame, *, by: str, title: str, j
         intervals: place, level, mean, low, high, and perhaps cell.
         by: The title of the levels.
         title: The title of the axis.
-        joined: Whether the dots of one seed in one place are joined.
+        upright: Whether places are side by side instead, and the dots of one seed in one place joined.
     """
     alt = extra("altair")
     places, level = _order(intervals["place"]), _level(alt, intervals["level"], by)
-    axis = alt.Axis(labelExpr="split(datum.label, ', ')")
-    rows = {
-        "y": alt.Y("place:N", sort=places, title=None, axis=axis),
-        "yOffset": alt.YOffset("level:N", sort=level.names),
-    }
+    if upright:
+        axes = alt.X, alt.XOffset, alt.Y, alt.Y2
+        axis, size = alt.Axis(labelAngle=-30), 300
+    else:
+        axes = alt.Y, alt.YOffset, alt.X, alt.X2
+        axis = alt.Axis(labelExpr="split(datum.label, ', ')")
+        size = 20 + len(places) * max(24 * len(level.names), 15 * max(name.count(", ") + 1 for name in places) + 6)
+    along, offset, value, value_2 = axes
+    rows = along("place:N", sort=places, title=None, axis=axis), offset("level:N", sort=level.names)
 
     def at(column: str) -> Any:
-        return alt.X(f"{column}:Q", title=title, axis=alt.Axis(tickCount=7, format=NUMBER))
+        return value(f"{column}:Q", title=title, axis=alt.Axis(tickCount=7, labelExpr=NUMBER))
 
-    zero = alt.Chart(pd.DataFrame({"zero": [0]})).mark_rule(style="none").encode(x="zero:Q")
-    bars = _filtered(alt, intervals).encode(**rows, color=level.color, tooltip=_numbers(alt, intervals))
-    rule = bars.mark_rule(style="interval").encode(x=at("low"), x2="high:Q")
-    mean = bars.mark_tick(style="middle", orient="vertical").encode(x=at("mean"))
-    base = _filtered(alt, seeds).encode(**rows, x=at("difference"))
-    points = base.mark_point(style="seed").encode(color=level.color, shape=level.shape, tooltip=_numbers(alt, seeds))
-    pairs = [base.mark_line(style="pair").encode(detail=["seed:N", "place:N"])] if joined else []
-    row = max(24 * len(level.names), 15 * max(name.count(", ") + 1 for name in places) + 6)
-    drawn = alt.layer(zero, *pairs, rule, mean, points).add_params(*_params(alt, seeds))
-    return drawn.properties(height=20 + row * len(places))
+    zero = alt.Chart(pd.DataFrame({"zero": [0]})).mark_rule(style="none").encode(value("zero:Q"))
+    bars = _filtered(alt, intervals).encode(*rows, level.color, tooltip=_numbers(alt, intervals))
+    rule = [bars.mark_rule(style="interval").encode(at("low"), value_2("high:Q"))] if _bounded(intervals) else []
+    tick = {"orient": "horizontal", "size": 40} if upright else {"orient": "vertical"}
+    mean = bars.mark_tick(style="middle", **tick).encode(at("mean"))
+    base = _filtered(alt, seeds).encode(*rows, at("difference"))
+    points = base.mark_point(style="seed").encode(level.color, level.shape, tooltip=_numbers(alt, seeds))
+    pairs = [base.mark_line(style="pair").encode(detail=["seed:N", "place:N"])] if upright else []
+    drawn = alt.layer(zero, *pairs, *rule, mean, points).add_params(*_params(alt, seeds))
+    return drawn.properties(height=size)
 
 
 def shades(frame: pd.DataFrame, *, legend: str, label: str = "format(datum.value, '.2f')") -> Picture:
@@ -134,12 +140,12 @@ def lines(frame: pd.DataFrame, *, x: str, by: str, title: str, log: bool = False
     scale = alt.Scale(type="log", nice=False, padding=10) if log else alt.Scale(zero=False)
 
     def at(column: str) -> Any:
-        return alt.Y(f"{column}:Q", scale=scale, title=title, axis=alt.Axis(format=NUMBER))
+        return alt.Y(f"{column}:Q", scale=scale, title=title, axis=alt.Axis(labelExpr=NUMBER))
 
     plain = _filtered(alt, frame, x).encode(x=_along(alt, frame[x], size))
     base = plain.encode(color=level.color, tooltip=_numbers(alt, frame))
     drawn = [base.mark_line().encode(y=at("mean"), strokeDash=level.dash)]
-    if frame["low"].notna().any():  # Vega complains of a band that is nowhere
+    if _bounded(frame):
         drawn.insert(0, base.mark_area(style="band").encode(y=at("low"), y2="high:Q"))
     if "reference" in frame:
         drawn.append(plain.mark_line(style="none", strokeWidth=1).encode(y=at("reference"), detail="level:N"))
@@ -257,6 +263,11 @@ def _filtered(alt: Any, frame: pd.DataFrame, *axes: str) -> Any:
     """Return a chart of the rows that are chosen."""
     names = choices(frame, *axes)
     return alt.Chart(frame).transform_filter(_picked(names)) if names else alt.Chart(frame)
+
+
+def _bounded(frame: pd.DataFrame) -> bool:
+    """Return whether there is any interval: Vega warns of a mark that is nowhere."""
+    return bool(frame["low"].notna().any())
 
 
 def _picked(names: Iterable[str]) -> str:

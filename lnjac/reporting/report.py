@@ -12,7 +12,9 @@ import pandas as pd
 from lnjac.comparing.study import IDENTITY, RUN, Study, read, varying, word
 from lnjac.errors import ConfigError
 from lnjac.files import write_atomically
+from lnjac.progress import bar
 from lnjac.reporting.charts import CHARTS, Drawing
+from lnjac.reporting.marks import extra
 from lnjac.reporting.page import Charts, Section, render
 from lnjac.reporting.view import View, view
 from lnjac.runs.folder import DIVERGED
@@ -27,7 +29,6 @@ CONFIG = (
 )
 """Columns of runs that the page lists even if they are the same in all of them."""
 PROVENANCE = ("commit", "lnjac_version", "torch_version", "python_version", "device", "data_sha256")
-MOST_SKIPPED = 300
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,7 @@ class Report:
     """A page, and the title and the number of charts of each section that has any."""
 
     html: str = field(repr=False)
-    title: str
     sections: dict[str, dict[str, Any]]
-
-    def write(self, path: Path) -> None:
-        """Write the page, all of it or nothing."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: temporary.write_text(self.html, encoding="utf-8"))
 
 
 def report(
@@ -67,26 +62,25 @@ def report(
     Raises:
         ConfigError: If a source, the condition or the column is not right, or the report extra is not installed.
     """
-    path = require_page(output)
-    if isinstance(source, Study):
-        made = make(source, title or source.path.name, by, where)
-    else:
-        paths = [Path(one) for one in ([source] if isinstance(source, str | Path) else source)]
-        made = make(read(paths), title or ", ".join(one.name or str(one) for one in paths), by, where)
-    made.write(path)
-    return made
-
-
-def require_page(output: str | Path) -> Path:
-    """Return the path of a page; raise ConfigError if it does not end in .html."""
     path = Path(output)
     if path.suffix != ".html":
         raise ConfigError(f"the output {path} must end in .html: try {path.name}.html")
-    return path
+    if isinstance(source, Study):
+        study, name = source, source.path.name
+    else:
+        paths = [Path(one) for one in ([source] if isinstance(source, str | Path) else source)]
+        name = ", ".join(one.name or str(one) for one in paths)
+        with bar("reading runs") as progress:
+            study = read(paths, progress)
+    made = make(study, title or name, by, where)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_text(made.html, encoding="utf-8"))
+    return made
 
 
 def make(study: Study, title: str, by: str | None = None, where: str | None = None) -> Report:
     """Return the page of a study. For a chart that cannot be drawn it has a line with what is lacking."""
+    extra("altair")  # without it every chart would be one that cannot be drawn
     shown, charts, sections = view(study, by, where), Charts(), []
     absent: dict[str, Sequence[str]] = {}
     for name, of_title in groupby(CHARTS.values(), lambda chart: chart.title):
@@ -99,22 +93,20 @@ def make(study: Study, title: str, by: str | None = None, where: str | None = No
         else:
             absent[name] = reasons
     merge = _merge(study)
-    skipped = [f"{skip['path']}: {skip['reason']}" for skip in merge.get("skipped", [])]
     html = render(
         charts,
         title=title,
         lead=f"{len(shown.runs)} runs" + f", by {shown.by}" * bool(shown.by) + (f", where {where}" if where else ""),
         facts=_facts(shown.runs, merge),
         doubts=study.doubts,
-        skipped=skipped[:MOST_SKIPPED],
-        n_skipped=len(skipped),
+        skipped=[f"{skip['path']}: {skip['reason']}" for skip in merge.get("skipped", [])],
         diverged=_diverged(shown),
         sections=sections,
         absent=absent,
         columns={name: pd.DataFrame(TABLES[name]) for name in companions(study.path)},
     )
     contents = {part.name: {"title": part.title, "charts": len(part.figures)} for part in sections}
-    return Report(html, title, contents)
+    return Report(html, contents)
 
 
 def _merge(study: Study) -> dict[str, Any]:

@@ -64,7 +64,11 @@ class View:
     @cached_property
     def norms_compared(self) -> compare.Comparison:
         """Compare all tested metrics of a layer at once."""
-        return compare.compare(self.study, self.by, metrics=self.tested, where=self.where)
+        return self.compared(self.tested)
+
+    def compared(self, metrics: Sequence[str], table: str = "layers") -> compare.Comparison:
+        """Compare the levels in some metrics of a table."""
+        return compare.compare(self.study, self.by, metrics=metrics, table=table, where=self.where)
 
     def layers(self, metrics: Sequence[str], *, last: bool) -> pd.DataFrame:
         """Return cell, level, step, seed, site, metric and value of every norm of the runs that did not diverge.
@@ -85,10 +89,11 @@ class View:
 
     def curves(self, metric: str) -> pd.DataFrame:
         """Return cell, level, seed, step, metric and value of a loss along the runs that did not diverge."""
+        known = [name for name in self.study.columns("curves") if name not in ("run_id", "step")]
+        known_column(metric, known, "no column of curves for --metric is called")
         rows = self.study.frame("curves", ["run_id", "step", metric]).dropna(subset=metric)
-        done = self.done.drop(columns="diag_id").drop_duplicates(
-            "run_id"
-        )  # other diagnostics of one run are no other run
+        # other diagnostics of one run are no other run
+        done = self.done.drop(columns="diag_id").drop_duplicates("run_id")
         return done.merge(rows, on="run_id").rename(columns={metric: "value"}).assign(metric=metric)
 
     def means(self, values: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:

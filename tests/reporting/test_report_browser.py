@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from support.studies import write_study
 
-from lnjac.comparing import study as design
-from lnjac.reporting import report
+from lnjac.reporting.report import report
 
 pytest.importorskip("altair", reason="the extra [report] is not installed")
 pytest.importorskip("vl_convert", reason="the extra [report] is not installed")
@@ -65,8 +64,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    made = report.make(design.read([write_study(folder, FACTORS, blocks=1)]), title=f"sweep {EVIL}")
-    made.write(folder / "report.html")
+    report(write_study(folder, FACTORS, blocks=1), output=folder / "report.html", title=f"sweep {EVIL}")
     return folder / "report.html"
 
 
@@ -113,6 +111,14 @@ def test_it_opens_offline_and_without_complaint(browser: Any, file: Path):
     charts = browser.execute_script("return document.querySelectorAll('.chart').length")
     drawn = browser.execute_script("return document.querySelectorAll('.chart > svg').length")
     assert charts == drawn > 10
+
+
+def test_one_run_and_one_seed_a_level_open_without_complaint(browser: Any, tmp_path: Path):
+    for name, factors in (("one", {}), ("level", {"attn_mode": ["sigmoid", "softmax"]})):
+        (tmp_path / name).mkdir()
+        report(write_study(tmp_path / name, factors, seeds=1, blocks=0), output=tmp_path / f"{name}.html")
+        opened(browser, tmp_path / f"{name}.html")
+        assert browser.get_log("browser") == []
 
 
 def test_a_script_that_is_not_the_pages_own_does_not_run(browser: Any, file: Path, tmp_path: Path):
