@@ -152,9 +152,14 @@ class Composed:
     plain: "Sequence[Override]"
 
     @property
+    def choices(self) -> dict[str, Any]:
+        """The chosen member of each group, by which rows are labelled."""
+        return self.base.choices
+
+    @property
     def hydra(self) -> "DictConfig":
         """Hydra's own part of the config, with its launcher; what it notes of a job is in `full` alone."""
-        found: DictConfig = self._base.config.hydra
+        found: DictConfig = self.base.config.hydra
         return found
 
     def build(self) -> RunConfig:
