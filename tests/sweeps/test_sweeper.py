@@ -513,7 +513,7 @@ def test_a_full_gpu_names_the_remedy() -> None:
 def test_a_script_that_plans_nothing_is_refused_with_the_remedy() -> None:
     def task(cfg: object) -> None: ...
 
-    with pytest.raises(ConfigError, match=r"test_sweeper has no function plan\(cfg\).*hydra/sweeper=basic"):
+    with pytest.raises(ConfigError, match=r"test_sweeper has no function plan\(job\).*hydra/sweeper=basic"):
         protocol.planner(task)
 
 
