@@ -520,13 +520,16 @@ def test_a_script_that_plans_nothing_is_refused_with_the_remedy() -> None:
 def test_our_own_script_plans_each_run_as_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.chdir(ROOT)  # the corpus
-    one = sweeper_of("model=tiny", "seed=3")
+    sweeper = sweeper_of()
+    loader = sweeper.hydra_context.config_loader
+    composer = Composer(loader, lambda words: loader.load_sweep_config(sweeper.config, words))
+    plan = protocol.planner(sweeper.task_function)
     settings = compose.compose("model=tiny", "seed=3")
-    found = protocol.planner(one.task_function)(one.config)
+    found = plan(composer.compose(["model=tiny", "seed=3"]))
     assert found.identity["run_id"] == config_identity.run_id(settings, settings.data.load().sha256)
     assert found.identity["diag_id"] == config_identity.diag_id(settings)
     assert found.columns["model.n_embd"] == settings.model.n_embd
     cores = "threads=100000 is more than this machine's"
     with pytest.raises(ConfigError, match=cores):
-        protocol.planner(one.task_function)(sweeper_of("threads=100000").config)
-    assert protocol.planner(one.task_function)(sweeper_of("threads=100000", "hydra/launcher=slurm").config)
+        plan(composer.compose(["threads=100000"]))
+    assert plan(composer.compose(["threads=100000", "hydra/launcher=slurm"]))
