@@ -52,6 +52,8 @@ def test_bare_default_is_the_original_run() -> None:
     [
         (["seed=abc"], "seed=abc: Value 'abc' of type 'str' could not be converted to Integer"),
         (["steps=2.5"], "steps=2.5"),
+        ([r"seed='\${x}'"], "seed=${x}: Interpolation key 'x' not found"),
+        (["ln_backward.sites=[ln_1,'???']"], "ln_backward.sites=['ln_1', '???']: Missing mandatory value: 1"),
         (["model.n_embd=130"], "try n_embd=128 or 132"),
         (["steps=-1"], "steps=0 analyses the model at initialisation"),
         (["batch_size=0"], "batch_size=0 must be at least 1"),
