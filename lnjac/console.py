@@ -1,4 +1,4 @@
-"""Standard output and standard error that lose nothing, whatever their encoding, and outlive their reader."""
+"""Make standard output and standard error work in any encoding, and after their reader has gone."""
 
 import codecs
 import io
@@ -7,11 +7,11 @@ import sys
 import unicodedata
 
 SPELLED = {"−": "-", "–": "-", "—": "-", "…": "...", "≤": "<=", "≥": ">=", "·": ".", "×": "x"}
-"""ASCII for signs that lnjac prints; Greek letters go by their names, all else by its number (`\\u2016`)."""
+"""ASCII for signs that lnjac prints. Greek letters are spelled by name, other characters by code point (`\\u2016`)."""
 
 
 class Steady(io.TextIOWrapper):
-    """A text stream that drops the rest once nobody reads it: `| head -1` neither ends a run nor prints a traceback."""
+    """A text stream that drops text that nobody reads any more: `| head -1` neither ends a run nor prints a traceback."""
 
     replaced: io.TextIOWrapper
 
@@ -29,7 +29,7 @@ class Steady(io.TextIOWrapper):
             self._drop()
 
     def _drop(self) -> None:
-        """Let the file descriptor lead nowhere, so that what is still in the buffer can be flushed."""
+        """Connect the file descriptor to the null device, so that the rest of the buffer can be flushed."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
         os.close(nowhere)
@@ -40,7 +40,7 @@ def steady() -> None:
     codecs.register_error("lnjac.spelled", _spelled)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if type(stream) is io.TextIOWrapper:  # not yet Steady, nor one that a test or a notebook put there
+        if type(stream) is io.TextIOWrapper:  # not a Steady one, nor one of a test or a notebook
             stream.flush()
             new = Steady(
                 stream.buffer,
@@ -49,7 +49,7 @@ def steady() -> None:
                 line_buffering=stream.line_buffering,
                 write_through=stream.write_through,
             )
-            new.replaced = stream  # which would close their common buffer if it were collected
+            new.replaced = stream  # kept, because its collection would close their common buffer
             setattr(sys, name, new)
 
 

@@ -2,4 +2,4 @@
 
 
 class ConfigError(ValueError):
-    """A problem a user can mend: its text is what they read, one line for each problem, each with its remedy."""
+    """Raised for problems that a user can mend. The text has one line for each problem, with its remedy."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writing, content hashes, and why the system refuses."""
+"""Write files atomically, hash their content, and name the system's reason for refusing one."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a temporary file in path's folder, then move it to path; on any error path stays as it was."""
+    """Let `write` make a temporary file beside path, then move it to path, which stays as it was on any error."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         write(temporary)
@@ -24,5 +24,5 @@ def file_sha256(path: Path) -> str:
 
 
 def why(error: OSError) -> str:
-    """The system's reason alone, such as `permission denied`, for a message that names the file already."""
+    """Return the system's reason alone, such as `permission denied`, for a message that already names the file."""
     return (error.strerror or str(error)).lower()

@@ -1,4 +1,4 @@
-"""What this process may use of its machine."""
+"""Ask for the resources of this process's machine."""
 
 import os
 

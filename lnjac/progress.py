@@ -1,4 +1,4 @@
-"""How a long job tells of itself: a bar on a terminal, plain dated lines in the log."""
+"""Progress of long work: a bar on a terminal, plain lines in the log."""
 
 import logging
 import multiprocessing
@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lnjac.escape import visible
 
@@ -13,58 +14,50 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Reports a run's updates: `tick` after each one; a log line every tenth of the run and at least every 30 s."""
+    """The progress of a run of `total` updates, `before` of them done at its start.
 
-    def __init__(self, total: int, tokens_per_update: int, before: int) -> None:
-        self.total, self.tokens, self.before = total, tokens_per_update, before
-        self.started = self.spoken = time.perf_counter()
-        self.bar: object | None = None
+    `tick` is called after each update. It logs a line every tenth of the run, and at least every 30 s.
+    """
+
+    def __init__(self, total: int, tokens_per_update: int, before: int, bar: Any = None) -> None:
+        self.total, self.tokens, self.before, self.bar = total, tokens_per_update, before, bar
+        self.started = self.logged = time.perf_counter()
 
     def tick(self, done: int, loss: float) -> None:
         now = time.perf_counter()
-        per_update = (now - self.started) / (done - self.before)
-        rate = self.tokens / max(per_update, 1e-9)
+        per_update_s = (now - self.started) / (done - self.before)
+        rate = self.tokens / max(per_update_s, 1e-9)
         if self.bar is not None:
-            self.bar.update(0, completed=done, loss=loss, rate=rate)  # type: ignore[attr-defined]
-        tenth = max(1, self.total // 10)
-        if done % tenth == 0 or done == self.total or now - self.spoken > 30:
-            self.spoken = now
-            left = (self.total - done) * per_update
-            log.info("step %d/%d  loss %.4f  %.0f tokens/s  %.0f s left", done, self.total, loss, rate, left)
+            self.bar.update(0, completed=done, loss=loss, rate=rate)
+        if done % max(1, self.total // 10) == 0 or done == self.total or now - self.logged > 30:
+            self.logged = now
+            left_s = (self.total - done) * per_update_s
+            log.info("step %d/%d  loss %.4f  %.0f tokens/s  %.0f s left", done, self.total, loss, rate, left_s)
 
 
 @contextmanager
 def progress(total: int, tokens_per_update: int, before: int = 0) -> Iterator[Progress]:
-    """A Progress over `total` updates, `before` of them already done.
+    """Give the Progress of a run, with a live bar in place of log lines on a terminal.
 
-    On a terminal with a live bar (loss, tokens/s, time left) in place of log lines on the screen; not in a worker
-    process, whose bar would be drawn over its neighbour's.
+    A worker process draws none: it would be drawn over its neighbour's.
     """
-    report = Progress(total, tokens_per_update, before)
     if not sys.stderr.isatty() or multiprocessing.parent_process() is not None:
-        yield report
+        yield Progress(total, tokens_per_update, before)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
-        TimeRemainingColumn(),
-    )
+    loss, rate = TextColumn("loss {task.fields[loss]:.3f}"), TextColumn("{task.fields[rate]:,.0f} tokens/s")
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), loss, rate, TimeRemainingColumn())
     with _log_to_files_only(), Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         bar.add_task("", total=total, loss=float("nan"), rate=0.0)
-        report.bar = bar
-        yield report
+        yield Progress(total, tokens_per_update, before, bar)
 
 
 @contextmanager
-def bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal's stderr, moved by calls with (done, total); None where nobody would see it."""
+def bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Draw a bar on a terminal, and give a function of (done, total) that moves it; elsewhere give None."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -72,37 +65,29 @@ def bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
     from rich.progress import Progress as Bar
 
     with Bar(console=Console(stderr=True), transient=True) as drawn:
-        task = drawn.add_task(what, total=None)
+        task = drawn.add_task(label, total=None)
         yield lambda done, total: drawn.update(task, completed=done, total=total)
+
+
+def share(label: str, done: int, total: int, worth: int = 1) -> None:
+    """Show the finished share of some work as one moving line on a terminal, if it is `worth` units of work or more."""
+    if total >= worth and sys.stderr.isatty():
+        end = "" if done < total else "\n"
+        print(f"\r{visible(label)} {100 * done // total:3d} %", end=end, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _log_to_files_only() -> Iterator[None]:
-    """While a bar is drawn, lines of this module stay off the screen (they would tear it) and go to the log file."""
-    screens = [
-        handler
-        for handler in logging.getLogger().handlers
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
-    ]
+    """Keep this module's log lines off the screen, where they would tear the bar."""
+    screens = [handler for handler in logging.getLogger().handlers if type(handler) is logging.StreamHandler]
 
-    def not_ours(record: logging.LogRecord) -> bool:
+    def foreign(record: logging.LogRecord) -> bool:
         return record.name != __name__
 
     for handler in screens:
-        handler.addFilter(not_ours)
+        handler.addFilter(foreign)
     try:
         yield
     finally:
         for handler in screens:
-            handler.removeFilter(not_ours)
-
-
-def share(label: str, done: int, total: int, worth: int = 1) -> None:
-    """One moving line on a terminal; nothing elsewhere, nor for less than `worth` units of work."""
-    if total >= worth and sys.stderr.isatty():
-        print(
-            f"\r{visible(label)} {100 * done // total:3d} %",
-            end="" if done < total else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
+            handler.removeFilter(foreign)

@@ -1,4 +1,4 @@
-"""The original script's table, one line per norm, as plain text."""
+"""Format numbers, names and tables as plain text."""
 
 import math
 from collections import Counter
@@ -17,31 +17,37 @@ HEADINGS = {
     "cos_center_vs_true": "cos_c/t",
     "cos_ste_vs_true": "cos_s/t",
 }
-"""The table's columns of numbers: name in `lnjac.runs.schema`, heading."""
+"""The columns of numbers in the table of norms, by name in `lnjac.runs.schema`, with their headings."""
 
 AVERAGE = "AVG: the plain mean of the norms, as the original script printed it"
 
 
 def layer_table(rows: "Sequence[Mapping[str, Any]] | pd.DataFrame") -> str:
-    """Format the layer rows of one step: a header, a line for each site (or call of it), and the original's last line.
+    """Format the rows of one step as a table, a line for each norm or call of one, as the original script printed it.
 
-    That line, AVG, is the plain mean of the lines above it. It repeats the original script and means no more: norms differ
-    in how much of the gradient's energy they hold, so nothing is tested or concluded from it. A value that is missing in a
-    row is missing in the mean too: both are shown as `-`.
+    The last line, AVG, is the plain mean of the lines above. It repeats the original script; nothing is concluded from it,
+    as norms differ in their part of the gradient's energy. Where a row lacks a value, the mean has none either.
+
+    Args:
+        rows: layer rows, by column name.
+
+    Returns:
+        The lines, with `-` for each missing value.
     """
-    records = _records(rows)
+    records = rows if isinstance(rows, Sequence) else cast("list[Mapping[str, Any]]", rows.to_dict("records"))
     calls = Counter(row["site"] for row in records)
     lines = [["name", *HEADINGS.values()]]
     for row in records:
         name = f"{row['site']} [{row['call']}]" if calls[row["site"]] > 1 else str(row["site"])
         lines.append([name, *(number(row[column]) for column in HEADINGS)])
     if records:
-        lines.append(["AVG", *(number(_mean([row[column] for row in records])) for column in HEADINGS)])
+        columns = [[math.nan if row[column] is None else row[column] for row in records] for column in HEADINGS]
+        lines.append(["AVG", *(number(math.fsum(column) / len(column)) for column in columns)])
     return aligned(lines) + f"\n{AVERAGE}" * bool(records)
 
 
 def number(value: float | None) -> str:
-    """Four decimals; three significant digits where those would hide a small or a huge value; `-` for none or NaN."""
+    """Format with four decimals, a small or a huge value with three significant digits, and None or NaN as `-`."""
     if value is None or math.isnan(value):
         return "-"
     if value and (abs(value) < 1e-3 or abs(value) >= 1e6) and math.isfinite(value):
@@ -50,29 +56,19 @@ def number(value: float | None) -> str:
 
 
 def exact(value: float) -> str:
-    """Six significant digits, or as many as tell the number from every other: no two levels look alike."""
+    """Format with six significant digits, or with as many as tell the number from every other."""
     short = f"{value:g}"
     return short if float(short) == value else repr(float(value))
 
 
 def listed(names: Sequence[Any], most: int = 10) -> str:
-    """The first of the names, and how many more there are."""
+    """Join the first `most` names, with the number of further ones."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more
 
 
-def _records(rows: "Sequence[Mapping[str, Any]] | pd.DataFrame") -> Sequence[Mapping[str, Any]]:
-    if isinstance(rows, Sequence):
-        return rows
-    return cast("list[Mapping[str, Any]]", rows.to_dict("records"))
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    return math.fsum(math.nan if value is None else value for value in values) / len(values)
-
-
 def aligned(lines: Sequence[Sequence[str]], labels: int = 1) -> str:
-    """Columns two spaces apart, the first `labels` of them to the left, numbers to the right."""
+    """Lay out lines of cells in columns, the first `labels` of them to the left, the others to the right."""
     lines = [[visible(cell) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     sides = [str.ljust] * labels + [str.rjust] * (len(widths) - labels)

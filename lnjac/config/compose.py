@@ -6,6 +6,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,20 +61,20 @@ NOT_OURS = ("hydra", *SWEEP)
 """Keys of a composed config that are no part of a run's."""
 
 TEXTS = ("sweep", "hydra.run.dir", "hydra.sweep.dir", "data.dir", "data.play_dir", "data.source", "data.files")
-"""Keys whose values name files and folders, and so are text."""
+"""Keys whose values are text, because they name files and folders."""
 
 
 def as_typed(words: Sequence[str]) -> list[str]:
     """Mark a command's words so that Hydra reads names as they are typed, and leaves unknown keys to the schema.
 
-    A number in the place of a name is quoted: `sweep=2026_11_26` would go to multirun/20261126. A value's key gets the
-    prefix `++`: Hydra would compare it with the default members' keys before any job is composed, and refuse those that
-    only other members have, with the advice to add them by `+`, which no schema allows.
+    A number in the place of a name is quoted, because `sweep=2026_11_26` would go to multirun/20261126. A value's key gets
+    the prefix `++`. Without it, Hydra compares the key with the default members before any job is composed, and refuses
+    a key that only other members have, with the advice to add it by `+`, which no schema allows.
     """
     known = (
         {field.name for field in dataclasses.fields(RunConfig)} | set(SWEEP) | {path.name for path in CONF.iterdir()}
     )
-    own_config = any(word.startswith(("-c", "--config")) for word in words)  # it may have groups of its own
+    own_config = any(word.startswith(("-c", "--config")) for word in words)  # which may have groups of its own
     marked = []
     for word in words:
         if found := re.fullmatch(r"(\+{0,2})([A-Za-z_][\w.]*)=(.*)", word, re.DOTALL):
@@ -104,14 +105,19 @@ class Composer:
 
     def compose(self, words: Sequence[str]) -> "Composed":
         """Compose a command's words. Raises ConfigError or a HydraException if they cannot be read or name no member."""
+        from omegaconf import OmegaConf
+
         if new := [word for word in words if word not in self._words]:
             for word, override in zip(new, self._parser.parse_overrides(spelled(new)), strict=True):
                 self._words[word] = override, self._is_plain(override)
         read = [self._words[word] for word in words]
         rest = tuple(str(override.input_line) for override, plain in read if not plain)
         if rest not in self._bases:
-            self._bases[rest] = Base.of(self.load(rest))
-        return Composed(self, self._bases[rest], [override for override, _ in read], [o for o, plain in read if plain])
+            config = self.load(rest)
+            values: Any = OmegaConf.to_container(config)
+            ours = {key: value for key, value in values.items() if key not in NOT_OURS}
+            self._bases[rest] = Base(config, ours, values["hydra"]["runtime"]["choices"])
+        return Composed(self, self._bases[rest], [o for o, _ in read], [o for o, plain in read if plain])
 
     def load(self, words: Iterable[str]) -> "DictConfig":
         with broken_yaml():
@@ -135,36 +141,32 @@ class Base(NamedTuple):
     values: dict[str, Any]
     choices: dict[str, Any]
 
-    @classmethod
-    def of(cls, config: "DictConfig") -> "Base":
-        from omegaconf import OmegaConf
 
-        values: Any = OmegaConf.to_container(config)
-        return cls(
-            config, {key: values[key] for key in values if key not in NOT_OURS}, values["hydra"]["runtime"]["choices"]
-        )
-
-
+@dataclass(frozen=True)
 class Composed:
-    """One job's config, in a form of which a sweep can hold thousands. `choices` are the members of its groups."""
+    """One job's config, in a form of which a sweep can hold thousands; `plain` are the overrides that `base` lacks."""
 
-    def __init__(
-        self, composer: Composer, base: Base, overrides: "Sequence[Override]", plain: "Sequence[Override]"
-    ) -> None:
-        self._composer, self._base, self._plain = composer, base, plain
-        self.overrides, self.choices = overrides, base.choices
+    composer: Composer
+    base: Base
+    overrides: "Sequence[Override]"
+    plain: "Sequence[Override]"
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The chosen member of each group, by which rows are labelled."""
+        return self.base.choices
 
     @property
     def hydra(self) -> "DictConfig":
         """Hydra's own part of the config, with its launcher; what it notes of a job is in `full` alone."""
-        found: DictConfig = self._base.config.hydra
+        found: DictConfig = self.base.config.hydra
         return found
 
     def build(self) -> RunConfig:
         """Return the typed config. Raises ConfigError for values that the schema refuses."""
-        given = [(o.key_or_group, o.value()) for o in self._plain if o.key_or_group not in SWEEP]
-        if "${" not in repr((self._base.values, given)):
-            values = copy.deepcopy(self._base.values)
+        given = [(o.key_or_group, o.value()) for o in self.plain if o.key_or_group not in SWEEP]
+        if "${" not in repr((self.base.values, given)):
+            values = copy.deepcopy(self.base.values)
             if all(_put(values, key, value) for key, value in given):
                 return build(values, self.choices)
         return build(plain(self.full()), self.choices)
@@ -174,12 +176,12 @@ class Composed:
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
-        config = copy.deepcopy(self._base.config)
+        config = copy.deepcopy(self.base.config)
         try:
-            for override in self._plain:  # to any key: `build` refuses those that the schema lacks
+            for override in self.plain:  # to any key: `build` refuses those that the schema lacks
                 OmegaConf.update(config, override.key_or_group, override.value(), merge=True, force_add=True)
         except OmegaConfBaseException:  # Hydra's own error names the override
-            return self._composer.load(str(override.input_line) for override in self.overrides)
+            return self.composer.load(str(override.input_line) for override in self.overrides)
         return config
 
 
@@ -219,16 +221,17 @@ def plain(config: "DictConfig") -> dict[str, Any]:
 
 
 def spelled(words: Iterable[str]) -> list[str]:
-    """Quote each member's name that Hydra would read as a number, a boolean or null: `attn_mode=1e3` names 1e3.yaml.
+    """Quote each member's name that Hydra would read as a number, a boolean or null, as in `attn_mode=1e3` for 1e3.yaml.
 
-    Raises ConfigError for a class that is given apart from its member, whose label its rows would carry.
+    Raises:
+        ConfigError: for a `_target_`, as rows would carry the chosen member's label for the code of another class.
     """
     folders = "|".join(path.name for path in CONF.iterdir() if path.is_dir())
     found = []
     for word in words:
         if named := re.match(rf"[+~]*({folders})(\._target_\b|=\{{.*\b_target_\b)", word):
             raise ConfigError(
-                f"{word}: rows would carry the label of another class: name this one in a file conf/{named[1]}/NAME.yaml "
+                f"{word}: rows would carry the label of another class: name this class in a file conf/{named[1]}/NAME.yaml "
                 f"and choose it by {named[1]}=NAME"
             )
         chosen = re.fullmatch(rf"(\+?(?:{folders})(?:@[^=]*)?=)([^'\"\\]*)", word)
@@ -258,9 +261,9 @@ def broken_yaml() -> Iterator[None]:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{mark.name}, line {mark.line + 1}" if mark else "a yaml file"
-        raise ConfigError(f"{where}: {error.problem or error.context}: mend this yaml file") from None
+        raise ConfigError(f"{where}: {error.problem or error.context}: correct this yaml file") from None
     except YAMLError as error:
-        raise ConfigError(" ".join(str(error).split()) + ": mend this yaml file") from None
+        raise ConfigError(" ".join(str(error).split()) + ": correct this yaml file") from None
     except UnicodeDecodeError as error:
         calls = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "load_config"]
         if not calls:  # raised by a job

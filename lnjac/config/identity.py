@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 from lnjac.columns import Column
-from lnjac.config.schema import HASHED_AS, PLUGIN_GROUPS, RunConfig, field_types, is_group
+from lnjac.config.schema import PLUGIN_GROUPS, RunConfig, field_types, is_group
 
 NUMERICS_VERSION = 2
 """Part of every run's identity, raised whenever the same config would give other numbers than before."""
@@ -29,7 +29,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 def target(group: str, cls: type) -> str:
     """Return the text that stands for a member's class in hashes and files: it never changes for a class of ours."""
     ours = cls.__module__.partition(".")[0] == "lnjac"
-    return f"{HASHED_AS[group] if ours else cls.__module__}.{cls.__qualname__}"
+    return f"{PLUGIN_GROUPS[group].hashed_as if ours else cls.__module__}.{cls.__qualname__}"
 
 
 def run_id(config: RunConfig, data_sha256: str) -> str:

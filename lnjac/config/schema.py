@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from lnjac.diagnostics.settings import Diagnostics
 from lnjac.errors import ConfigError
@@ -91,34 +91,32 @@ class RunConfig:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if is_group(f)}
 
 
+class Plugin(NamedTuple):
+    """A group whose members bring their own code.
+
+    `offers` is the class whose methods a member must have. `hashed_as` is the module that is hashed for lnjac's own
+    classes, wherever they live; their bare names are unique in it.
+    """
+
+    offers: str
+    hashed_as: str
+
+
 PLUGIN_GROUPS = {
-    "attn_mode": "lnjac.gpt.attention.Attention",
-    "method": "lnjac.gpt.methods.Method",
-    "ln_backward": "lnjac.norms.layers.Surrogate",
-    "optimizer": "lnjac.gpt.optimizers.Optimizer",
-    "data": "lnjac.data.corpus.Source",
-    "tracker": "lnjac.training.trackers.Tracker",
+    "attn_mode": Plugin("lnjac.gpt.attention.Attention", "lnjac.attention"),
+    "method": Plugin("lnjac.gpt.methods.Method", "lnjac.credit"),
+    "ln_backward": Plugin("lnjac.norms.layers.Surrogate", "lnjac.norm"),
+    "optimizer": Plugin("lnjac.gpt.optimizers.Optimizer", "lnjac.optim"),
+    "data": Plugin("lnjac.data.corpus.Source", "lnjac.data"),
+    "tracker": Plugin("lnjac.training.trackers.Tracker", "lnjac.tracking"),
 }
-"""The groups whose members bring their own code, each with the class whose methods a member must offer."""
-
-
-HASHED_AS = {
-    "attn_mode": "lnjac.attention",
-    "method": "lnjac.credit",
-    "ln_backward": "lnjac.norm",
-    "optimizer": "lnjac.optim",
-    "data": "lnjac.data",
-    "tracker": "lnjac.tracking",
-}
-"""The module that is hashed for lnjac's own classes of each group, wherever a class lives: its bare name is unique there."""
-
 
 GROUPS = ("model", "diagnostics", *PLUGIN_GROUPS)
 """The groups with members: one yaml file for each in conf/GROUP."""
 
 
 class Hooks(Protocol):
-    """Methods that a member of any of these groups may have besides; each is given the whole config."""
+    """Methods that a member of any group may have; each gets the whole config."""
 
     def resolve(self, config: RunConfig) -> None:
         """Replace values that depend on the rest of the config."""
@@ -153,9 +151,11 @@ def build(values: Mapping[str, Any], choices: Mapping[str, Any] | None = None) -
         for part in config.parts().values():
             if hasattr(part, "resolve"):
                 part.resolve(config)
-        for group, base in PLUGIN_GROUPS.items():  # after `resolve`, which may replace a member
+        for group, plugin in PLUGIN_GROUPS.items():  # after `resolve`, which may replace a member
             part = getattr(config, group)
-            problems += [f"{group}={part.name}: {said}" for said in _unfit(part.__class__, _named(base), required=True)]
+            problems += [
+                f"{group}={part.name}: {said}" for said in _unfit(part.__class__, _named(plugin.offers), required=True)
+            ]
     if problems:
         raise ConfigError("\n".join(problems))
     return config
@@ -166,7 +166,7 @@ def _labelled(group: str, value: Mapping[str, Any], member: Any, problems: list[
     labelled = {"name": member, **value}
     if not isinstance(member, str):
         problems.append(
-            f"{group} has no chosen member to label its rows by: give {group}=NAME, of a file conf/{group}/NAME.yaml"
+            f"{group} has no chosen member to label its rows by: choose one by {group}=NAME, of a file conf/{group}/NAME.yaml"
         )
     elif labelled["name"] != member:
         problems.append(
@@ -179,7 +179,10 @@ def _labelled(group: str, value: Mapping[str, Any], member: Any, problems: list[
 def _member(group: str, value: Any, problems: list[str]) -> Any:
     """Make the dataclass that a group's values name by `_target_`; None if that is not possible."""
     if not isinstance(value, Mapping):
-        problems.append(f"{group}={value}: give {group}=NAME, of a file conf/{group}/NAME.yaml with `key: value` lines")
+        problems.append(
+            f"{group}={value} is no member: choose one by {group}=NAME, "
+            f"of a file conf/{group}/NAME.yaml with `key: value` lines"
+        )
         return None
     try:
         cls = _class(group, str(value.get("_target_", "")))
@@ -238,12 +241,12 @@ def is_group(field: "dataclasses.Field[Any]") -> bool:
 def _class(group: str, target: str) -> type:
     """Return the dataclass of that dotted name. Raises ConfigError if it cannot be imported, made or checked against."""
     module, _, name = target.rpartition(".")
-    if module == HASHED_AS[group]:  # of a finished run
-        target = f"{PLUGIN_GROUPS[group].rpartition('.')[0]}.{name}"
+    if module == PLUGIN_GROUPS[group].hashed_as:  # of a finished run
+        target = f"{PLUGIN_GROUPS[group].offers.rpartition('.')[0]}.{name}"
     try:
         cls = _named(target)
         if not dataclasses.is_dataclass(cls):
-            raise ConfigError("is not a dataclass, so it has no schema to check against: decorate it by @dataclass")
+            raise ConfigError("is not a dataclass, so its values cannot be checked: decorate the class with @dataclass")
         if abstract := getattr(cls, "__abstractmethods__", None):
             raise ConfigError(f"is abstract: define {', '.join(sorted(abstract))}, or name a subclass")
         if "name" not in (fields := [field.name for field in dataclasses.fields(cls)]):
@@ -264,14 +267,16 @@ def _named(target: str) -> Any:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{module}.".startswith(f"{missing}."):
             raise ConfigError(
-                f"names a module that is not there, {missing}: correct it, or put its folder on PYTHONPATH"
+                f"names a module that is not there, {missing}: correct the name, or put the module's folder on PYTHONPATH"
             ) from None
         raise ConfigError(
             f"names a module that cannot be imported: {type(error).__name__}: {first_line(error)}"
         ) from None
     if not hasattr(found, name):
         close = difflib.get_close_matches(name, vars(found), 1)
-        raise ConfigError(f"names no class of {module}" + (f": did you mean {close[0]}?" if close else ": correct it"))
+        raise ConfigError(
+            f"names no class of {module}" + (f": did you mean {close[0]}?" if close else ": correct the name")
+        )
     return getattr(found, name)
 
 

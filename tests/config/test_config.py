@@ -52,6 +52,8 @@ def test_bare_default_is_the_original_run() -> None:
     [
         (["seed=abc"], "seed=abc: Value 'abc' of type 'str' could not be converted to Integer"),
         (["steps=2.5"], "steps=2.5"),
+        ([r"seed='\${x}'"], "seed=${x}: Interpolation key 'x' not found"),
+        (["ln_backward.sites=[ln_1,'???']"], "ln_backward.sites=['ln_1', '???']: Missing mandatory value: 1"),
         (["model.n_embd=130"], "try n_embd=128 or 132"),
         (["steps=-1"], "steps=0 analyses the model at initialisation"),
         (["batch_size=0"], "batch_size=0 must be at least 1"),
@@ -231,9 +233,9 @@ def test_a_label_is_the_chosen_members_name_and_never_typed(add_member: Callable
     with pytest.raises((ConfigError, HydraException)):
         compose("attn_mode=mine", "attn_mode.name=softmax")
     target = "attn_mode._target_=lnjac.gpt.attention.Sigmoid"
-    assert "rows would carry the label of another class: name this one in a file conf/attn_mode" in problems(target)
+    assert "rows would carry the label of another class: name this class in a file conf/attn_mode" in problems(target)
     whole = ["~attn_mode", "+attn_mode.bias=0", "+attn_mode.name=softmax"]
-    assert "attn_mode has no chosen member to label its rows by: give attn_mode=NAME" in problems(*whole)
+    assert "attn_mode has no chosen member to label its rows by: choose one by attn_mode=NAME" in problems(*whole)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,7 @@ def test_a_label_is_the_chosen_members_name_and_never_typed(add_member: Callable
         ("bias: ${zzz}\n", "attn_mode: Interpolation key 'zzz' not found"),
         (
             "- a\n- b\n",
-            "attn_mode=['a', 'b']: give attn_mode=NAME, of a file conf/attn_mode/NAME.yaml with `key: value` lines",
+            "attn_mode=['a', 'b'] is no member: choose one by attn_mode=NAME, of a file conf/attn_mode/NAME.yaml with `key",
         ),
         ("", "attn_mode._target_='' names no class: write package.module.Class"),
     ],
@@ -322,7 +324,7 @@ class Static(Attention):
     [
         (
             "nomodule.X",
-            "attn_mode._target_='nomodule.X' names a module that is not there, nomodule: correct it, or put its",
+            "attn_mode._target_='nomodule.X' names a module that is not there, nomodule: correct the name, or put the",
         ),
         ("lnjac.nomodule.X", "names a module that is not there, lnjac.nomodule"),
         ("needy.X", "names a module that cannot be imported: ModuleNotFoundError: No module named 'nosuchpackage'"),
