@@ -87,8 +87,8 @@ def show(
     """
     from lnjac.errors import ConfigError
     from lnjac.runs import folder as runs
-    from lnjac.runs.placing import finish
-    from lnjac.runs.read import OWNER, Unfit, read, search
+    from lnjac.runs.read import Unfit, read, search
+    from lnjac.runs.schema import OWNER
     from lnjac.text import layer_table, listed
 
     found = search([folder])
@@ -101,10 +101,8 @@ def show(
         said = [runs.read_status(each.path) for each in found.sources]
         names = ["/".join(str(status.get(key, "?")) for key in OWNER) for status in said]
         source = found.sources[_chosen(names, run, folder)]
-    if source.merged:
-        finish(source.path)
     try:
-        tables = read(source)
+        tables = read(source).tables
     except Unfit as error:
         raise ConfigError(f"{source.path}: {error}") from None
     known: pd.DataFrame = tables["runs"].to_pandas()
@@ -131,9 +129,16 @@ def columns() -> None:
     Example:
         lnjac columns > docs/columns.md
     """
-    from lnjac.runs import schema as tables
+    from lnjac.columns import markdown
+    from lnjac.runs.schema import QUANTITIES
+    from lnjac.training import run
 
-    sys.stdout.write(tables.markdown())
+    quantities = [
+        "| quantity | meaning |",
+        "| --- | --- |",
+        *(f"| `{name}` | {QUANTITIES[name]} |" for name in QUANTITIES),
+    ]
+    sys.stdout.write(markdown(run.columns(), lambda table: quantities if table == "mechanism" else ()))
 
 
 def _chosen(names: list[str], run: str | None, folder: Path) -> int:

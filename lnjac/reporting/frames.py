@@ -84,8 +84,9 @@ class View:
         if "seed" not in every:
             raise ConfigError(f"{self.study.path} has no column seed, the unit of every interval")
         for name in by:
-            known_column(name, design.factors(every), "runs are not told apart by")
-        vary = [name for name in design.varying(every) if name != "ln_backward.sites"]
+            known_column(name, design.factors(every, self.study.described("runs")), "runs are not told apart by")
+        known = self.study.described("runs")
+        vary = [name for name in design.varying(every, known) if name != "ln_backward.sites"]
         every = every.assign(**{name: design.labelled(every, name) for name in {"ln_backward", *by} & set(every)})
         cells = design.strata(every, by, vary) if by else vary
         every = _by_cell(every, cells)
@@ -132,7 +133,7 @@ def view(study: Study, by: str | None = None, where: str | None = None, metrics:
     if by is None:
         every = study.frame("runs")
         kept = every[Where(where).holds(every)] if where is not None else every
-        vary = [name for name in design.varying(kept) if name not in design.IDENTITY]
+        vary = [name for name in design.varying(kept, study.described("runs")) if name not in design.IDENTITY]
         by = "attn_mode" if "attn_mode" in vary else next(iter(vary), None)
     return View(study, by, where, metrics)
 

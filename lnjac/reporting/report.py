@@ -14,9 +14,9 @@ from lnjac.reporting import frames as views
 from lnjac.reporting import html as page
 from lnjac.reporting.frames import Drawing, View
 from lnjac.reporting.html import Charts, Section
-from lnjac.runs import schema as tables
 from lnjac.runs.folder import DIVERGED
-from lnjac.runs.read import companions
+from lnjac.runs.merged import companions
+from lnjac.runs.schema import Known
 from lnjac.text import listed
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def make(study: Study, *, title: str, by: str | None = None, where: str | None =
 def _what(view: View, charts: Charts) -> str:
     """Runs and their provenance, what was skipped, what diverged, what makes a comparison doubtful."""
     merge = _merge(view.study)
-    body = page.definitions(_provenance(view.runs, merge))
+    body = page.definitions(_provenance(view.runs, merge, view.study.described("runs")))
     if view.study.doubts:
         body += page.heading("What makes a comparison doubtful") + page.items(view.study.doubts, "warn")
     if skipped := [f"{skip['path']}: {skip['reason']}" for skip in merge.get("skipped", [])]:
@@ -82,13 +82,13 @@ def _what(view: View, charts: Charts) -> str:
     return body
 
 
-def _provenance(every: "pd.DataFrame", merge: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _provenance(every: "pd.DataFrame", merge: Mapping[str, Any], known: Known) -> list[tuple[str, str]]:
     """What the runs are and where they are from: what varies first, then what they have in common."""
     found = [("runs", f"{len(every)}, of which {(every['status'] == DIVERGED).sum()} diverged")]
     if merge:
         counts = f"{merge['found']} found, {merge['merged']} merged, {len(merge['skipped'])} skipped"
         found += [("merge", counts), ("sources", listed(merge["sources"]))]
-    vary = varying(every.drop(columns=["cell", "level"]))
+    vary = varying(every.drop(columns=["cell", "level"]), known)
     groups = [name for name in vary if "." not in name and name not in IDENTITY]
     own = [name for name in vary if "." in name and name.partition(".")[0] not in groups]  # else told by the member
     told = dict.fromkeys([*groups, *own, "seed", *(name for name in CONFIG if name in every), *BASELINES])
@@ -158,7 +158,7 @@ def _dictionary(view: View, charts: Charts) -> str:
         "Symbols are those of docs/maths.md. Tables of layers and runs also hold the config's values."
     )
     for name in companions(view.study.path):
-        frame = pd.DataFrame(tables.TABLES[name])
+        frame = pd.DataFrame(view.study.described(name).values())[["name", "dtype", "unit", "meaning"]]
         body += page.folded(f"{name}: {len(frame)} columns", page.table(frame, f"Columns of {name}"))
     return body
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from support.studies import write_study
 
@@ -24,7 +23,8 @@ from lnjac.reporting import html as page
 from lnjac.reporting import report
 from lnjac.runs import folder as runs
 from lnjac.runs import read as sources
-from lnjac.runs import schema as tables
+from lnjac.runs.merged import companion
+from lnjac.runs.schema import FROZEN
 
 pytest.importorskip("altair", reason="the extra [report] is not installed")
 pytest.importorskip("vl_convert", reason="the extra [report] is not installed")
@@ -125,10 +125,10 @@ def test_the_dictionary_is_of_the_tables_that_are_there(tmp_path: Path):
     path = write_study(tmp_path, {"attn_mode": ["a", "b"]})
     assert "Columns of swaps" not in made(path).html
     note = {"table": "swaps", "merged": True, "merge_id": "m", "rows": {}}
-    runs.write_table(sources.companion(path, "swaps"), runs.schema(tables.TABLES["swaps"]).empty_table(), note)
+    runs.write_table(companion(path, "swaps"), runs.schema(FROZEN["swaps"].values()).empty_table(), note)
     html = made(path).html
     assert html.count('"Columns of ') == 4
-    assert all(column.name in html for column in tables.TABLES["swaps"])
+    assert all(column.name in html for column in FROZEN["swaps"].values())
 
 
 @pytest.mark.usefixtures("light")
@@ -275,7 +275,7 @@ def test_infinite_values_are_left_out_of_charts_and_said(tmp_path: Path):
     layers = pd.read_parquet(path)
     layers.loc[(layers["site"] == "ln_f") & (layers["run_id"] == "run0001"), "sigma_mean"] = np.inf
     layers.loc[(layers["site"] == "ln_f") & (layers["run_id"] == "run0002"), "sigma_mean"] = np.nan
-    table = sources.conform(pa.Table.from_pandas(layers, preserve_index=False), pq.read_schema(path))
+    table = sources.conform(pa.Table.from_pandas(layers, preserve_index=False), "layers", FROZEN["layers"])
     runs.write_table(path, table.replace_schema_metadata(), runs.read_metadata(path))
     view = views.view(design.read([path]))
     drawing = views.depth(view)
@@ -355,7 +355,7 @@ def test_tables_have_p_effect_and_every_seed(tmp_path: Path):
     from scipy import stats
 
     path = write_study(tmp_path, TWO | {"ln_backward": ["exact", "ste"]})
-    runs_of = pd.read_parquet(sources.companion(path, "runs")).query("ln_backward == 'exact'")
+    runs_of = pd.read_parquet(companion(path, "runs")).query("ln_backward == 'exact'")
     a, b = (runs_of[runs_of["attn_mode"] == level]["val_loss_nats"].to_numpy() for level in ("softmax", "sigmoid"))
     view = views.view(design.read([path]))
     drawing = views.headline(view, "val_loss_nats")
