@@ -15,7 +15,7 @@ import numpy as np
 
 ROLES = KEY, VALUE, VOLATILE = "key", "value", "volatile"
 SUM, MINIMUM, MEAN = "sum", "minimum", "mean weighted by "
-MOST = 1000
+MOST = 500
 """Characters of the longest formula that is evaluated."""
 
 
@@ -59,10 +59,13 @@ def evaluate(formula: str, values: Mapping[str, Any]) -> Any:
         A number, or an array of the values' shape.
 
     Raises:
-        ValueError: The text is no formula.
+        ValueError: The text is no formula, or a value is no number.
     """
-    with np.errstate(all="ignore"):
-        return _value(_parsed(formula), values)
+    try:
+        with np.errstate(all="ignore"):
+            return _value(_parsed(formula), values)
+    except TypeError as error:
+        raise ValueError(f"{formula[:80]!r} cannot be evaluated: {error}") from None
 
 
 def names(formula: str) -> list[str]:
@@ -92,10 +95,12 @@ def _parsed(formula: str) -> ast.expr:
         if len(formula) > MOST:
             raise ValueError("it is too long")
         tree = ast.parse(formula, mode="eval").body
+        compared = [node.comparators[0] for node in ast.walk(tree) if isinstance(node, ast.Compare)]
+        texts = [node for node in compared if isinstance(node, ast.Constant) and isinstance(node.value, str)]
         for node in ast.walk(tree):
-            if not _allowed(node):
+            if not (_allowed(node) or node in texts):
                 raise ValueError(f"{type(node).__name__} is not arithmetic")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         raise ValueError(f"{formula[:80]!r} is no formula: {error}") from None
     return tree
 
@@ -103,7 +108,7 @@ def _parsed(formula: str) -> ast.expr:
 def _allowed(node: ast.AST) -> bool:
     match node:
         case ast.Constant(value=value):
-            return type(value) in (int, float, str)
+            return isinstance(value, (int, float)) and float(value) < np.inf  # raises for an int that is too large
         case ast.Call(func=ast.Name(id=name), keywords=[]):
             return name in _FUNCTIONS
         case ast.Compare(comparators=[_]) | ast.BinOp() | ast.UnaryOp() | ast.Name() | ast.Load():
@@ -114,7 +119,7 @@ def _allowed(node: ast.AST) -> bool:
 def _value(node: ast.expr, values: Mapping[str, Any]) -> Any:
     match node:
         case ast.Constant(value=value):
-            return value
+            return float(value) if isinstance(value, (int, float)) else value
         case ast.Name(id=name):
             return np.nan if name == "nan" else values[name]
         case ast.Call(func=ast.Name(id=name), args=arguments):

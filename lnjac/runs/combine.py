@@ -115,12 +115,12 @@ def combine(found: Stacked, rtol: float) -> Combined:
         ConfigError: Two sources hold the same run with other rows, or with science that differs by more than `rtol`; or
             they describe a column in two ways.
     """
-    ranked = _ranked(found)
+    found = _ordered(found)
     combined = Combined({}, {}, {})
     for name in in_order(found.tables):
         if name in CORE or len(found.tables[name]):
             known = _known(name, found)
-            rows, combined.duplicates[name] = _distinct(name, found, known, ranked, rtol)
+            rows, combined.duplicates[name] = _distinct(name, found, known, rtol)
             there = set(rows.column_names)
             first = [column for column in known if column in there]
             combined.tables[name] = rows.select(dict.fromkeys([*first, *rows.column_names]))
@@ -144,84 +144,75 @@ def _known(name: str, found: Stacked) -> Known:
     return {name: column for name, (column, _) in union.items()}
 
 
-def _ranked(found: Stacked) -> "pd.DataFrame":
-    """For every number of a run: whose it is, its path, and its rank; of two equal runs the one of lower rank is kept.
+def _ordered(found: Stacked) -> Stacked:
+    """The tables, runs numbered and rows ordered by when the run began: of two equal runs the first is kept.
 
-    Ranked by when the run began, then by its identity, then by every other column in which equal runs may differ, and
-    only at last by path: so neither the order of the sources nor whether they were merged before has a say.
+    Then by the run's identity, by every other column in which equal runs may differ, and only at last by path: so neither
+    the order of the sources nor whether they were merged before has a say. A run's rows come by step, then as in its file.
     """
     rows = found.tables["runs"]
     volatile = [name for name in with_role(VOLATILE, _known("runs", found)) if name in rows.column_names]
-    table = rows.select(dict.fromkeys([*OWNER, *volatile])).take(np.argsort(found.numbers["runs"]))
-    paths = [str(source.path) for source in found.sources]
-    table = table.append_column("path", pa.array(paths, pa.string()))
-    by = dict.fromkeys(["started_at", *OWNER, *volatile, "path"])
-    order = pc.sort_indices(table, sort_keys=[(column, "ascending") for column in by]).to_numpy()
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    ranked: pd.DataFrame = table.select([*OWNER, "path"]).to_pandas()
-    return ranked.assign(rank=rank.astype(np.int64))
+    by = [*dict.fromkeys(["started_at", *OWNER, *volatile])]
+    paths = pa.array([str(found.sources[number].path) for number in found.numbers["runs"]], pa.string())
+    keys = [(column, "ascending") for column in (*by, "")]  # no column of a table has this name
+    order = pc.sort_indices(rows.select(by).append_column("", paths), sort_keys=keys).to_numpy()
+    before = found.numbers["runs"][order]
+    now = np.empty(len(before), np.int64)
+    now[before] = np.arange(len(before))
+    tables, numbers = {}, {}
+    for name, rows in found.tables.items():
+        number = now[found.numbers[name]]
+        order = np.lexsort((rows["step"].to_numpy(), number) if "step" in rows.column_names else (number,))
+        in_place = (np.diff(order) == 1).all()
+        tables[name], numbers[name] = rows if in_place else rows.take(order), number[order]
+    return Stacked([found.sources[number] for number in before], tables, numbers, found.kinds)
 
 
-def _distinct(name: str, found: Stacked, known: Known, ranked: "pd.DataFrame", rtol: float) -> tuple[pa.Table, int]:
-    """The rows without duplicates, by the rank of their runs, then by step, then as in the run's own file.
-
-    And how many rows were dropped.
-    """
+def _distinct(name: str, found: Stacked, known: Known, rtol: float) -> tuple[pa.Table, int]:
+    """The rows without duplicates, and how many those are."""
     rows, number = found.tables[name], found.numbers[name]
-    keys, whose = with_role(KEY, known), owner(known)
-    rank = ranked["rank"].to_numpy()[number]
-    order = np.lexsort((rows["step"].to_numpy(), rank) if "step" in keys else (rank,))
-    if (np.diff(order) != 1).any():
-        rows, number = rows.take(order), number[order]
-    same = ranked.groupby(whose)["rank"]
-    names: pd.DataFrame = rows.select([key for key in keys if key not in whose]).to_pandas()
-    names = names.assign(**{"": same.ngroup().to_numpy()[number]})  # no column has this name
+    whose = owner(known)
+    runs: pd.DataFrame = found.tables["runs"].select(whose).to_pandas()
+    run = np.asarray(runs.groupby(whose, sort=False).ngroup(), np.int64)  # the same number for the same run
+    names = rows.select([key for key in with_role(KEY, known) if key not in whose]).to_pandas()
+    names = names.assign(**{"": run[number]})
     group = names.groupby(list(names), dropna=False, sort=False).ngroup().to_numpy()  # numbered as they appear
     first = np.unique(group, return_index=True)[1]
     again = np.ones(len(group), bool)
     again[first] = False
-    _require_same_rows(name, found, ranked.assign(first=same.transform("min")), whose, number, again)
+    _require_same_rows(name, found, run, again)
     if not again.any():
         return rows, 0
     dropped = np.flatnonzero(again)
-    _require_same_science(name, found, known, rows, number, first[group[dropped]], dropped, rtol)
+    _require_same_science(name, found, known, first[group[dropped]], dropped, rtol)
     return rows.filter(pa.array(~again)), len(dropped)
 
 
-def _require_same_rows(
-    name: str,
-    found: Stacked,
-    ranked: "pd.DataFrame",
-    whose: list[str],
-    number: Integers,
-    again: npt.NDArray[np.bool_],
-) -> None:
-    """A run that was found before (`first` < `rank`) brings the very rows that are there: no row more, none less."""
-    n_rows = np.bincount(number, minlength=len(ranked))
-    n_new = np.bincount(number[~again], minlength=len(ranked))
-    by_rank = np.argsort(ranked["rank"].to_numpy())
-    later = ranked.drop_duplicates(["path", *whose]).query("first < rank")
-    mine, first = later.index.to_numpy(), by_rank[later["first"].to_numpy()]
-    for i in np.flatnonzero((n_new[mine] > 0) | (n_rows[mine] != n_rows[first])):
+def _require_same_rows(name: str, found: Stacked, run: Integers, again: npt.NDArray[np.bool_]) -> None:
+    """A run that was found before, in another source, brings the very rows that are there: no row more, none less."""
+    import pandas as pd
+
+    number, n_runs = found.numbers[name], len(run)
+    places = {source: place for place, source in enumerate(found.sources)}
+    counts = pd.DataFrame({"run": run, "source": [places[source] for source in found.sources], "number": range(n_runs)})
+    counts["rows"] = np.bincount(number, minlength=n_runs)
+    counts["new"] = np.bincount(number[~again], minlength=n_runs)
+    counts = counts.groupby(["run", "source"], sort=False).agg({"number": "first", "rows": "sum", "new": "sum"})
+    first = counts.groupby("run", sort=False)[["number", "rows"]].transform("first")
+    wrong = (counts["number"] != first["number"]) & ((counts["new"] > 0) | (counts["rows"] != first["rows"]))
+    for one, other in zip(first["number"][wrong], counts["number"][wrong], strict=True):
         raise ConfigError(
-            f"{found.sources[first[i]].path} and {found.sources[mine[i]].path} both hold run "
-            f"{ranked['run_id'].iloc[mine[i]]}, but not the same rows of {name}; "
-            f"{_conditions(found, first[i], mine[i])}: drop one of them"
+            f"{found.sources[one].path} and {found.sources[other].path} both hold run "
+            f"{found.tables['runs']['run_id'][other]}, but not the same rows of {name}; "
+            f"{_conditions(found, one, other)}: drop one of them"
         )
 
 
 def _require_same_science(
-    name: str,
-    found: Stacked,
-    known: Known,
-    rows: pa.Table,
-    number: Integers,
-    kept: Integers,
-    dropped: Integers,
-    rtol: float,
+    name: str, found: Stacked, known: Known, kept: Integers, dropped: Integers, rtol: float
 ) -> None:
     """Rows `kept` and `dropped` have equal keys. Raises ConfigError, naming the largest difference, where they differ."""
+    rows, number = found.tables[name], found.numbers[name]
     differing = []
     for column in science(rows.column_names, known):
         one, other = rows[column].take(pa.array(kept)), rows[column].take(pa.array(dropped))
@@ -243,7 +234,7 @@ def _require_same_science(
         f"{found.sources[first].path} and {found.sources[second].path} both hold the row of {name} with {key}, but "
         f"{column} is {one} in the one and {other} in the other{size}"
         + (f" ({more} more values differ, none by more)" if more else "")
-        + f"; {_conditions(found, first, second)}: drop one of them"
+        + f"; {_conditions(found, int(first), int(second))}: drop one of them"
         + (", or raise rtol" if size else "")
     )
 
@@ -252,7 +243,7 @@ def _conditions(found: Stacked, one: int, other: int) -> str:
     """In which columns of how a run was made two runs differ, for a reader."""
     rows, known = found.tables["runs"], _known("runs", found)
     names = [name for name in with_role(VOLATILE, known) if known[name].unit not in TIMES and name in rows.column_names]
-    table = rows.take(pa.array([np.flatnonzero(found.numbers["runs"] == run)[0] for run in (one, other)]))
+    table = rows.take(pa.array([one, other]))
     pairs = [(name, *table[name].to_pylist()) for name in names]
     apart = [f"{name} ({first} and {second})" for name, first, second in pairs if first != second]
     return f"the two runs differ in {', '.join(apart)}" if apart else f"the two runs agree in {', '.join(names)}"
