@@ -249,10 +249,14 @@ def no_status(folder: Path) -> str:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `write_table` put into the footer. Raises ArrowInvalid for a file that is not parquet, KeyError for another's."""
+    """Return the note that `write_table` put into the footer.
+
+    Raises ArrowInvalid for a file that is not parquet, KeyError or ValueError for one that is not lnjac's.
+    """
     with _opened(path) as source:
-        found = json.loads(pq.read_metadata(source).metadata[b"lnjac"])
-    assert isinstance(found, dict)
+        found = json.loads((pq.read_metadata(source).metadata or {})[b"lnjac"])
+    if not isinstance(found, dict):
+        raise ValueError("its note is not lnjac's")
     return found
 
 

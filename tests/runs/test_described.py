@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.folders import make_run, rewrite, rows_of
 
@@ -269,6 +270,14 @@ def test_a_status_that_lists_files_elsewhere_leads_nowhere(tmp_path: Path, out: 
     (folder / runs.STATUS).write_text(json.dumps(status))
     with pytest.raises(ConfigError, match=r"status\.json lists no files"):
         merge([folder], out)
+
+
+@pytest.mark.parametrize("note", [None, "[1]", "{not json", '{"table": 7}'])
+def test_a_strangers_parquet_that_is_named_is_named_as_not_ours(tmp_path: Path, out: Path, note: str | None) -> None:
+    foreign = tmp_path / "mine.shapes.parquet"
+    pq.write_table(pa.table({"x": [1]}, metadata={"lnjac": note} if note else None), foreign, store_schema=False)
+    with pytest.raises(ConfigError, match=r"mine\.shapes\.parquet (was not written by lnjac|does not hold the layers)"):
+        merge([foreign], out)
 
 
 @pytest.mark.parametrize(
