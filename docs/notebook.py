@@ -20,8 +20,8 @@ from pathlib import Path
 import lnjac
 from lnjac.comparing import study as design
 from lnjac.runs.merge import load
-from lnjac.runs.read import companions
-from lnjac.runs.schema import LAYERS, RUNS
+from lnjac.runs.merged import companions
+from lnjac.runs.schema import FROZEN
 
 folder = Path(sys.argv[1]) if len(sys.argv) == 2 and Path(sys.argv[1]).is_dir() else Path("multirun/NAME")
 files = companions(folder / "all.parquet")
@@ -33,8 +33,7 @@ print(f"{len(runs)} runs, {len(layers)} layer rows; status: {runs['status'].valu
 # A config column with more than one value was swept. Seeds are the unit, so compare norm by norm and seed by seed.
 
 # %%
-declared = {column.name for column in [*RUNS, *LAYERS]}
-swept = [name for name in runs if name not in declared and runs[name].nunique(dropna=False) > 1]
+swept = [name for name in runs if name not in FROZEN["runs"] and runs[name].nunique(dropna=False) > 1]
 levels = design.strata(runs, ["ln_backward"], design.varying(runs))  # the fewest columns that tell the rest apart
 print("swept:", ", ".join(swept), "| beside ln_backward and the seed, runs are told apart by:", ", ".join(levels))
 

@@ -47,7 +47,6 @@ def test_the_names_that_a_pooling_reads() -> None:
         "(a := 1)",
         "a < b < c",
         "a and b",
-        "True",
         "1j",
         "f'{a}'",
         "a b",
@@ -55,9 +54,20 @@ def test_the_names_that_a_pooling_reads() -> None:
         "a\0",
         "(" * 400 + "a" + ")" * 400,
         "a" + " + a" * 999,
+        "'a' * 999999999",
+        "'a'",
+        "where(a == 1, 'x', 'y') * 9",
+        "9" * 400 + " * a",
     ],
 )
 def test_what_is_no_arithmetic_is_refused(text: str) -> None:
     for refused in (lambda: names(text), lambda: evaluate(text, {"a": 1.0, "b": 2.0})):
         with pytest.raises(ValueError, match="is no formula"):
             refused()
+
+
+def test_a_formula_of_the_greatest_depth_is_evaluated_and_one_of_text_is_refused() -> None:
+    assert evaluate("-" * 400 + "a", {"a": 2.0}) == 2
+    assert evaluate("sqrt(" * 80 + "a" + ")" * 80, {"a": 1.0}) == 1
+    with pytest.raises(ValueError, match="cannot be evaluated"):
+        evaluate("a * b - 1", {"a": np.array(["x"]), "b": 2.0})

@@ -114,16 +114,23 @@ def columns() -> None:
     Example:
         lnjac columns > docs/columns.md
     """
-    from lnjac.runs import schema
+    from lnjac.columns import markdown
+    from lnjac.runs.schema import QUANTITIES
+    from lnjac.training import run
 
-    sys.stdout.write(schema.markdown())
+    quantities = [
+        "| quantity | meaning |",
+        "| --- | --- |",
+        *(f"| `{name}` | {QUANTITIES[name]} |" for name in QUANTITIES),
+    ]
+    sys.stdout.write(markdown(run.columns(), lambda table: quantities if table == "mechanism" else ()))
 
 
 def _one_run(folder: Path, run: str | None) -> "tuple[pd.Series[Any], pd.DataFrame]":
     """Return the row of the run that is meant, and the rows of its norms."""
     from lnjac.runs.folder import read_status
-    from lnjac.runs.placing import finish
-    from lnjac.runs.read import OWNER, Unfit, read, search
+    from lnjac.runs.read import Unfit, read, search
+    from lnjac.runs.schema import OWNER
 
     found = search([folder])
     for line in (*found.notes, *(f"{path}: {reason}" for path, reason in found.skipped)):
@@ -134,10 +141,8 @@ def _one_run(folder: Path, run: str | None) -> "tuple[pd.Series[Any], pd.DataFra
     if len(found.sources) > 1:
         known = [read_status(each.path) for each in found.sources]
         source = found.sources[_chosen([[str(status.get(key, "?")) for key in OWNER] for status in known], run, folder)]
-    if source.merged:
-        finish(source.path)
     try:
-        tables = read(source)
+        tables = read(source).tables
     except Unfit as error:
         raise ConfigError(f"{source.path}: {error}") from None
     every, layers = (tables[name].to_pandas() for name in ("runs", "layers"))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lnjac.columns import MINIMUM, SUM, Column, evaluate
+from lnjac.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,11 +46,20 @@ def pooled(rows: "pd.DataFrame", metrics: Sequence[str], known: Mapping[str, Col
         if column is None or not set(column.reads) <= set(rows):
             out[metric] = groups[metric].first().where(groups[metric].nunique() == 1)
         elif column.formula:
-            out[metric] = evaluate(column.formula, {name: together(name) for name in column.reads})
+            out[metric] = _evaluated(metric, column.formula, {name: together(name) for name in column.reads})
         elif column.weight:
-            weight = evaluate(column.weight, {name: rows[name] for name in column.reads})
+            weight = pd.Series(
+                _evaluated(metric, column.weight, {name: rows[name] for name in column.reads}), rows.index
+            )
             above = (rows[metric] * weight).groupby(keys, sort=False).sum(min_count=1)
             out[metric] = above / weight.groupby(keys, sort=False).sum()
         else:
             out[metric] = together(metric)
     return pd.DataFrame(out, index=groups.size().index).reset_index()
+
+
+def _evaluated(metric: str, formula: str, values: Mapping[str, Any]) -> Any:
+    try:
+        return evaluate(formula, values)
+    except ValueError as error:
+        raise ConfigError(f"the calls of a norm cannot be pooled by the description of {metric}: {error}") from None

@@ -16,15 +16,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lnjac.columns import Column
+from lnjac.columns import KEY, VOLATILE
 from lnjac.comparing import pooling
 from lnjac.comparing.filter import Where, known_column
 from lnjac.errors import ConfigError
 from lnjac.runs import folder as runs
 from lnjac.runs import merge as sweep
-from lnjac.runs.placing import finish
-from lnjac.runs.read import companion, companions, search
-from lnjac.runs.schema import KEYS, SCHEMA_VERSION, TABLES, VOLATILE
+from lnjac.runs.merged import companion, companions
+from lnjac.runs.read import search
+from lnjac.runs.schema import FROZEN, SCHEMA_VERSION, Known, described, with_role
 from lnjac.text import exact, listed
 
 if TYPE_CHECKING:
@@ -50,10 +50,10 @@ class Study:
     def schema(self, table: str) -> pa.Schema:
         return pq.read_schema(self._file(table))
 
-    def described(self, table: str) -> dict[str, Column]:
+    def described(self, table: str) -> Known:
         """Return the descriptions of the table's columns, of those that have one."""
-        known = {column.name: column for column in TABLES[table]}
-        return {name: known[name] for name in self.columns(table) if name in known}
+        known = described(table, runs.read_metadata(self._file(table)))
+        return {name: known[name] for name in known if name in self.columns(table)}
 
     def columns(self, table: str) -> list[str]:
         return list(self.schema(table).names)
@@ -80,7 +80,6 @@ def read(sources: Sequence[Path], progress: Callable[[int, int], None] | None = 
     found = search(paths)
     if len(found.sources) == 1 and found.sources[0].merged and not found.skipped:
         path = found.sources[0].path
-        finish(path)
         return Study(path, [*found.notes, *_checked(path)])
     folder = tempfile.TemporaryDirectory(prefix="lnjac-")
     path = Path(folder.name) / "all.parquet"
@@ -88,20 +87,21 @@ def read(sources: Sequence[Path], progress: Callable[[int, int], None] | None = 
     return Study(path, _doubts(report.warnings, [skip.path for skip in report.skipped]), folder)
 
 
-def varying(frame: "pd.DataFrame") -> list[str]:
-    """The config columns (and IDENTITY) in which these runs differ, `seed` left out: groups first, then their settings."""
-    declared = {column.name for column in TABLES["runs"]} - set(IDENTITY)
-    names = [str(name) for name in frame if name not in declared and name != "seed"]
+def varying(frame: "pd.DataFrame", known: Known = FROZEN["runs"]) -> list[str]:
+    """The config columns (and IDENTITY) in which these runs differ, `seed` left out: groups first, then their settings.
+
+    `known` are the described columns of runs: the others are the config's.
+    """
+    names = [str(name) for name in frame if (name not in known or name in IDENTITY) and name != "seed"]
     found = [name for name in names if frame[name].nunique(dropna=False) > 1]
     return sorted(found, key=lambda name: (name in IDENTITY, "." in name))
 
 
-def factors(frame: "pd.DataFrame") -> list[str]:
+def factors(frame: "pd.DataFrame", known: Known = FROZEN["runs"]) -> list[str]:
     """What runs can be compared by: columns of the config, and others that tell runs apart; first those that vary."""
-    declared = {column.name for column in TABLES["runs"]}
-    config = [str(name) for name in frame if name not in declared and name != "seed"]
-    found = [*config, *(name for name in (*IDENTITY, *VOLATILE) if name in frame)]
-    return sorted(found, key=varying(frame).__contains__, reverse=True)
+    config = [str(name) for name in frame if name not in known and name != "seed"]
+    found = [*config, *(name for name in (*IDENTITY, *with_role(VOLATILE, known)) if name in frame)]
+    return sorted(found, key=varying(frame, known).__contains__, reverse=True)
 
 
 def labelled(frame: "pd.DataFrame", column: str) -> "pd.Series[Any]":
@@ -191,7 +191,8 @@ def gather(
     every = study.frame("runs")
     if "seed" not in every:
         raise ConfigError(f"{study.path} has no column seed, the unit of every comparison")
-    levels = factors(every) + ["step"] * (table == "layers")
+    known = study.described("runs")
+    levels = factors(every, known) + ["step"] * (table == "layers")
     for name in by:
         known_column(name, levels, "runs are not told apart by")
     chosen = Where(where) if where is not None else None
@@ -205,7 +206,7 @@ def gather(
         every = every[~every["run_id"].duplicated()]  # other diagnostics of one run are no other run
         every = every[[name for name in every if not str(name).startswith("diagnostics.")]]
         rows = rows[rows["run"].isin(every.index)]
-    vary = varying(every)
+    vary = varying(every, known)
     every = every.assign(**{name: labelled(every, name) for name in {"ln_backward", *by} if name in every})
     for name in by:
         if every[name].nunique(dropna=False) < 2:
@@ -308,10 +309,10 @@ def require_metrics(study: Study, table: str, metrics: Sequence[str]) -> None:
                 f"--metric {name} is a column of {other}, and not of {table}, which are compared here: "
                 "compare and scaling choose the table by --runs or --layers"
             )
-        shared = {*KEYS[table], *others}  # the config
+        known = study.described(table)
+        shared = {*with_role(KEY, known), *others}  # the config
         measured = [field.name for field in schema if _is_number(field) and field.name not in shared]
-        declared = {column.name for column in TABLES[table]}
-        known_column(name, sorted(measured, key=lambda name: name not in declared), "no column for --metric is called")
+        known_column(name, sorted(measured, key=lambda name: name not in known), "no column for --metric is called")
 
 
 def _is_number(field: pa.Field) -> bool:

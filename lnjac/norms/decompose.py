@@ -235,13 +235,7 @@ Sums = dict[str, float]
 def sums(tokens: Tokens, *, rms: bool = False) -> Sums:
     """Reduce tokens to their sufficient statistics: energies weighted by 1/σ's powers, and sums of per-token quantities."""
     slack = 1 - tokens.rho
-    energies = {
-        "A": tokens.A,
-        "B": tokens.B,
-        "C": tokens.C,
-        "B1": slack * tokens.B,
-        "B2": slack.square() * tokens.B,
-    }
+    energies = {"A": tokens.A, "B": tokens.B, "C": tokens.C, "B1": slack * tokens.B, "B2": slack.square() * tokens.B}
     assert list(energies) == list(ENERGIES)
     weights = {suffix: tokens.sigma.pow(-power) for suffix, power in RSTD_POWERS.items()}
     found = {f"sum_{e}{s}": (energy * weight).sum() for e, energy in energies.items() for s, weight in weights.items()}

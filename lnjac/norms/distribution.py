@@ -7,7 +7,37 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from lnjac.columns import KEY, Column
 from lnjac.norms.decompose import Tokens, per_token
+from lnjac.norms.formulas import CALL
+
+COLUMNS = [
+    *CALL,
+    Column(
+        "quantity",
+        "string",
+        "",
+        "what is distributed over tokens: sigma, rho, radial_share (B/(B+C)), or a cosine by its column in layers",
+        KEY,
+    ),
+    Column(
+        "statistic",
+        "string",
+        "",
+        "quantile; or position: over the tokens at positions from `at` to the next bin's, a mean, or for radial_share a "
+        "ratio of sums",
+        KEY,
+    ),
+    Column("at", "float64", "", "the quantile's level in [0, 1], or the bin's first position in the context", KEY),
+    Column("value", "float64", "", "the statistic; NaN where no token has the quantity"),
+    Column(
+        "n_tokens",
+        "int64",
+        "tokens",
+        "tokens it was taken over: all for sigma and rho, else those that count in a mean cosine",
+    ),
+]
+"""The measured columns of `distributions`."""
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 

@@ -34,13 +34,7 @@ SURROGATES = {
 """The backwards compared with the exact one; center_scale and scale are Xu et al. 2019 (arXiv 1911.07013), "detach σ" and
 DetachNorm."""
 
-SIGMA_QUANTILES = {
-    "sigma_q05": 0.05,
-    "sigma_q25": 0.25,
-    "sigma_q50": 0.50,
-    "sigma_q75": 0.75,
-    "sigma_q95": 0.95,
-}
+SIGMA_QUANTILES = {"sigma_q05": 0.05, "sigma_q25": 0.25, "sigma_q50": 0.50, "sigma_q75": 0.75, "sigma_q95": 0.95}
 
 ENERGIES = {
     "A": "A = d·ḡ², the mean part of ‖g‖²",
@@ -137,9 +131,7 @@ COLUMNS = [
     _number("sigma_mean", "mean over tokens of σ = √(v+ε) (rms for rmsnorm)", BY_TOKENS),
     _number("sigma_std", "sample standard deviation over tokens of σ"),
     _number(
-        "cos_center_vs_true",
-        "mean over tokens of cos(center_scale, true); for rmsnorm cos(scale, true)",
-        BY_MEASURABLE,
+        "cos_center_vs_true", "mean over tokens of cos(center_scale, true); for rmsnorm cos(scale, true)", BY_MEASURABLE
     ),
     _number("cos_ste_vs_true", "mean over tokens of cos(ste, true)", BY_MEASURABLE),
     _number("cos_center_vs_ste", "mean over tokens of cos(center_scale, ste); NaN for rmsnorm", BY_MEASURABLE),
@@ -160,9 +152,7 @@ COLUMNS = [
         f"(sum_C + sum_B2) / {_G_SQ}",
     ),
     _number(
-        "share_mean",
-        "ΣA/Σ‖g‖²; NaN for rmsnorm. The three shares sum to 1 exactly",
-        _unless_rms(f"sum_A / {_G_SQ}"),
+        "share_mean", "ΣA/Σ‖g‖²; NaN for rmsnorm. The three shares sum to 1 exactly", _unless_rms(f"sum_A / {_G_SQ}")
     ),
     _number("share_radial", "ΣB/Σ‖g‖²", f"sum_B / {_G_SQ}"),
     _number("share_kept", "ΣC/Σ‖g‖²", f"sum_C / {_G_SQ}"),
@@ -195,10 +185,7 @@ COLUMNS = [
     *(
         _number(f"{stat}_{name}", f"{what} over all tokens as one long vector", formula(backward))
         for name, backward in SURROGATES.items()
-        for stat, what, formula in (
-            ("flat_cos", f"cos({name}, true)", flat_cos),
-            ("gain", f"‖{name}‖/‖true‖", gain),
-        )
+        for stat, what, formula in (("flat_cos", f"cos({name}, true)", flat_cos), ("gain", f"‖{name}‖/‖true‖", gain))
     ),
     *(
         _number(f"sum_{energy}{suffix}", f"Σ over tokens of σ^−{power}·{energy}, for the summed loss; {what}", SUM)

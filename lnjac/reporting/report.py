@@ -18,8 +18,8 @@ from lnjac.reporting.marks import extra
 from lnjac.reporting.page import Charts, Section, render
 from lnjac.reporting.view import View, view
 from lnjac.runs.folder import DIVERGED
-from lnjac.runs.read import companions, report_file
-from lnjac.runs.schema import TABLES
+from lnjac.runs.merged import companions, report_file
+from lnjac.runs.schema import Known
 from lnjac.text import listed
 
 CONFIG = (
@@ -97,13 +97,13 @@ def make(study: Study, title: str, by: str | None = None, where: str | None = No
         charts,
         title=title,
         lead=f"{len(shown.runs)} runs" + f", by {shown.by}" * bool(shown.by) + (f", where {where}" if where else ""),
-        facts=_facts(shown.runs, merge),
+        facts=_facts(shown.runs, merge, study.described("runs")),
         doubts=study.doubts,
         skipped=[f"{skip['path']}: {skip['reason']}" for skip in merge.get("skipped", [])],
         diverged=_diverged(shown),
         sections=sections,
         absent=absent,
-        columns={name: pd.DataFrame(TABLES[name]) for name in companions(study.path)},
+        columns={name: _columns(study, name) for name in companions(study.path)},
     )
     contents = {part.name: {"title": part.title, "charts": len(part.figures)} for part in sections}
     return Report(html, contents)
@@ -115,13 +115,18 @@ def _merge(study: Study) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
-def _facts(runs: pd.DataFrame, merge: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _columns(study: Study, table: str) -> pd.DataFrame:
+    """Return the described columns of a table, a row for each."""
+    return pd.DataFrame(study.described(table).values())[["name", "dtype", "unit", "meaning"]]
+
+
+def _facts(runs: pd.DataFrame, merge: Mapping[str, Any], known: Known) -> list[tuple[str, str]]:
     """Return terms and texts of the runs and their provenance: what varies first, then what they have in common."""
     facts = [("runs", f"{len(runs)}, of which {(runs['status'] == DIVERGED).sum()} diverged")]
     if merge:
         counts = f"{merge['found']} found, {merge['merged']} merged, {len(merge['skipped'])} skipped"
         facts += [("merge", counts), ("sources", listed(merge["sources"]))]
-    vary = varying(runs.drop(columns=["cell", "level"]))
+    vary = varying(runs.drop(columns=["cell", "level"]), known)
     groups = [name for name in vary if "." not in name and name not in IDENTITY]
     own = [name for name in vary if "." in name and name.partition(".")[0] not in groups]  # else told by the member
     told = dict.fromkeys([*groups, *own, "seed", *(name for name in CONFIG if name in runs)])

@@ -128,12 +128,13 @@ def view(study: Study, by: str | None = None, where: str | None = None) -> View:
         raise ConfigError("the tables have no rows" if where is None else f"--where {where!r} holds for no run")
     if "seed" not in chosen:
         raise ConfigError(f"{study.path} has no column seed, the unit of every interval")
-    vary = studies.varying(chosen)
+    known = study.described("runs")
+    vary = studies.varying(chosen, known)
     if by is None:
         settings = [name for name in vary if name not in studies.IDENTITY]
         by = "attn_mode" if "attn_mode" in settings else next(iter(settings), "")
     else:
-        known_column(by, studies.factors(chosen), "runs are not told apart by")
+        known_column(by, studies.factors(chosen, known), "runs are not told apart by")
     compared = [by] if by else []
     labels = {"ln_backward", *compared} & set(chosen)
     chosen = chosen.assign(**{name: studies.labelled(chosen, name) for name in labels})

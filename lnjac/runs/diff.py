@@ -1,21 +1,21 @@
-"""Two merged tables side by side: rows that only one has, and values of science that differ.
+"""Compare two merged tables: rows that only one has, and values of science that differ.
 
-What may differ between two measurements of one run, and by how much, is what merging says (docs/merging.md, Duplicates).
+Two measurements of one run may differ as in merging (docs/merging.md, Duplicates).
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
 
+from lnjac.columns import KEY
 from lnjac.errors import ConfigError
+from lnjac.runs.combine import differences, science
 from lnjac.runs.merge import RTOL
-from lnjac.runs.pile import NO_SCIENCE, differs
-from lnjac.runs.placing import finish
-from lnjac.runs.read import Source, Unfit, layers_file, read
-from lnjac.runs.schema import KEYS
+from lnjac.runs.merged import finish, layers_file
+from lnjac.runs.read import Contents, Source, Unfit, read
+from lnjac.runs.schema import Known, in_order, with_role
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs in one table between `one` and `other`; keys are those of `lnjac.runs.schema.KEYS`.
+    """What differs in one table between `one` and `other`; keys are its columns that name a row.
 
     `only_one` and `only_other`: the keys of their rows. `columns`: those that only one of them has. `changed`: a row for
     each changed value, with its key, `column`, `one`, `other` and, for numbers, the `relative` difference.
@@ -53,37 +53,52 @@ class Difference:
         return [f"{self.table}: {line}" for line in found]
 
 
-def diff(one: Path, other: Path, rtol: float = RTOL) -> list[Difference]:
-    """Each table of two merges against its counterpart; a table that one lacks has no rows there."""
-    first, second = _tables(one), _tables(other)
-    for tables, others in ((first, second), (second, first)):
-        tables.update({name: table[:0] for name, table in others.items() if name not in tables})
-    return [_difference(name, first[name], second[name], rtol) for name in KEYS if name in first]
+def diff(one: str | Path, other: str | Path, rtol: float = RTOL) -> list[Difference]:
+    """Compare each table of two merges with its counterpart; a table that one lacks has no rows there.
+
+    Args:
+        one: A merged table, or a folder with an all.parquet.
+        other: Another.
+        rtol: The relative difference up to which floats are equal.
+
+    Returns:
+        A Difference for each table that one of them has.
+
+    Raises:
+        ConfigError: One of them is missing or cannot be read, or a column is of two types.
+    """
+    first, second = _merge(Path(one)), _merge(Path(other))
+    found = []
+    for name in in_order({**first.tables, **second.tables}):
+        one_table = first.tables[name] if name in first.tables else second.tables[name][:0]
+        other_table = second.tables[name] if name in second.tables else one_table[:0]
+        known = {**second.known.get(name, {}), **first.known.get(name, {})}
+        found.append(_difference(name, one_table, other_table, known, rtol))
+    return found
 
 
-def _tables(path: Path) -> dict[str, pa.Table]:
-    if not path.exists():
-        raise ConfigError(f"{path} does not exist: name a merged table, or a folder with an all.parquet")
+def _merge(path: Path) -> Contents:
     layers = layers_file(path / "all.parquet" if path.is_dir() else path)
     finish(layers)
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist: name a merged table, or a folder with an all.parquet")
     try:
         return read(Source(layers, merged=True))
     except Unfit as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _difference(name: str, one: pa.Table, other: pa.Table, rtol: float) -> Difference:
+def _difference(name: str, one: pa.Table, other: pa.Table, known: Known, rtol: float) -> Difference:
     import pandas as pd
 
-    key = list(KEYS[name])
+    key = with_role(KEY, known)
     sides = [table.select(key).to_pandas().reset_index(names=side) for table, side in ((one, "one"), (other, "other"))]
     rows = sides[0].merge(sides[1], how="outer", on=key, sort=False)
     both = rows[rows["one"].notna() & rows["other"].notna()]
     at = [pa.array(both[side].astype("int64")) for side in ("one", "other")]
-    shared = [column for column in one.column_names if column in other.column_names]
     changed = []
-    for column in shared:
-        if column not in (*key, *NO_SCIENCE):
+    for column in science(one.column_names, known):
+        if column in other.column_names:
             changed.append(_changed(both[key], column, one[column].take(at[0]), other[column].take(at[1]), rtol))
     return Difference(
         table=name,
@@ -97,22 +112,14 @@ def _difference(name: str, one: pa.Table, other: pa.Table, rtol: float) -> Diffe
 def _changed(
     keys: "pd.DataFrame", column: str, one: pa.ChunkedArray, other: pa.ChunkedArray, rtol: float
 ) -> "pd.DataFrame":
-    """A row for each pair of values that differ; relative to the larger, infinite if they are no two numbers."""
+    """A row for each pair of values that differ."""
     if {str(one.type), str(other.type)} == {"int64", "double"}:
         one, other = one.cast(pa.float64()), other.cast(pa.float64())
     if one.type != other.type:
         raise ConfigError(f"{column} is {one.type} in the one and {other.type} in the other: they cannot be compared")
-    at = np.flatnonzero(differs(one, other, rtol))
+    at, relative = differences(one, other, rtol)
     values = [side.take(pa.array(at)).to_pylist() for side in (one, other)]
-    relative = [_relative(*pair) for pair in zip(*values, strict=True)]
     return keys.iloc[at].assign(column=column, one=values[0], other=values[1], relative=relative)
-
-
-def _relative(one: Any, other: Any) -> float:
-    """|one − other| over the larger of them; infinite where one of them is no finite number."""
-    if isinstance(one, (int, float)) and isinstance(other, (int, float)) and np.isfinite([one, other]).all():
-        return abs(one - other) / max(abs(one), abs(other))
-    return np.inf
 
 
 def _key(rows: "pd.DataFrame") -> str:

@@ -21,13 +21,13 @@ import pyarrow.parquet as pq
 from filelock import FileLock, SoftFileLock, Timeout
 
 from lnjac.columns import Column
+from lnjac.errors import ConfigError
 from lnjac.files import file_sha256, why, write_atomically
-from lnjac.runs.schema import LONG, SCHEMA_VERSION
+from lnjac.runs.schema import CORE, DTYPES, FROZEN, SCHEMA_VERSION, describe, in_order
 
 STATUS = "status.json"
-FILES = {"layers": "layers.parquet", "runs": "run.parquet", "curves": "curve.parquet"}
-FILES |= {name: f"{name}.parquet" for name in LONG}
-"""The file of each table in a run's folder; those in long form are there only where they have rows."""
+FILES = {name: f"{name}.parquet" for name in FROZEN} | {"runs": "run.parquet", "curves": "curve.parquet"}
+"""The files of the known tables in a run's folder; those in long form are there only where they have rows."""
 MODEL = "model.safetensors"
 BATCH = "diagnostic_batch.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
@@ -42,7 +42,18 @@ ROW_GROUP = 1 << 18
 RUNNING, INTERRUPTED, DONE, FAILED, DIVERGED = "running", "interrupted", "done", "failed", "diverged"
 FINISHED = (DONE, DIVERGED)
 
-ARROW = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string(), "bool": pa.bool_()}
+ARROW = dict(zip(DTYPES, (pa.int64(), pa.float64(), pa.string(), pa.bool_()), strict=True))
+
+
+def file_of(table: str) -> str:
+    """Return the name of a table's file in a run's folder."""
+    return FILES.get(table, f"{table}.parquet")
+
+
+def in_long_form(names: Iterable[str]) -> list[str]:
+    """Return those of the names that a table in long form may have: its file is no other table's, and in the folder."""
+    taken = (*CORE, *(Path(FILES[name]).stem for name in CORE))
+    return in_order(name for name in names if name.isidentifier() and name not in taken)
 
 
 def schema(columns: Iterable[Column]) -> pa.Schema:
@@ -75,7 +86,7 @@ def write_table(path: Path, data: pa.Table, metadata: Mapping[str, Any]) -> None
     small = data.num_rows < SMALL
     text = [field.name for field in data.schema if pa.types.is_string(field.type)]
     numbers = [field.name for field in data.schema if pa.types.is_floating(field.type)]
-    note = json.dumps({"schema_version": SCHEMA_VERSION, **metadata}, sort_keys=True)
+    note = json.dumps({"schema_version": SCHEMA_VERSION, **metadata})
     with pq.ParquetWriter(
         path,
         data.schema.remove_metadata(),
@@ -167,9 +178,21 @@ class RunFolder:
         config: Sequence[tuple[Column, Any]],
         metadata: Mapping[str, Any],
     ) -> None:
-        """Write one of the tables of FILES; only layers and runs hold the config, the others are joined by run_id."""
+        """Write a table, with the descriptions of those columns that files did not always have.
+
+        Args:
+            name: One of CORE, or any other name for a table in long form.
+            columns: The table's columns; those with the role of a key name a row, `run_id` among them.
+            rows: A value for each column.
+            config: Columns of the config and their values. Only layers and runs hold them, the others are joined by run_id.
+            metadata: What else the file's note holds.
+        """
+        if name not in (*CORE, *in_long_form([name])):
+            raise ConfigError(f"a table cannot be called {name!r}: choose a name like `swaps`")
         data = table(columns, config if name in ("layers", "runs") else (), rows)
-        self.save(FILES[name], lambda path: write_table(path, data, {"table": name, **metadata}))
+        own = describe(column for column in columns if column.name not in FROZEN.get(name, {}))
+        note = {"table": name, **metadata, **({"columns": own} if own else {})}
+        self.save(file_of(name), lambda path: write_table(path, data, note))
 
     def save(self, file: str, write: Callable[[Path], object]) -> None:
         """Let `write` make one of the folder's files; on any error it stays as it was."""
@@ -226,10 +249,14 @@ def no_status(folder: Path) -> str:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `write_table` put into the footer. Raises ArrowInvalid for a file that is not parquet, KeyError for another's."""
+    """Return the note that `write_table` put into the footer.
+
+    Raises ArrowInvalid for a file that is not parquet, KeyError or ValueError for one that is not lnjac's.
+    """
     with _opened(path) as source:
-        found = json.loads(pq.read_metadata(source).metadata[b"lnjac"])
-    assert isinstance(found, dict)
+        found = json.loads((pq.read_metadata(source).metadata or {})[b"lnjac"])
+    if not isinstance(found, dict):
+        raise ValueError("its note is not lnjac's")
     return found
 
 

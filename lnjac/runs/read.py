@@ -1,4 +1,4 @@
-"""Find run folders and earlier merges, and read them: whole, unaltered, in the declared types, or not at all."""
+"""Find run folders and earlier merges, and read one: whole, unaltered, in its columns' types, or not at all."""
 
 import hashlib
 import json
@@ -14,20 +14,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lnjac.columns import KEY, Column
 from lnjac.errors import ConfigError
 from lnjac.files import why
 from lnjac.runs import folder as runs
-from lnjac.runs.schema import CORE, KEYS, SCHEMA_VERSION, TABLES
-
-OWNER = ("run_id", "diag_id")
-"""What identifies a run with its diagnostics; curves carry only the first."""
+from lnjac.runs.merged import companion, finish, layers_file
+from lnjac.runs.schema import CORE, NEEDED, OWNER, SCHEMA_VERSION, Known, described, with_role
 
 _MARKS = {runs.STATUS, *runs.FILES.values()}
 """A folder that has one of these is a run's."""
 
-_DECLARED = {name: runs.schema(columns) for name, columns in TABLES.items()}
-
-Tables = dict[str, pa.Table]
 Integers = npt.NDArray[np.int64]
 
 
@@ -55,30 +51,10 @@ class Found(NamedTuple):
 
 
 class Unfit(Exception):
-    """Why a source cannot be merged, in one line."""
+    """Raised, with the reason in one line, when a source cannot be merged."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(" ".join(reason.split()))
-
-
-def owner(table: str) -> list[str]:
-    """The columns of a table that say whose a row is."""
-    return [key for key in OWNER if key in KEYS[table]]
-
-
-def companion(layers: Path, table: str) -> Path:
-    """Where a merge keeps this table, given the file that holds its layers."""
-    return layers if table == "layers" else layers.with_suffix(f".{table}.parquet")
-
-
-def companions(layers: Path) -> dict[str, Path]:
-    """The files of a merge by table: those that every merge has, and of the tables in long form those that are there."""
-    paths = {name: companion(layers, name) for name in TABLES}
-    return {name: path for name, path in paths.items() if name in CORE or path.exists()}
-
-
-def report_file(layers: Path) -> Path:
-    return layers.with_suffix(".merge.json")
 
 
 # Finding
@@ -88,7 +64,10 @@ def search(paths: Iterable[Path]) -> Found:
     """Find every run folder in or at the paths, and every merged file named; each once, however often it is named.
 
     A folder is the runs that it holds now, whatever was merged from it earlier. One that holds none (results brought
-    home) is its one merged table, and a note says so. Raises ConfigError for a path that does not exist or cannot be meant.
+    home) is its one merged table, and a note says so. A merge that was cut off while its files were moved is finished.
+
+    Raises:
+        ConfigError: A path does not exist, or cannot be meant.
     """
     found, seen = Found([], [], []), dict[str, bool]()
     files = dict[str, Path]()
@@ -102,12 +81,13 @@ def search(paths: Iterable[Path]) -> Found:
                 raise ConfigError(f"{path} holds no run folders and {len(merges)} merged tables: name one of {names}")
             found.notes.append(f"{path} holds no run folders: its merged table {merges[0]} is read")
             layers = merges[0]
-        elif not path.exists():
-            raise ConfigError(f"{path} does not exist")
-        elif path.name in (*runs.FILES.values(), runs.STATUS):
-            raise ConfigError(f"{path} is one file of a run: name its folder, {path.parent}")
         else:
             layers = layers_file(path)
+        finish(layers)
+        if not (path.exists() or layers.exists()):
+            raise ConfigError(f"{path} does not exist")
+        if path.name in (*runs.FILES.values(), runs.STATUS):
+            raise ConfigError(f"{path} is one file of a run: name its folder, {path.parent}")
         if files.setdefault(os.path.realpath(layers), layers) is layers:
             found.sources.append(Source(layers, merged=True))
     return found
@@ -155,43 +135,62 @@ def _add_from(folder: Path, real: str, seen: dict[str, bool], found: Found, merg
     return holds_runs
 
 
-def layers_file(path: Path) -> Path:
-    """X.parquet, for X.runs.parquet and its like too: a shell's *.parquet names all files of a merge."""
-    for name in TABLES:
-        if name != "layers" and path.name.endswith(f".{name}.parquet"):
-            return path.with_name(path.name.removesuffix(f".{name}.parquet") + ".parquet")
-    return path
-
-
 # Reading
 
 
-def read(source: Source) -> Tables:
-    """The tables of a source, cast to the schema and checked to belong together."""
-    tables: Tables = {}
-    sha256 = {} if source.merged else _finished(source.path).get("sha256", {})
-    there = {name for name, file in runs.FILES.items() if name in CORE or file in sha256}
-    notes = []
-    for name in TABLES:  # layers first: their note says what an earlier merge consists of
-        if name not in there:
-            continue
-        path = companion(source.path, name) if source.merged else source.path / runs.FILES[name]
-        blob = None if source.merged else _bytes(path)
-        tables[name], note = read_checked(path, name, source.merged, blob)
-        if source.merged:
-            notes.append((note.get("merge_id"), note.get("rows")))
-            there |= set(note.get("rows") or ())
-        elif blob is not None and sha256.get(path.name) != hashlib.sha256(blob).hexdigest():
+class Contents(NamedTuple):
+    """The tables of a source, and what is known of their columns."""
+
+    tables: dict[str, pa.Table]
+    known: dict[str, Known]
+
+
+def read(source: Source) -> Contents:
+    """Return the tables of a source, their types and that they belong together checked. Raises Unfit."""
+    found = _of_merge(source.path) if source.merged else _of_run(source.path)
+    _require_whole(found)
+    return found
+
+
+def _of_run(folder: Path) -> Contents:
+    sha256, found = _finished(folder).get("sha256"), Contents({}, {})
+    if not isinstance(sha256, dict):
+        raise Unfit(f"{runs.STATUS} lists no files")
+    written = [file.removesuffix(".parquet") for file in sha256 if file.endswith(".parquet")]
+    for name in (*CORE, *runs.in_long_form(written)):
+        path = folder / runs.file_of(name)
+        try:
+            blob = path.read_bytes()
+        except OSError as error:
+            raise Unfit(_unread(path, error)) from None
+        found.tables[name], note = read_checked(path, name, merged=False, blob=blob)
+        found.known[name] = described(name, note)
+        if sha256.get(path.name) != hashlib.sha256(blob).hexdigest():
             raise Unfit(f"{path.name} is not the file that the run wrote: its SHA-256 differs from {runs.STATUS}'s")
-    n_rows = {name: table.num_rows for name, table in tables.items()}
-    if source.merged and any(note != notes[0] or note[1] != n_rows for note in notes):
+    if (n_runs := found.tables["runs"].num_rows) != 1:
+        raise Unfit(f"holds {n_runs} runs")
+    return found
+
+
+def _of_merge(layers: Path) -> Contents:
+    found, notes = Contents({}, {}), list[Any]()
+    names = [*CORE]
+    for name in names:
+        found.tables[name], note = read_checked(companion(layers, name), name, merged=True)
+        found.known[name] = described(name, note)
+        notes.append((note.get("merge_id"), rows := note.get("rows")))
+        if name == "layers" and isinstance(rows, dict):  # which says what else the merge consists of
+            names += runs.in_long_form(rows)
+    n_rows = {name: table.num_rows for name, table in found.tables.items()}
+    if any(note != notes[0] or note[1] != n_rows for note in notes):
         raise Unfit("its files are not of one merge: merge again")
-    _require_whole(tables, source.merged)
-    return tables
+    if not n_rows["runs"]:
+        raise Unfit("holds 0 runs")
+    return found
 
 
 def read_checked(path: Path, name: str, merged: bool, blob: bytes | None = None) -> tuple[pa.Table, dict[str, Any]]:
-    """One file of a run or of a merge, cast to the schema of this table, and its note."""
+    """Return one table of a run or of a merge, in its columns' types, and its note. Raises Unfit."""
     data, note = read_noted(path, blob)
     if note.get("table") != name or bool(note.get("merged")) != merged:
         kind = "of an earlier merge" if merged else "of a run"
@@ -199,22 +198,15 @@ def read_checked(path: Path, name: str, merged: bool, blob: bytes | None = None)
     if (version := note.get("schema_version")) != SCHEMA_VERSION:
         raise Unfit(f"{path.name} has schema version {version}, this lnjac reads {SCHEMA_VERSION}")
     try:
-        return conform(data, _DECLARED[name]), note
+        return conform(data, name, described(name, note)), note
     except Unfit as error:
         raise Unfit(f"{path.name} {error}") from None
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise Unfit(_unread(path, error)) from None
 
 
 def read_noted(
     path: Path, blob: bytes | None = None, columns: Sequence[str] | None = None
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """A table with the note that `runs.write_table` left in its footer; `blob` is the file's content, if already read."""
+    """Return a table and the note in its footer; `blob` is the file's content, if already read. Raises Unfit."""
     try:
         data = runs.read_table(path if blob is None else pa.BufferReader(blob), columns)
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -242,21 +234,24 @@ def _finished(folder: Path) -> dict[str, Any]:
     return status
 
 
-def _require_whole(tables: Tables, merged: bool) -> None:
+def _require_whole(found: Contents) -> None:
     """Every row belongs to a run of this source, every run is there once."""
-    n_runs = tables["runs"].num_rows
-    if n_runs == 0 or (n_runs > 1 and not merged):
-        raise Unfit(f"holds {n_runs} runs")
-    if len(pc.unique(_joined(tables["runs"], OWNER))) != n_runs:
+    table = found.tables["runs"]
+    if len(pc.unique(_joined(table, OWNER))) != table.num_rows:
         raise Unfit("holds the same run twice")
-    for name, table in tables.items():
-        known = _joined(tables["runs"], owner(name))
-        if not pc.all(pc.is_in(_joined(table, owner(name)), value_set=known), min_count=0).as_py():
+    for name, rows in found.tables.items():
+        by = owner(found.known[name])
+        if not pc.all(pc.is_in(_joined(rows, by), value_set=_joined(table, by)), min_count=0).as_py():
             raise Unfit(f"its {name} hold rows of a run that it does not have")
 
 
+def owner(known: Known) -> list[str]:
+    """Return the columns of a table that name the run of a row."""
+    return [name for name in OWNER if name in known and known[name].role == KEY]
+
+
 def positions(rows: pa.Table, known: pa.Table, names: Sequence[str]) -> Integers:
-    """For each row the number of the run in `known` that has the same values in these columns."""
+    """Return for each row the number of the run in `known` that has the same values in these columns."""
     if known.num_rows == 1:
         return np.zeros(rows.num_rows, np.int64)
     return np.asarray(pc.index_in(_joined(rows, names), value_set=_joined(known, names)).to_numpy(), np.int64)
@@ -269,25 +264,32 @@ def _joined(table: pa.Table, names: Sequence[str]) -> pa.ChunkedArray:
 # Types
 
 
-def conform(data: pa.Table, declared: pa.Schema) -> pa.Table:
-    """Declared columns first and in their declared type, then the others in their own order and Arrow's widest type."""
-    target = _target(data.schema, declared)
+def conform(data: pa.Table, name: str, known: Known) -> pa.Table:
+    """Return the table with described columns first and in their type, then the others in Arrow's widest type.
+
+    A described column that is not there is left out, but for those that the table cannot be read without. Raises Unfit.
+    """
+    target = _target(data.schema, name, tuple(known.values()))
     if data.schema.equals(target):
         return data
     return pa.Table.from_arrays([_cast(data[field.name], field) for field in target], schema=target)
 
 
-@lru_cache(maxsize=64)
-def _target(found: pa.Schema, declared: pa.Schema) -> pa.Schema:
-    there, known = set(found.names), set(declared.names)  # both are made anew at every access
-    if missing := [name for name in declared.names if name not in there]:
+@lru_cache(maxsize=256)
+def _target(found: pa.Schema, name: str, columns: tuple[Column, ...]) -> pa.Schema:
+    known = {column.name: column for column in columns}
+    there, needed = set(found.names), [*with_role(KEY, known), *NEEDED.get(name, ())]
+    if "run_id" not in needed:
+        raise Unfit(f"does not describe the columns that name a row of {name}: run_id must be one")
+    if missing := [column for column in needed if column not in there]:
         raise Unfit(f"lacks the column {', '.join(missing)}")
     if len(there) < len(found):
         raise Unfit("has two columns of one name")
     more = [field for field in found if field.name not in known]
     if nested := [field.name for field in more if pa.types.is_nested(field.type)]:
         raise Unfit(f"has lists or records in the column {', '.join(nested)}")
-    return pa.schema([*declared, *(pa.field(field.name, _widest(field.type)) for field in more)])
+    own = runs.schema(column for column in columns if column.name in there)
+    return pa.schema([*own, *(pa.field(field.name, _widest(field.type)) for field in more)])
 
 
 def _cast(values: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
@@ -315,18 +317,3 @@ def _kind(dtype: pa.DataType) -> str:
     """Types of one kind may be cast into each other: Arrow alone would also make text of a number."""
     widest = _widest(dtype)
     return "number" if widest in (pa.int64(), pa.float64()) else str(widest)
-
-
-def agreed(schemas: Iterable[tuple[pa.Schema, Source]]) -> pa.Schema:
-    """The union of the columns in order of first appearance: null gives way to any type, int64 to float64."""
-    union: dict[str, tuple[pa.DataType, Source]] = {}
-    for schema, source in schemas:
-        for column, dtype in zip(schema.names, schema.types, strict=True):
-            before, first = union.setdefault(column, (dtype, source))
-            if before == pa.null() or {before, dtype} == {pa.int64(), pa.float64()}:
-                union[column] = (dtype if before == pa.null() else pa.float64(), source)
-            elif dtype not in (before, pa.null()):
-                raise ConfigError(
-                    f"{column} is {before} in {first.path} but {dtype} in {source.path}: merge them apart"
-                )
-    return pa.schema([(column, dtype) for column, (dtype, _) in union.items()])

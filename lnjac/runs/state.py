@@ -4,14 +4,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lnjac.files import file_sha256
 from lnjac.runs import folder as runs
 from lnjac.runs.read import Source, Unfit, read
-
-if TYPE_CHECKING:
-    pass
 
 MISSING = "missing"
 BROKEN = "broken"
@@ -48,7 +45,7 @@ def state(folder: Path, identity: Mapping[str, str]) -> State:
     if name not in runs.FINISHED:
         return State(name, str(status.get("error", "")))
     try:
-        row = read(Source(folder, merged=False))["runs"].select(list(identity)).to_pylist()[0]
+        row = read(Source(folder, merged=False)).tables["runs"].select(list(identity)).to_pylist()[0]
     except Unfit as error:
         return State(BROKEN, str(error))
     if row != dict(identity):

@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 from safetensors.torch import save_file
 
+from lnjac.columns import Column
 from lnjac.config import identity as config_identity
 from lnjac.config import schema
 from lnjac.config.schema import Device, RunConfig
@@ -26,12 +27,12 @@ from lnjac.errors import ConfigError
 from lnjac.gpt import model as gpt
 from lnjac.gpt.credit import ONEDNN, is_feedback
 from lnjac.gpt.settings import Precision
-from lnjac.norms import decompose
+from lnjac.norms import decompose, distribution
 from lnjac.norms.layers import norms, unmatched
 from lnjac.progress import progress
 from lnjac.runs import folder as runs
 from lnjac.runs import state as plan
-from lnjac.runs.schema import DIAG_ID, RUN_ID, STEP, TABLES
+from lnjac.runs.schema import CURVES, MEASURED_AT, MECHANISM, RUNS, SWAPS, TENSORS
 from lnjac.seeding import sequence
 from lnjac.text import layer_table
 from lnjac.training import checkpoint
@@ -344,12 +345,25 @@ def _train(job: Job) -> int | None:
     return None
 
 
+def columns() -> dict[str, list[Column]]:
+    """Return the columns of each table that a run may write."""
+    return {
+        "layers": [*MEASURED_AT, *decompose.columns()],
+        "runs": RUNS,
+        "curves": CURVES,
+        "distributions": [*MEASURED_AT, *distribution.COLUMNS],
+        "swaps": SWAPS,
+        "tensors": TENSORS,
+        "mechanism": MECHANISM,
+    }
+
+
 def _write(
     out: runs.RunFolder, training: Training, identity: dict[str, str], tables: dict[str, list[dict[str, Any]]]
 ) -> None:
     config = training.config
     metadata = {**identity, "config": config_identity.to_dict(config), "provenance": _environment(config, training)}
-    declared = {**TABLES, "layers": [RUN_ID, DIAG_ID, STEP, *decompose.columns()]}
+    declared = columns()
     for name, rows in tables.items():
         out.write(name, declared[name], rows, config_identity.columns(config), metadata)
     idx, targets = (torch.stack(part) for part in zip(*training.diagnostic_batches(), strict=True))

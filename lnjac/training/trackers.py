@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lnjac.escape import markdown
-from lnjac.runs.schema import LAYERS
+from lnjac.norms.formulas import COLUMNS
 
 log = logging.getLogger(__name__)
 
-MEASURED = [column.name for column in LAYERS if column.dtype == "float64"]
+MEASURED = [column.name for column in COLUMNS if column.dtype == "float64"]
 """The columns of layers that can be drawn as curves."""
 
 EVENTS = "events.out.tfevents"

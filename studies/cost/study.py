@@ -22,7 +22,7 @@ from lnjac.comparing import intervals as stats
 from lnjac.comparing import scaling
 from lnjac.comparing.study import LAST_NORM, Study, read
 from lnjac.runs.merge import load
-from lnjac.runs.read import companions
+from lnjac.runs.merged import companions
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "study.md"

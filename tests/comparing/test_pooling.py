@@ -9,6 +9,7 @@ import torch
 
 from lnjac.columns import Column
 from lnjac.comparing.pooling import NORM, needed, pooled
+from lnjac.errors import ConfigError
 from lnjac.norms import decompose as jacobian
 from lnjac.norms.decompose import Tokens
 from lnjac.norms.formulas import ENERGIES, RSTD_POWERS
@@ -76,7 +77,16 @@ def test_a_metric_of_ones_own_is_pooled_as_its_mean_over_all_tokens(monkeypatch:
 
 @pytest.mark.parametrize(
     ("pool", "expected"),
-    [("sum", 4.0), ("minimum", 1.0), ("mean weighted by n", 2.5), ("x / n", 4 / 4), ("x / lost", np.nan), ("", np.nan)],
+    [
+        ("sum", 4.0),
+        ("minimum", 1.0),
+        ("mean weighted by n", 2.5),
+        ("mean weighted by n / n", 2.0),
+        ("mean weighted by 1", 2.0),
+        ("x / n", 4 / 4),
+        ("x / lost", np.nan),
+        ("", np.nan),
+    ],
 )
 def test_a_column_is_pooled_as_its_description_says(pool: str, expected: float):
     rows = pd.DataFrame({"run_id": "r", "diag_id": "d", "step": 0, "site": "a", "x": [1.0, 3.0], "n": [1, 3]})
@@ -86,3 +96,10 @@ def test_a_column_is_pooled_as_its_description_says(pool: str, expected: float):
         "n": Column("n", "int64", "", "", pool="sum"),
     }
     np.testing.assert_equal(pooled(rows.assign(m=rows["x"]), ["m"], known)["m"].tolist(), [expected])
+
+
+def test_a_description_that_pools_texts_is_named():
+    rows = pd.DataFrame({"run_id": "r", "diag_id": "d", "step": 0, "site": "a", "x": [1.0, 3.0], "norm": "layernorm"})
+    known = {"x": Column("x", "float64", "", "", pool="norm * 2"), "norm": Column("norm", "string", "", "")}
+    with pytest.raises(ConfigError, match="cannot be pooled by the description of x"):
+        pooled(rows, ["x"], known)

@@ -21,12 +21,7 @@ from lnjac.gpt import attention, methods
 from lnjac.norms import decompose as jacobian
 from lnjac.norms import layers as norm
 from lnjac.runs import folder as runs
-from lnjac.runs import schema as tables
 from lnjac.training import run as train
-
-
-def test_columns_md_is_generated(root: Path) -> None:
-    assert (root / "docs" / "columns.md").read_text() == tables.markdown()
 
 
 def test_relative_links_lead_somewhere(root: Path) -> None:
@@ -37,7 +32,7 @@ def test_relative_links_lead_somewhere(root: Path) -> None:
 
 
 def test_column_names_are_unique() -> None:
-    for declared in tables.TABLES.values():
+    for declared in train.columns().values():
         names = [column.name for column in declared]
         assert len(names) == len(set(names))
 

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lnjac.norms.analyse import analyse
+from lnjac.norms.formulas import COLUMNS
 from lnjac.norms.layers import Factors, Norm
-from lnjac.runs import schema as tables
 
 D, T, CLASSES, EPS = 12, 5, 7, 1e-2
 SITES = [f"encoder.layers.{i}.{norm}" for i in range(2) for norm in ("norm1", "norm2")] + ["encoder.norm"]
-MEASURED = {column.name for column in tables.LAYERS} - {"run_id", "diag_id", "step"}
+MEASURED = {column.name for column in COLUMNS}
 
 
 class Encoder(nn.Module):
@@ -251,7 +251,7 @@ def test_a_row_is_the_declared_columns_and_nothing_else(build: Callable[[], nn.M
     kinds = {"int64": int, "float64": float, "string": str}
     for row in analyse(seeded(build), [batch(2)], loss):
         assert row.keys() == MEASURED
-        for column in tables.LAYERS:
+        for column in COLUMNS:
             if column.name in row and not (column.name == "block" and row["block"] is None):
                 assert type(row[column.name]) is kinds[column.dtype], column.name
 

@@ -18,6 +18,8 @@ from lnjac.reporting.charts import CHARTS, Drawing
 from lnjac.reporting.view import METRICS, View, view
 from lnjac.runs import folder as runs
 from lnjac.runs import read as sources
+from lnjac.runs.merged import companion
+from lnjac.runs.schema import FROZEN
 
 pytest.importorskip("altair", reason="the extra [report] is not installed")
 
@@ -180,7 +182,7 @@ def test_infinite_values_are_left_out_of_charts_and_said(tmp_path: Path):
     layers = pd.read_parquet(path)
     layers.loc[(layers["site"] == "ln_f") & (layers["run_id"] == "run0001"), "sigma_mean"] = np.inf
     layers.loc[(layers["site"] == "ln_f") & (layers["run_id"] == "run0002"), "sigma_mean"] = np.nan
-    rows = sources.conform(pa.Table.from_pandas(layers, preserve_index=False), pq.read_schema(path))
+    rows = sources.conform(pa.Table.from_pandas(layers, preserve_index=False), "layers", FROZEN["layers"])
     runs.write_table(path, rows.replace_schema_metadata(), runs.read_metadata(path))
     shown = of(path)
     assert np.isfinite(table("depth", shown)[["mean", "low", "high"]]).all(axis=None)
@@ -221,7 +223,7 @@ def test_tables_have_p_effect_and_every_seed(tmp_path: Path):
     from scipy import stats
 
     path = write_study(tmp_path, TWO | {"ln_backward": ["exact", "ste"]})
-    runs_of = pd.read_parquet(sources.companion(path, "runs")).query("ln_backward == 'exact'")
+    runs_of = pd.read_parquet(companion(path, "runs")).query("ln_backward == 'exact'")
     a, b = (runs_of[runs_of["attn_mode"] == level]["val_loss_nats"].to_numpy() for level in ("softmax", "sigmoid"))
     shown = of(path)
     row = table("headline", shown, "val_loss_nats").query("cell == 'ln_backward=exact'").iloc[0]

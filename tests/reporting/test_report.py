@@ -18,8 +18,8 @@ from lnjac.errors import ConfigError
 from lnjac.reporting import page, report
 from lnjac.reporting.charts import CHARTS
 from lnjac.runs import folder as runs
-from lnjac.runs import read as sources
-from lnjac.runs import schema as tables
+from lnjac.runs.merged import companion
+from lnjac.runs.schema import FROZEN
 
 pytest.importorskip("altair", reason="the extra [report] is not installed")
 pytest.importorskip("vl_convert", reason="the extra [report] is not installed")
@@ -114,10 +114,10 @@ def test_the_dictionary_is_of_the_tables_that_are_there(tmp_path: Path):
     path = write_study(tmp_path, {"attn_mode": ["a", "b"]})
     assert "Columns of swaps" not in made(path).html
     note = {"table": "swaps", "merged": True, "merge_id": "m", "rows": {}}
-    runs.write_table(sources.companion(path, "swaps"), runs.schema(tables.TABLES["swaps"]).empty_table(), note)
+    runs.write_table(companion(path, "swaps"), runs.schema(FROZEN["swaps"].values()).empty_table(), note)
     html = made(path).html
     assert html.count('"Columns of ') == 4
-    assert all(column.name in html for column in tables.TABLES["swaps"])
+    assert all(column.name in html for column in FROZEN["swaps"].values())
 
 
 @pytest.mark.usefixtures("light")

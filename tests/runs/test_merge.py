@@ -9,12 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,14 +26,15 @@ from lnjac.columns import Column
 from lnjac.comparing import study as design
 from lnjac.errors import ConfigError
 from lnjac.files import file_sha256
+from lnjac.runs import combine, merged, parallel
 from lnjac.runs import folder as runs
-from lnjac.runs import pile, placing, reading
 from lnjac.runs import read as reader
 from lnjac.runs import state as plan
 from lnjac.runs.diff import diff
 from lnjac.runs.merge import load, merge
-from lnjac.runs.read import companions, search
-from lnjac.runs.schema import CORE, LAYERS, SCHEMA_VERSION, TABLES
+from lnjac.runs.merged import companions
+from lnjac.runs.read import search
+from lnjac.runs.schema import CORE, SCHEMA_VERSION, TABLES
 
 
 @pytest.fixture
@@ -169,7 +168,7 @@ def test_a_lock_left_where_flock_is_not_offered_is_said_and_not_taken_for_a_livi
     held.release()
     shutil.copytree(folder, other := tmp_path / "2")  # what a killed process leaves: its lock's file, empty
     assert plan.state(other, identity) == plan.State(runs.INTERRUPTED)
-    monkeypatch.setattr(placing.fcntl, "flock", lambda *_: raise_(OSError(errno.ENOSYS, "Function not implemented")))
+    monkeypatch.setattr(merged.fcntl, "flock", lambda *_: raise_(OSError(errno.ENOSYS, "Function not implemented")))
     found = plan.state(other, identity)
     assert found.name == plan.BROKEN
     assert found.reason.endswith(f"if no run writes there, delete {other / runs.LOCK}")
@@ -273,7 +272,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "another table": (noted(table="else"), "does not hold the"),
     "a merge's": (noted(merged=True), "does not hold the"),
     "next schema": (noted(schema_version=SCHEMA_VERSION + 1), f"has schema version {SCHEMA_VERSION + 1}"),
-    "column lost": (edited(lambda table: table.drop_columns([table.column_names[2]])), "lacks the column"),
+    "key lost": (edited(lambda table: table.drop_columns([table.column_names[1]])), "lacks the column"),
     "text for numbers": (all_are("x", "step", "threads"), "as string, which is no int64"),
     "numbers for text": (all_are(1, "run_id"), "as int64, which is no string"),
     "half a step": (all_are(0.5, "step", "threads"), "does not fit int64"),
@@ -299,7 +298,7 @@ def test_a_damaged_run_is_named_and_the_others_merged(tmp_path: Path, out: Path,
 
 @pytest.mark.parametrize("table", list(CORE))
 @pytest.mark.parametrize(
-    "kind", ["foreign", "another table", "next schema", "column lost", "text for numbers", "half a step"]
+    "kind", ["foreign", "another table", "next schema", "key lost", "text for numbers", "half a step"]
 )
 def test_load_run_holds_a_table_to_what_a_merge_does(tmp_path: Path, table: str, kind: str):
     folder = make_run(tmp_path / "0", note={"config": {}})
@@ -499,7 +498,7 @@ def test_every_declared_column_has_its_type_and_place(tmp_path: Path, out: Path)
     make_run(tmp_path / "s" / "1", seed=2)
     merge([tmp_path / "s"], out)
     for name, path in companions(out).items():
-        declared = runs.schema(TABLES[name])
+        declared = runs.schema(c for c in TABLES[name] if c.name != "stacked")  # which is no longer written
         found = runs.read_table(path).schema.remove_metadata()
         assert pa.schema(list(found)[: len(declared)]) == declared
         assert found.names[len(declared) :] == ([] if name == "curves" else ["seed", "attn_mode", "data"])
@@ -518,7 +517,9 @@ def test_columns_in_another_order_or_width_are_brought_to_the_schema(tmp_path: P
     expected = rows_of(out)
     rewrite(
         folder / "layers.parquet",
-        lambda t: t.select([*reversed(t.column_names[: len(LAYERS)]), *t.column_names[len(LAYERS) :]]),
+        lambda t: t.select(
+            [*reversed(t.column_names[: len(TABLES["layers"])]), *t.column_names[len(TABLES["layers"]) :]]
+        ),
     )
     rewrite(folder / "layers.parquet", lambda t: with_column("step", t["step"].cast(pa.int32()))(t))
     rewrite(folder / "layers.parquet", lambda t: with_column("site", t["site"].cast(pa.large_string()))(t))
@@ -587,8 +588,8 @@ def test_runs_read_by_several_processes_are_as_if_read_by_one(many: Path, out: P
     one_batch = merge([many], out)
     expected = rows_of(out)
     assert expected == rows_in_one_piece(many)
-    monkeypatch.setattr(reading, "FEW", 1)
-    monkeypatch.setattr(reading, "cores", lambda: cores)
+    monkeypatch.setattr(parallel, "FEW", 1)
+    monkeypatch.setattr(parallel, "cores", lambda: cores)
     calls: list[tuple[int, int]] = []
     assert merge([many], out, progress=lambda done, total: calls.append((done, total))) == one_batch
     assert rows_of(out) == expected
@@ -598,31 +599,26 @@ def test_runs_read_by_several_processes_are_as_if_read_by_one(many: Path, out: P
 
 def rows_in_one_piece(folder: Path) -> dict[str, tuple[str, str]]:
     """The merged rows by the plainest way: no batches, no processes."""
-    whole = pile.Pile()
+    parts = []
     for source in search([folder]).sources:
         with contextlib.suppress(reader.Unfit):
-            whole.add(source, reader.read(source))
-    tables = pile.combine(whole, 0).tables
+            parts.append(combine.stacked(source, reader.read(source)))
+    tables = combine.combine(combine.together(parts), 0).tables
     return {name: (str(table.schema), repr(table.to_pylist())) for name, table in tables.items()}
 
 
 def test_a_helper_reads_and_one_that_fails_costs_nothing(many: Path, monkeypatch: Any):
     sources = search([many]).sources
-    batches = [sources[:10], sources[10:]]
-    todo, done = deque([0, 1]), dict[int, Any]()
-    reading._let_read(batches, todo, done)
-    assert [[*each[0].sources, *(skip.path for skip in each[1])] for each in done.values()] == [
-        [*(source for source in batch if source.path.name not in ("03", "21")), str(many / unfit)]
-        for batch, unfit in zip(batches, ("03", "21"), strict=True)
-    ]
+    with parallel._helper() as read_there:
+        for batch, unfit in zip((sources[:10], sources[10:]), ("03", "21"), strict=True):
+            found, skipped = read_there(batch)
+            assert found.sources == [source for source in batch if source.path.name != unfit]
+            assert [skip.path for skip in skipped] == [str(many / unfit)]
+    monkeypatch.setattr(parallel, "FEW", 1)
+    monkeypatch.setattr(parallel, "cores", lambda: 2)
     for broken in ("/bin/false", "/nowhere"):
         monkeypatch.setattr(sys, "executable", broken)
-        todo, done = deque([0, 1]), {}
-        reading._let_read(batches, todo, done)
-        assert done == {}
-    monkeypatch.setattr(reading, "FEW", 1)
-    monkeypatch.setattr(reading, "cores", lambda: 2)
-    assert len(reading.read_all(sources)[0].sources) == 21
+        assert len(parallel.read_all(sources).found.sources) == 21
 
 
 def test_a_helper_that_meets_an_error_leaves_it_to_the_caller(tmp_path: Path, out: Path, monkeypatch: Any):
@@ -630,17 +626,10 @@ def test_a_helper_that_meets_an_error_leaves_it_to_the_caller(tmp_path: Path, ou
         make_run(
             tmp_path / "s" / str(i), seed=i, config=[(Column("method.b", dtype, "", ""), {"int64": 1}.get(dtype, "x"))]
         )
-    monkeypatch.setattr(reading, "FEW", 1)
-    monkeypatch.setattr(reading, "cores", lambda: 2)
+    monkeypatch.setattr(parallel, "FEW", 1)
+    monkeypatch.setattr(parallel, "cores", lambda: 2)
     with pytest.raises(ConfigError, match=r"method\.b is int64 in .* but string in"):
         merge([tmp_path / "s"], out)
-
-
-@pytest.mark.parametrize("pieces", [[(300, 900), (0, 300)], [(0, 900), (1200, 1210), (900, 1200)], [(5, 1), (0, 5)]])
-def test_rows_that_move_in_large_pieces_come_in_the_order_asked_for(pieces: list[tuple[int, int]]):
-    order = np.concatenate([np.arange(a, b) if a < b else np.arange(a, b - 1, -1) for a, b in pieces])
-    rows = pa.concat_tables([pa.table({"x": range(1000)}), pa.table({"x": range(1000, 1500)})])
-    assert pile._ordered(rows, order)["x"].to_pylist() == order.tolist()
 
 
 def test_load_names_a_table_that_is_not_merged(tmp_path: Path):
@@ -1057,7 +1046,7 @@ def test_what_killed_merges_left_is_removed_but_not_what_one_is_writing(tmp_path
     merge([run], out)
     assert not left.exists()
     code = "import sys; from lnjac.runs.merge import *; merge([Path(sys.argv[1])], Path(sys.argv[2]))"
-    with placing.new_files(out) as layers:
+    with merged.replacing(out) as layers:
         other = subprocess.Popen([sys.executable, "-c", f"from pathlib import Path; {code}", run, out])
         with pytest.raises(subprocess.TimeoutExpired):  # it waits
             other.wait(3)
@@ -1070,7 +1059,7 @@ def test_what_killed_merges_left_is_removed_but_not_what_one_is_writing(tmp_path
 def test_without_a_lock_for_folders_a_merge_is_made_and_leaves_what_it_cannot_judge(
     two: Any, out: Path, monkeypatch: Any
 ):
-    monkeypatch.setattr(placing.fcntl, "flock", lambda *_: raise_(OSError(errno.ENOSYS, "no flock here")))
+    monkeypatch.setattr(merged.fcntl, "flock", lambda *_: raise_(OSError(errno.ENOSYS, "no flock here")))
     (out.parent / ".merge-abc").mkdir(parents=True)
     merge([two[0]], out)
     merge([two[1]], out)

@@ -11,8 +11,8 @@ from support.folders import make_run, rewrite, rows_of
 from lnjac.errors import ConfigError
 from lnjac.runs import folder as runs
 from lnjac.runs.merge import load, merge
-from lnjac.runs.read import companions
-from lnjac.runs.schema import CORE, LONG, TABLES
+from lnjac.runs.merged import companions
+from lnjac.runs.schema import CORE, TABLES
 
 SWAPS = [
     {"place": place, "surrogate": "ste", "radial": radial, "part": "all"} for place in "ab" for radial in (0.0, 1.0)
@@ -35,7 +35,7 @@ def test_a_table_is_written_where_any_run_has_rows_of_it(tmp_path: Path, out: Pa
     assert report.rows == {"layers": 18, "runs": 3, "curves": 9, "swaps": 6, "tensors": 2}
     assert {name: len(load(path)) for name, path in companions(out).items()} == report.rows
     swaps = runs.read_table(companions(out)["swaps"])
-    assert swaps.schema.remove_metadata() == runs.schema(LONG["swaps"])
+    assert swaps.schema.remove_metadata() == runs.schema(TABLES["swaps"])
     assert swaps["run_id"].to_pylist() == ["softmax-2"] * 4 + ["softmax-3"] * 2
     assert swaps.slice(0, 4).to_pylist() == runs.read_table(tmp_path / "s" / "1" / "swaps.parquet").to_pylist()
     assert "2 rows of tensors" in report.lines()[0]
@@ -76,7 +76,7 @@ def test_a_table_in_long_form_names_its_merge(tmp_path: Path, out: Path, name: s
     assert merge(sorted(tmp_path.glob("*.parquet")), out).found == 1
 
 
-@pytest.mark.parametrize("table", list(LONG))
+@pytest.mark.parametrize("table", [name for name in TABLES if name not in CORE])
 def test_an_output_named_like_a_companion_is_refused(tmp_path: Path, table: str):
     with pytest.raises(ConfigError, match="means something else"):
         merge([make_run(tmp_path / "0")], tmp_path / f"all.{table}.parquet")
@@ -102,7 +102,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: runs.write_table(path, runs.read_table(path).slice(1), {"table": "swaps"}),
         "is not the file that",
     ),
-    "a column lost": (lambda path: rewrite(path, lambda t: t.drop_columns(["grad_cos"])), "lacks the column grad_cos"),
+    "a column lost": (lambda path: rewrite(path, lambda t: t.drop_columns(["part"])), "lacks the column part"),
     "another run's": (
         lambda path: rewrite(path, lambda t: t.set_column(1, "diag_id", [["other"] * len(t)])),
         "its swaps hold rows of a run that it does not have",

@@ -11,8 +11,8 @@ import pyarrow as pa
 from lnjac.columns import Column
 from lnjac.files import file_sha256
 from lnjac.runs import folder as runs
-from lnjac.runs.read import companions
-from lnjac.runs.schema import CURVES, LAYERS, RUNS, TABLES
+from lnjac.runs.merged import companions
+from lnjac.runs.schema import CURVES, RUNS, TABLES
 
 SITES = (
     "blocks.0.ln_1",
@@ -70,7 +70,7 @@ def make_run(
     rows = {
         "layers": [
             row(
-                LAYERS,
+                TABLES["layers"],
                 (run_id, step, site),
                 **(ids | {"step": step, "site": site, "call": 0, "block": None} | (layers or {})),
             )
@@ -99,7 +99,7 @@ def make_run(
     for name, said in (long or {}).items():
         rows[name] = [row(TABLES[name], (run_id, name, i), **(ids | {"step": 0} | more)) for i, more in enumerate(said)]
     for name, content in rows.items():
-        out.write(name, TABLES[name], content, columns, note or {})
+        out.write(name, RUNS if name == "runs" else TABLES[name], content, columns, note or {})
     out.status(status)
     return folder
 

@@ -11,9 +11,9 @@ import pandas as pd
 import pyarrow as pa
 
 from lnjac.runs import folder as runs
-from lnjac.runs import read as reader
+from lnjac.runs import merged
 from lnjac.runs import read as sources
-from lnjac.runs import schema as tables
+from lnjac.runs.schema import FROZEN
 
 FILL = {"int64": 7, "float64": 0.25, "string": "x", "bool": False}
 CONFIG = {"model": "tiny", "model.n_embd": 32, "model.n_layer": 2, "method": "fa", "ln_backward": "exact"}
@@ -58,21 +58,21 @@ def write_study(
     path = folder / "all.parquet"
     note = {"merged": True, "merge_id": "m", "rows": {}}
     for name, rows in (("layers", layers), ("runs", owners), ("curves", curves)):
-        runs.write_table(reader.companions(path)[name], _typed(name, rows), {"table": name, **note})
+        runs.write_table(merged.companions(path)[name], _typed(name, rows), {"table": name, **note})
     report = {"found": len(configs) + len(skipped), "merged": len(configs), "sources": ["somewhere"], "warnings": []}
     report["skipped"] = [{"path": path, "reason": reason} for path, reason in skipped]
     path.with_suffix(".merge.json").write_text(json.dumps(report))
     return path
 
 
-_NUMBERS = [column.name for column in tables.LAYERS if column.dtype == "float64"]
+_NUMBERS = [column.name for column in FROZEN["layers"].values() if column.dtype == "float64"]
 
 
 def _typed(name: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """The rows with every declared column in its type, those not given filled."""
     frame = pd.DataFrame(list(rows))
-    declared = tables.TABLES[name]
+    declared = [column for column in FROZEN[name].values() if column.name != "stacked"]
     filled = frame.assign(**{column.name: FILL[column.dtype] for column in declared if column.name not in frame})
     own = [str(column) for column in frame if column not in {column.name for column in declared}]
     table = pa.Table.from_pandas(filled[[*(column.name for column in declared), *own]], preserve_index=False)
-    return sources.conform(table, runs.schema(declared)).replace_schema_metadata()
+    return sources.conform(table, name, FROZEN[name]).replace_schema_metadata()

@@ -19,10 +19,11 @@ from support.commands import TINY, command
 from support.paths import ROOT
 
 from lnjac.cli.run import task
+from lnjac.columns import VOLATILE
 from lnjac.config.compose import CONF, as_typed
 from lnjac.runs import folder as runs
-from lnjac.runs import read as reader
-from lnjac.runs.schema import VOLATILE
+from lnjac.runs.merged import companions
+from lnjac.runs.schema import FROZEN, with_role
 
 
 def sweeper_of(*words: str) -> Any:
@@ -44,9 +45,9 @@ def folders(sweep_folder: Path) -> dict[int, Path]:
 def science(merged: Path) -> list[pd.DataFrame]:
     """The merged tables without what may differ between two makings of one run, in one order."""
     tables = []
-    for path in reader.companions(merged).values():
+    for path in companions(merged).values():
         frame = pd.read_parquet(path)
-        frame = frame.drop(columns=[name for name in VOLATILE if name in frame])
+        frame = frame.drop(columns=[name for name in with_role(VOLATILE, FROZEN["runs"]) if name in frame])
         keys = [name for name in ("run_id", "diag_id", "step", "site") if name in frame]
         tables.append(frame.sort_values(keys).reset_index(drop=True))
     return tables

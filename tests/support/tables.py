@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from lnjac.comparing.study import Study, read
 from lnjac.runs import folder as runs
-from lnjac.runs import read as reader
+from lnjac.runs.merged import companions
 
 PLAIN = {
     "attn_mode": "softmax",
@@ -51,7 +51,7 @@ def study(folder: Path, rows: Sequence[dict[str, Any]], **layers: Any) -> Study:
             of_layers.append(ids | {"step": step, "site": site, "call": 0} | values)
     tables = {"runs": of_runs, "layers": of_layers, "curves": [{"run_id": "r0", "step": 0}]}
     path = folder / "all.parquet"
-    for name, file in reader.companions(path).items():
+    for name, file in companions(path).items():
         data = pa.Table.from_pandas(pd.DataFrame(tables[name]), preserve_index=False).replace_schema_metadata()
         runs.write_table(file, data, {"table": name, "merged": True, "merge_id": "m"})
     path.with_suffix(".merge.json").write_text(json.dumps({"warnings": [], "skipped": []}))

@@ -1,0 +1,115 @@
+"""Read many sources, in several processes where there are many: small files are read in Python's time."""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from lnjac.machine import cores
+from lnjac.runs.combine import Stacked, stacked, together
+from lnjac.runs.read import Skip, Source, Unfit, read
+
+BATCHES = 100
+"""Batches of sources, each of which one process reads: many share the work evenly, few take less memory."""
+
+FEW = 100
+"""Sources that this process has read sooner than another one has started."""
+
+MOST = 8
+"""Processes that read at once: beyond this the disk, or the unpacking of what they send, is the limit."""
+
+
+class Read(NamedTuple):
+    """The tables of sources, and the sources that cannot be read."""
+
+    found: Stacked
+    skipped: list[Skip]
+
+
+def read_all(sources: Sequence[Source], progress: Callable[[int, int], None] | None = None) -> Read:
+    """Read every source, in order; `progress(done, total)` is called after each batch."""
+    size = max(10, len(sources) // BATCHES)
+    batches = [sources[first : first + size] for first in range(0, len(sources), size)]
+    todo, done = deque(range(len(batches))), dict[int, Read]()
+
+    def work(read_one: Callable[[Sequence[Source]], Read], say: Callable[[int, int], None] | None = None) -> None:
+        while todo:
+            try:
+                number = todo.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            done[number] = read_one(batches[number])
+            if say:
+                say(sum(len(batches[each]) for each in list(done)), len(sources))
+
+    def work_elsewhere() -> None:
+        with _helper() as read_one:
+            work(read_one)
+
+    helpers = min(cores(), MOST) - 1 if len(sources) > FEW else 0
+    with ThreadPoolExecutor(helpers or 1) as threads:  # each waits for a process
+        try:
+            for _ in range(helpers):
+                threads.submit(work_elsewhere)
+            work(read_batch, progress)
+        finally:
+            todo.clear()
+    todo.extend(number for number in range(len(batches)) if number not in done)  # those at which a helper failed
+    work(read_batch, progress)
+    if progress and helpers:
+        progress(len(sources), len(sources))
+    parts = [done.pop(number) for number in range(len(batches))]
+    return Read(together([part.found for part in parts]), [skip for part in parts for skip in part.skipped])
+
+
+def read_batch(sources: Sequence[Source]) -> Read:
+    """Read these sources in this process."""
+    found, skipped = [], []
+    for source in sources:
+        try:
+            found.append(stacked(source, read(source)))
+        except Unfit as error:
+            skipped.append(Skip(str(source.path), str(error)))
+    return Read(together(found), skipped)
+
+
+@contextmanager
+def _helper() -> Iterator[Callable[[Sequence[Source]], Read]]:
+    """Start a process, and give a function that has it read a batch.
+
+    Not by multiprocessing: its processes run the caller's script again, or are copies of one that may hold locks. If the
+    process fails at a batch, so does the function, and the batch is left to the caller, who meets the same error if it is
+    one of the batch.
+    """
+    start = f"import sys; sys.path[:] = {sys.path!r}; from lnjac.runs.parallel import serve; serve()"
+    words, pipe = [sys.executable, "-c", start], subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        requests, answers = process.stdin, process.stdout
+        assert requests is not None
+        assert answers is not None
+
+        def read_there(batch: Sequence[Source]) -> Read:
+            pickle.dump(batch, requests)
+            requests.flush()
+            found: Read = pickle.load(answers)
+            return found
+
+        yield read_there
+
+
+def serve() -> None:
+    """Read batches from standard input and answer on standard output, until the input ends."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing else may be printed among the answers
+    while True:
+        try:
+            batch = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        pickle.dump(read_batch(batch), answers, protocol=pickle.HIGHEST_PROTOCOL)
+        answers.flush()
