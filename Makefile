@@ -38,8 +38,10 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-docs: $(VENV)/.installed
+# The site, in build/site. It asks no other host for anything: `python -m http.server -d build/site` shows it.
+docs: $(VENV)/.installed-dev
 	$(PY) -m lnjac columns > docs/columns.md.tmp && mv docs/columns.md.tmp docs/columns.md
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 benchmark: $(VENV)/.installed
 	$(PY) benchmarks/training_step.py

@@ -8,8 +8,8 @@
 
 # %% [markdown]
 # # Reading a sweep
-# A notebook with `jupytext --to notebook docs/notebook.py`, or a script: `python docs/notebook.py multirun/NAME`. The
-# sweep it was written for:
+# Run it as a script, `python docs/notebook.py multirun/NAME`, or make a notebook of it, `jupytext --to notebook
+# docs/notebook.py`. It reads any sweep; it was written for this one:
 #
 #     python run.py -m attn_mode=softmax,sigmoid ln_backward=exact,center_scale seed=1,2,3 diagnostics=trajectory sweep=NAME
 
@@ -30,7 +30,7 @@ print(f"{len(runs)} runs, {len(layers)} layer rows; status: {runs['status'].valu
 
 # %% [markdown]
 # ## What varies
-# A column of the config that holds more than one value was swept. Seeds are the unit: compare norm by norm, seed by seed.
+# A config column with more than one value was swept. Seeds are the unit, so compare norm by norm and seed by seed.
 
 # %%
 declared = {column.name for column in [*RUNS, *LAYERS]}
@@ -49,8 +49,8 @@ print(exact.pivot_table("enrichment_radial_share", "site", levels, sort=False).r
 
 # %% [markdown]
 # ## What does a backward cost, and does softmax pay more?
-# Paired by seed: the difference between two runs that share initial weights, feedback and batches. The frames hold every
-# seed; `.rows` has the intervals, as `lnjac cost` prints them.
+# Runs of one seed share initial weights, feedback and batches, so subtract within the seed. The frames hold every seed;
+# `.rows` has the intervals, as `lnjac cost` prints them.
 
 # %%
 if {"exact"} < set(runs["ln_backward"]):
@@ -79,9 +79,9 @@ print(run.run[[*levels, "ln_backward", "seed"]].iloc[0].to_dict(), "loss on its 
 
 # %% [markdown]
 # ## The radial share of a norm that is called several times
-# Energies add over the calls, micro-batches and ranks of one norm at one step, ratios do not; and nothing adds over norms,
-# of which the one with the most energy would speak for all, nor over runs, which are repetitions: a share for each run
-# and norm, then its mean and spread over the runs of a level.
+# Energies add over the calls, micro-batches and ranks of one norm at one step; ratios do not. Nothing adds over norms,
+# because the norm with the most energy would decide the sum. Runs are repetitions, so take a share for each run
+# and norm, and then its mean and spread over the runs of a level.
 
 # %%
 energy = exact.groupby([*levels, "site", "run_id"], sort=False, dropna=False)[["sum_B", "sum_C"]].sum()

@@ -1,19 +1,20 @@
 """Hydra takes sweepers and launchers from this namespace alone (so it has no __init__.py): the code is in lnjac.sweeps."""
 
-from lnjac.sweeps import launchers, sweeper
+from lnjac.sweeps import sweeper
+from lnjac.sweeps.launchers import local, ray, slurm
 
 
 class LnjacSweeper(sweeper.Sweeper):
     """hydra/sweeper=lnjac"""
 
 
-class LocalLauncher(launchers.LocalLauncher):
+class LocalLauncher(local.LocalLauncher):
     """hydra/launcher=local"""
 
 
-class SlurmLauncher(launchers.SlurmLauncher):
+class SlurmLauncher(slurm.SlurmLauncher):
     """hydra/launcher=slurm"""
 
 
-class RayLauncher(launchers.RayLauncher):
+class RayLauncher(ray.RayLauncher):
     """hydra/launcher=ray"""

@@ -20,7 +20,7 @@ from support.folders import make_run
 from support.studies import write_study
 
 from lnjac import escape
-from lnjac.cli import compare as cli_compare
+from lnjac.cli import tables
 
 MARKS = "\x00\x1b\x85\x9b\u00a0\u200e\u202e\u2028\u2066\ufeff\ufffe\n\r\t"
 TEXTS = st.text(st.one_of(st.characters(), st.sampled_from(MARKS + "\\|`*_<>&[]~$#%^{}\"'=+-@, ")))
@@ -99,7 +99,7 @@ def test_numbers_and_plain_texts_have_none(text: str):
 
 def test_a_csv_keeps_numbers_and_neutralises_texts_and_headings():
     frame = pd.DataFrame({"=a": ["=1", "b"], "n": [-1.5, 2.0], "mixed": [-3, "-x"], "none": [None, "-2"]})
-    safe = cli_compare._for_spreadsheets(frame)
+    safe = tables.for_spreadsheets(frame)
     assert list(safe) == ["'=a", "n", "mixed", "none"]
     assert safe["'=a"].tolist() == ["'=1", "b"]
     assert safe["n"].tolist() == [-1.5, 2.0]

@@ -1,94 +1,39 @@
-"""Commands that answer from merged tables: compare, cost, scaling, diff. Tables of numbers, or JSON, or a file."""
+"""Commands that answer from merged tables: compare, cost, scaling."""
 
-import json
 import math
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from enum import Enum
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lnjac.errors import ConfigError
-from lnjac.escape import latex, latex_paragraph, markdown, spreadsheet, visible
-from lnjac.text import aligned
+from lnjac.cli import options, tables
+from lnjac.cli.tables import Grid, Part
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas as pd
 
     from lnjac.comparing.compare import Comparison
-    from lnjac.comparing.intervals import Inference
     from lnjac.comparing.scaling import Scaling
-    from lnjac.comparing.study import Study
 
 commands = typer.Typer(rich_markup_mode=None)
-
-SEED = 0
-"""Of a permutation's draws: the same table gives the same numbers."""
-
-
-EXPORTS = (".csv", ".md", ".tex", ".parquet")
-
-
-def study(sources: Sequence[Path]) -> "Study":
-    """What the sources hold, with a bar while runs are read."""
-    from lnjac.comparing import study as design
-    from lnjac.progress import bar
-
-    with bar("reading runs") as progress:
-        return design.read(sources, progress)
-
-
-class IntervalKind(str, Enum):
-    t = "t"
-    signflip = "signflip"
-
-
-def _exportable(path: Path | None) -> Path | None:
-    if path is not None and path.suffix not in EXPORTS:
-        raise ConfigError(f"the output {path} must end in one of {', '.join(EXPORTS)}")
-    return path
-
-
-Sources = Annotated[list[Path], typer.Argument(help="A merged table, or any mix of tables, sweeps and runs.")]
-Metric = Annotated[str, typer.Option(help="Columns, separated by commas.", show_default=False)]
-At = Annotated[str, typer.Option(help="Which measured step: its number, or each run's last.")]
-Where = Annotated[str | None, typer.Option(help="Only rows for which this holds, such as \"method == 'fa'\".")]
-OfRuns = Annotated[bool, typer.Option("--runs/--layers", help="Columns of runs (losses), or of the norms in them.")]
-Reference = Annotated[
-    str | None, typer.Option(help="The level that each other is compared with, instead of all pairs.")
-]
-Seeds = Annotated[bool, typer.Option("--seeds", help="Show every seed.")]
-Kind = Annotated[IntervalKind, typer.Option("--interval", help="Student's t, or its interval with a sign-flip p.")]
-Confidence = Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of the intervals.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        callback=_exportable,
-        help="Also write it: X.csv, X.parquet (of every seed with --seeds), X.md, X.tex.",
-    ),
-]
 
 
 @commands.command()
 def compare(
-    sources: Sources,
+    sources: options.Sources,
     by: Annotated[str, typer.Option(help="The config column whose levels are compared, or step.")],
-    metric: Metric = "",
-    at: At = "last",
-    where: Where = None,
-    runs: OfRuns = False,
-    reference: Reference = None,
-    seeds: Seeds = False,
-    interval: Kind = IntervalKind.t,
-    confidence: Confidence = 0.95,
-    as_json: AsJson = False,
-    output: Output = None,
+    metric: options.Metrics = "",
+    at: options.At = None,
+    where: options.Where = None,
+    runs: options.OfRuns = False,
+    reference: options.Reference = None,
+    seeds: options.Seeds = False,
+    interval: options.Kind = "t",
+    confidence: options.Confidence = 0.95,
+    as_json: options.AsJson = False,
+    output: options.Output = None,
 ) -> None:
     """Compare the levels of a config column, norm by norm, paired by seed.
 
@@ -99,40 +44,30 @@ def compare(
     """
     from lnjac.comparing import compare as comparing
 
+    metrics, table, how = options.names(metric), "runs" if runs else "layers", options.inference(interval, confidence)
     found = comparing.compare(
-        study(sources),
-        by,
-        metrics=_names(metric),
-        table="runs" if runs else "layers",
-        at=_step(at),
-        where=where,
-        reference=reference,
-        how=_inference(interval, confidence),
+        options.study(sources), by, metrics=metrics, table=table, at=at, where=where, reference=reference, how=how
     )
-    parts: list[str | Grid] = [*_grids(found, confidence, seeds), *_notes(found.notes)]
-    _write(found.seeds() if seeds else found.rows, parts, output)
-    if as_json:
-        print(ascii_json(_plain_comparison(found, seeds)))
-    else:
-        _print(parts)
+    parts = [*_differences(found, confidence, seeds), *_notes(found.notes)]
+    _answer(found.seeds() if seeds else found.rows, parts, _plain(found, seeds), output, as_json)
 
 
 @commands.command()
 def cost(
-    sources: Sources,
+    sources: options.Sources,
     by: Annotated[
         str | None, typer.Option(help="The factor between whose levels costs are compared; attn_mode if it varies.")
     ] = None,
     metric: Annotated[str, typer.Option(help="The loss: a column of runs.")] = "val_loss_nats",
-    where: Where = None,
-    reference: Reference = None,
-    seeds: Seeds = False,
-    interval: Kind = IntervalKind.t,
-    confidence: Confidence = 0.95,
-    as_json: AsJson = False,
-    output: Output = None,
+    where: options.Where = None,
+    reference: options.Reference = None,
+    seeds: options.Seeds = False,
+    interval: options.Kind = "t",
+    confidence: options.Confidence = 0.95,
+    as_json: options.AsJson = False,
+    output: options.Output = None,
 ) -> None:
-    """What each ln_backward costs: its loss minus exact's, paired by seed; and whether softmax pays more than sigmoid.
+    """Compute the cost of each ln_backward: its loss minus exact's, paired by seed, and how costs differ between levels.
 
     \b
     Example:
@@ -141,386 +76,192 @@ def cost(
     """
     import pandas as pd
 
-    from lnjac.comparing import cost
+    from lnjac.comparing import cost as comparing
 
-    how = _inference(interval, confidence)
-    found = cost.cost(study(sources), by=by, metric=metric, where=where, reference=reference, how=how)
+    how = options.inference(interval, confidence)
+    found = comparing.cost(options.study(sources), by=by, metric=metric, where=where, reference=reference, how=how)
     compared = {"cost": found.costs}
     if found.differences is not None:
         compared["difference of costs"] = found.differences
-    frames = [(one.seeds() if seeds else one.rows).assign(what=what) for what, one in compared.items()]
-    parts: list[str | Grid] = []
+    parts: list[Part] = []
     for what, one in compared.items():
         none = f"no {what}: no ln_backward ran at two levels of {found.by} with its exact twin"
-        grids = list(_grids(one, confidence, seeds, what))
-        parts += [*grids, *([] if grids else [none]), *_notes(one.notes), ""]
-    _write(pd.concat(frames, ignore_index=True), parts, output)
-    if as_json:
-        print(ascii_json({what.replace(" ", "_"): _plain_comparison(one, seeds) for what, one in compared.items()}))
-    else:
-        _print(parts)
+        parts += _differences(one, confidence, seeds, what) or [none]
+        parts += [*_notes(one.notes), ""]
+    frames = [(one.seeds() if seeds else one.rows).assign(what=what) for what, one in compared.items()]
+    plain = {what.replace(" ", "_"): _plain(one, seeds) for what, one in compared.items()}
+    _answer(pd.concat(frames, ignore_index=True), parts, plain, output, as_json)
 
 
 @commands.command()
 def scaling(
-    sources: Sources,
+    sources: options.Sources,
     x: Annotated[str, typer.Option("--x", help="A config column of numbers (model.n_embd, steps, …), or step.")],
-    metric: Metric = "",
-    at: At = "last",
-    where: Where = None,
-    runs: OfRuns = False,
-    seeds: Seeds = False,
-    interval: Kind = IntervalKind.t,
-    confidence: Confidence = 0.95,
-    as_json: AsJson = False,
-    output: Output = None,
+    metric: options.Metrics = "",
+    at: options.At = None,
+    where: options.Where = None,
+    runs: options.OfRuns = False,
+    seeds: options.Seeds = False,
+    interval: options.Kind = "t",
+    confidence: options.Confidence = 0.95,
+    as_json: options.AsJson = False,
+    output: options.Output = None,
 ) -> None:
-    """How a metric scales with width, steps or another number: the log-log slope of each seed, and its interval.
+    """Compute how a metric scales with width, steps or another number: the log-log slope of each seed, and its interval.
 
     \b
     Example:
         lnjac scaling all.parquet --x model.n_embd --metric radial_share,r_mean
         lnjac scaling all.parquet --x steps --runs --where "method == 'bp'"
     """
-    from lnjac.comparing import scaling
+    from lnjac.comparing import scaling as comparing
 
-    found = scaling.scaling(
-        study(sources),
-        x,
-        metrics=_names(metric),
-        table="runs" if runs else "layers",
-        at=_step(at),
-        where=where,
-        how=_inference(interval, confidence),
-    )
-    parts: list[str | Grid] = [*_slopes(found, confidence, seeds), *_notes(found.notes)]
-    _write(found.seeds if seeds else found.slopes, parts, output)
-    if as_json:
-        frames = {"slopes": found.slopes, "points": found.points} | ({"seeds": found.seeds} if seeds else {})
-        print(ascii_json({name: _records(frame) for name, frame in frames.items()} | {"notes": found.notes}))
-    else:
-        _print(parts)
+    metrics, table, how = options.names(metric), "runs" if runs else "layers", options.inference(interval, confidence)
+    found = comparing.scaling(options.study(sources), x, metrics=metrics, table=table, at=at, where=where, how=how)
+    parts = [*_slopes(found, confidence, seeds), *_notes(found.notes)]
+    plain = {"slopes": found.slopes, "points": found.points, "notes": found.notes}
+    more = {"seeds": found.seeds} if seeds else {}
+    _answer(found.seeds if seeds else found.slopes, parts, plain | more, output, as_json)
 
 
-@commands.command()
-def diff(
-    one: Annotated[Path, typer.Argument(help="A merged table.")],
-    other: Annotated[Path, typer.Argument(help="Another.")],
-    rtol: Annotated[float, typer.Option(min=0, help="Relative difference up to which numbers are equal.")] = 1e-6,
-    as_json: AsJson = False,
+def _answer(
+    frame: "pd.DataFrame", parts: Iterable[Part], plain: Mapping[str, Any], output: "Path | None", as_json: bool
 ) -> None:
-    """Say how two merged tables differ in layers, runs and curves; exit code 1 if they do, 2 if one cannot be read.
-
-    Wall times, commits, versions and devices may differ.
-
-    \b
-    Example:
-        lnjac diff before.parquet after.parquet && echo the same science
-    """
-    from lnjac.runs.diff import diff as compute
-
-    try:
-        found = compute(one, other, rtol)
-    except ConfigError as error:
-        print(f"lnjac: {visible(str(error))}", file=sys.stderr)
-        sys.exit(2)
+    """Write the answer if a file is wanted, and print it, as text or as JSON."""
+    if output is not None:
+        tables.write(frame, list(parts), output)
     if as_json:
-        frames = ("only_one", "only_other", "changed")
-        plain = {
-            part.table: {name: _records(getattr(part, name)) for name in frames} | {"columns": part.columns}
-            for part in found
-        }
-        print(ascii_json(plain))
+        print(tables.ascii_json(plain))
     else:
-        _print([line for part in found for line in part.lines(str(one), str(other))] or ["the same science"])
-    if any(found):
-        sys.exit(1)
+        tables.show(parts)
 
 
-# Options
+def _plain(found: "Comparison", seeds: bool) -> dict[str, Any]:
+    return {"rows": found.rows, "notes": found.notes} | ({"seeds": found.seeds()} if seeds else {})
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _step(text: str) -> int | None:
-    if text == "last":
-        return None
-    if not text.isdecimal():
-        raise ConfigError(f"--at {text} is no step: give the number of a measured step, or last")
-    return int(text)
-
-
-def _inference(kind: IntervalKind, confidence: float) -> "Inference":
-    import numpy as np
-
-    from lnjac.comparing.intervals import Inference
-
-    return Inference(kind.value, confidence, np.random.default_rng(SEED))
-
-
-# Output
-
-
-class Grid(NamedTuple):
-    """A table of text under its title: `labels` columns of names, then numbers; `strong` lines are the headline."""
-
-    title: str
-    heads: list[str]
-    labels: int
-    lines: list[list[str]]
-    strong: set[int]
-
-    def escaped(self, escape: Callable[[str], str]) -> "Grid":
-        """Return the grid with each of its texts escaped."""
-        lines = [list(map(escape, line)) for line in self.lines]
-        return self._replace(title=escape(self.title), heads=list(map(escape, self.heads)), lines=lines)
-
-
-def _grids(found: "Comparison", confidence: float, seeds: bool, what: str = "difference") -> Iterator[Grid]:
-    """One for each metric, of norms also for each cell: a line for each comparison, and under it one for each seed."""
-    rows, headline = found.rows, found.headline()
-    apart, labels = _layout(rows, found.cells, "a")
-    single_a, single_b = (rows[side].nunique(dropna=False) == 1 for side in "ab")
-    pair, means = "a − b", ["a", "b"]  # the column that says what a line compares, and the heads of its two means
-    if single_a and single_b:
-        pair, means = "" if labels else pair, [_text(rows["a"].iloc[0]), _text(rows["b"].iloc[0])]
-    elif single_b:
-        pair, means = found.by, ["mean", _text(rows["b"].iloc[0])]
-    heads = [
-        *labels,
-        *([pair] if pair else []),
-        *means,
-        what,
-        f"{100 * confidence:g}% interval",
-        "effect",
-        "p adj.",
-        "n",
-    ]
-    diverged = bool(rows[["diverged_a", "diverged_b"]].to_numpy().any())
-    heads += ["diverged"] if diverged else []
-    for title, part in _parts(rows, apart):
-        lines: list[list[str]] = []
-        strong = set()
-        for at, row in part:
-            names = [_label(row, name) for name in labels]
-            if pair:
-                names.append(_text(row["a"]) if pair == found.by else f"{_text(row['a'])} − {_text(row['b'])}")
-            if "site" in row and headline[at]:
-                strong.add(len(lines))
-            numbers = [_number(row["mean_a"], 5), _number(row["mean_b"], 5), _number(row["difference"])]
-            lines.append([*names, *numbers, row["agreement"] or _interval(row), _number(row["effect"], 2)])
-            lines[-1] += [_p(row["p_adjusted"]), str(row["n"])]
-            if diverged:
-                lines[-1].append(" ".join(f"{row[f'diverged_{side}']}/{row[f'runs_{side}']}" for side in "ab"))
-            for seed, a, b in zip(found.seed, found.a[at], found.b[at], strict=True) if seeds else ():
-                if not (math.isnan(a) and math.isnan(b)):
-                    lines.append(_of_seed(seed, len(names), [a, b, a - b], heads))
-        yield Grid(title, heads, len(labels) + bool(pair), lines, strong)
-
-
-def _slopes(found: "Scaling", confidence: float, seeds: bool) -> Iterator[Grid]:
-    """One for each metric, of norms also for each cell: the means at each x and the slope, and under it each seed's."""
-    apart, labels = _layout(found.slopes, found.cells, "slope")
-    key, labels = [*apart, *labels], labels or ["metric"]
-    levels = list(dict.fromkeys(found.points[found.x]))
-    means = dict(zip(_plain(found.points, [*key, found.x]), found.points["mean"], strict=True))
-    heads = [*labels, *map(_text, levels), "slope", f"{100 * confidence:g}% interval"]
-    judged = bool(found.slopes["curvature"].notna().any())  # else two points a line
-    heads += ["R²", "curvature", f"{100 * confidence:g}% interval"] if judged else []
-    heads.append("n")
-    rows, of_seed = _plain(found.slopes, key), _plain(found.seeds, key)
-    for title, part in _parts(found.slopes, apart):
-        lines = []
-        for at, row in part:
-            at_x = [_number(means.get((*rows[at], level), math.nan)) for level in levels]
-            line = [*(_label(row, name) for name in labels), *at_x, _number(row["slope"])]
-            line.append(row["agreement"] or _interval(row))
-            if judged:
-                line += [_number(row["r2"], 3), _number(row["curvature"], 3), _interval(row, "curvature_")]
-            lines.append([*line, str(row["n"])])
-            for name, seed in zip(of_seed, found.seeds.to_dict("records"), strict=True) if seeds else ():
-                if name == rows[at]:
-                    more = [None, seed["r2"], seed["curvature"]] if judged else []
-                    numbers = [*[None] * len(levels), seed["slope"], *more]
-                    lines.append(_of_seed(seed["seed"], len(labels), numbers, heads))
-        yield Grid(f"{title}, by {found.x}", heads, len(labels), lines, set())
-
-
-def _plain(frame: "pd.DataFrame", key: Sequence[str]) -> list[tuple[Any, ...]]:
-    """Each row's key, None for what is missing: NaN would equal nothing."""
-    columns = frame[list(key)].astype(object)
-    return list(columns.where(columns.notna(), None).itertuples(index=False, name=None))
-
-
-def _layout(rows: "pd.DataFrame", cells: Sequence[str], first: str) -> tuple[list[str], list[str]]:
-    """Of the key (the columns before `first`): what each grid has one value of, and what labels its lines."""
-    apart = ["metric", *(cells if "site" in rows else [])]
-    key = [str(name) for name in rows.columns[: rows.columns.get_loc(first)]]
-    return apart, [name for name in key if name not in apart]
-
-
-def _parts(rows: "pd.DataFrame", apart: Sequence[str]) -> Iterator[tuple[str, list[tuple[int, dict[str, Any]]]]]:
-    """The rows with their numbers, by the values of `apart`, which make a title."""
-    parts: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for at, row in enumerate(rows.to_dict("records")):
-        cell = [f"{name}={_label(row, name)}" for name in apart if name != "metric"]
-        parts.setdefault(" ".join([row["metric"], *cell]), []).append((at, {str(k): v for k, v in row.items()}))
-    yield from parts.items()
-
-
-def _of_seed(seed: int, labels: int, numbers: Sequence[float | None], heads: Sequence[str]) -> list[str]:
-    """A line under a comparison's own: the seed in its last label, its numbers, and nothing in the rest."""
-    line = [*[""] * (labels - 1), f"  seed {seed}", *("" if number is None else _number(number) for number in numbers)]
-    return line + [""] * (len(heads) - len(line))
-
-
-def _notes(notes: Sequence[str]) -> list[str]:
+def _notes(notes: Sequence[str]) -> list[Part]:
     return [f"- {note}" for note in notes]
 
 
-def _print(parts: Iterable[str | Grid]) -> None:
-    """On a terminal within its width; elsewhere as plain lines, as long as they have to be."""
-    parts = [visible(part) if isinstance(part, str) else part.escaped(visible) for part in parts]
-    if not sys.stdout.isatty():
-        for part in parts:
-            print(
-                part if isinstance(part, str) else f"{part.title}\n{aligned([part.heads, *part.lines], part.labels)}\n"
-            )
-        return
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
+# An answer as tables
 
-    console = Console(highlight=False, markup=False, emoji=False)
-    for part in parts:
-        if isinstance(part, str):
-            console.print(part)
-            continue
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
-        for i, head in enumerate(part.heads):
-            table.add_column(head, justify="left" if i < part.labels else "right", overflow="fold")
-        for number, line in enumerate(part.lines):
-            table.add_row(*line, style="bold" if number in part.strong else None)
-        console.print(part.title, table, "", sep="\n")
+Row = dict[str, Any]
+Column = tuple[str, str, int]
+"""The head of a column, the name of its values in rows, and the digits of those that are numbers."""
 
 
-def ascii_json(found: Any) -> str:
-    """Return the value as JSON in ASCII: any terminal can show it, and no text in it can command one."""
-    return json.dumps(found, indent=1, allow_nan=False)
+def _differences(found: "Comparison", confidence: float, seeds: bool, what: str = "difference") -> list[Grid]:
+    rows, key = found.rows, _key(found.rows, "a")
+    a, b = (rows[side].map(_word).unique() for side in "ab")
+    head_a, head_b, pair = "a", "b", "a − b"
+    if len(a) == len(b) == 1:
+        head_a, head_b = a[0], b[0]
+    elif len(b) == 1:
+        head_a, head_b, pair = "mean", b[0], found.by
+    named, apart = _named(key, found.cells)
+    labels = named if named and len(a) == len(b) == 1 else [*named, pair]
+    lines = []
+    for row in _records(rows):
+        sides = f"{_word(row['a'])} − {_word(row['b'])}" if pair == "a − b" else _word(row["a"])
+        diverged = " ".join(f"{row[f'diverged_{side}']}/{row[f'runs_{side}']}" for side in "ab")
+        p = "<1e-4" if row["p_adjusted"] < 1e-4 else row["p_adjusted"]
+        more = {pair: sides, "interval": _interval(row), "p": p, "diverged": diverged}
+        lines.append(row | {name: _level(row, name) for name in key} | more)
+    columns = [(head_a, "mean_a", 5), (head_b, "mean_b", 5), (what, "difference", 4)]
+    columns += [(_percent(confidence), "interval", 0), ("effect", "effect", 2), ("p adj.", "p", 2), ("n", "n", 0)]
+    if rows[["diverged_a", "diverged_b"]].to_numpy().any():
+        columns.append(("diverged", "diverged", 0))
+    each = found.seeds().rename(columns={"value_a": "mean_a", "value_b": "mean_b"}) if seeds else None
+    return _grids(lines, apart, labels, columns, each, set(rows.index[found.headline()]) if "site" in key else ())
 
 
-def _plain_comparison(found: "Comparison", seeds: bool) -> dict[str, Any]:
-    plain: dict[str, Any] = {"rows": _records(found.rows), "notes": found.notes}
-    return plain | ({"seeds": _records(found.seeds())} if seeds else {})
+def _slopes(found: "Scaling", confidence: float, seeds: bool) -> list[Grid]:
+    key = _key(found.slopes, "slope")
+    named, apart = _named(key, found.cells)
+    at_x = {(*(_word(row[name]) for name in key), row[found.x]): row["mean"] for row in _records(found.points)}
+    levels = {_word(level): level for level in found.points[found.x].unique()}
+    lines = []
+    for row in _records(found.slopes):
+        names = {name: _word(row[name]) for name in key}
+        means = {f"x={head}": at_x.get((*names.values(), level), math.nan) for head, level in levels.items()}
+        intervals = {"interval": _interval(row), "curving": _interval(row, "curvature_")}
+        lines.append(row | names | means | intervals)
+    columns = [
+        *((head, f"x={head}", 4) for head in levels),
+        ("slope", "slope", 4),
+        (_percent(confidence), "interval", 0),
+    ]
+    if found.slopes["curvature"].notna().any():  # else two points a line, through which any line goes
+        columns += [("R²", "r2", 3), ("curvature", "curvature", 3), (_percent(confidence), "curving", 0)]
+    columns.append(("n", "n", 0))
+    return _grids(lines, apart, named or ["metric"], columns, found.seeds if seeds else None, by=f", by {found.x}")
 
 
-def _records(frame: "pd.DataFrame") -> Any:
-    """Rows as JSON knows them: null for what is missing or not finite."""
-    return json.loads(frame.to_json(orient="records", double_precision=15))
+def _grids(
+    lines: Sequence[Row],
+    apart: Sequence[str],
+    labels: Sequence[str],
+    columns: Sequence[Column],
+    seeds: "pd.DataFrame | None",
+    strong: Collection[Any] = (),
+    by: str = "",
+) -> list[Grid]:
+    """Return a table for each metric and each value of `apart`: a line for each row, and under it one for each seed.
+
+    The index of `seeds` is the number of the row.
+    """
+    below: dict[Any, list[Row]] = {} if seeds is None else {at: _records(part) for at, part in seeds.groupby(level=0)}
+    heads = [*labels, *(head for head, *_ in columns)]
+    found: dict[str, Grid] = {}
+    for at, row in enumerate(lines):
+        title = " ".join([row["metric"], *(f"{name}={row[name]}" for name in apart)]) + by
+        grid = found.setdefault(title, Grid(title, heads, len(labels), [], set()))
+        if at in strong:
+            grid.strong.add(len(grid.lines))
+        for one in (row, *below.get(at, ())):
+            seed = [*[""] * (len(labels) - 1), f"  seed {one.get('seed')}"]
+            names = [row[name] for name in labels] if one is row else seed
+            grid.lines.append([*names, *(_cell(one.get(name, ""), digits) for _, name, digits in columns)])
+    return list(found.values())
 
 
-def _write(frame: "pd.DataFrame", parts: Sequence[str | Grid], path: Path | None) -> None:
-    """Write all columns for a program to read, or for a reader the tables and notes that are printed."""
-    if path is None:
-        return
-    from lnjac.files import write_atomically
-
-    writers = {
-        ".csv": lambda to: _for_spreadsheets(frame).to_csv(to, index=False),
-        ".md": lambda to: to.write_text("\n".join(map(_markdown, parts)) + "\n", encoding="utf-8"),
-        ".tex": lambda to: to.write_text(_latex(parts), encoding="ascii"),
-        ".parquet": lambda to: frame.to_parquet(to, index=False),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, writers[path.suffix])
+def _records(frame: "pd.DataFrame") -> list[Row]:
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
 
 
-def _for_spreadsheets(frame: "pd.DataFrame") -> "pd.DataFrame":
-    """Return the frame with no text, name or value, that a spreadsheet would compute; numbers stay as they are."""
-    import pandas as pd
-
-    def safe(column: "pd.Series[Any]") -> "pd.Series[Any]":
-        if pd.api.types.is_numeric_dtype(column):
-            return column
-        values = [spreadsheet(value) if isinstance(value, str) else value for value in column]
-        return pd.Series(values, index=column.index, dtype=object)
-
-    return frame.assign(**{str(name): safe(frame[name]) for name in frame}).rename(columns=spreadsheet)
+def _key(rows: "pd.DataFrame", first: str) -> list[str]:
+    """Return the columns that tell rows apart: those before `first`."""
+    return [str(name) for name in rows.columns[: rows.columns.get_loc(first)]]
 
 
-def _markdown(part: str | Grid) -> str:
-    if isinstance(part, str):
-        return markdown(part)
-    grid = part.escaped(markdown)
-    sides = [":--"] * grid.labels + ["--:"] * (len(grid.heads) - grid.labels)
-    lines = [grid.heads, sides, *grid.lines]
-    return f"**{grid.title}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def _named(key: Sequence[str], cells: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the columns that name a line, and those that each table has one value of: of norms the cell's."""
+    apart = [name for name in cells if "site" in key]
+    return [name for name in key if name not in ("metric", *apart)], apart
 
 
-ROWS_OF_A_PAGE = 36
-"""Lines of a table in LaTeX, after which it is continued in another: a table cannot be broken between pages."""
-
-LATEX_BEGIN = r"""% A document of its own, or part of another by \input; there the package graphicx shrinks wide tables.
-\makeatletter
-\def\lnjacend{}
-\ifx\@nodocument\relax\else
-  \documentclass{article}
-  \usepackage{graphicx}
-  \begin{document}
-  \def\lnjacend{\end{document}}
-\fi
-\makeatother
-\providecommand{\resizebox}[3]{#3}
-"""
+def _level(row: Row, name: str) -> str:
+    """Return a part of a row's key; `-` where it is not the same at both levels."""
+    return "-" if name in row["moving"].split(", ") else _word(row[name])
 
 
-def _latex(parts: Sequence[str | Grid]) -> str:
-    """Return tables and notes in ASCII and without a package, so that any LaTeX compiles them."""
-    body = [_latex_table(part) if isinstance(part, Grid) else _latex_line(part) for part in parts]
-    return "\n".join([LATEX_BEGIN, *body, "\\lnjacend\n"])
-
-
-def _latex_line(text: str) -> str:
-    return f"{{\\raggedright\\noindent {latex_paragraph(text)}\\par}}" if text else "\\medskip"
-
-
-def _latex_table(grid: Grid) -> str:
-    title, grid = latex_paragraph(grid.title), grid.escaped(latex)
-    sides = "l" * grid.labels + "r" * (len(grid.heads) - grid.labels)
-    found = []
-    for first in range(0, len(grid.lines), ROWS_OF_A_PAGE):
-        rows = [grid.heads, *grid.lines[first : first + ROWS_OF_A_PAGE]]
-        head, *lines = [" & ".join(re.sub("^  ", r"\\quad ", cell) for cell in row) + r" \\" for row in rows]
-        inside = "\n".join([rf"\begin{{tabular}}{{@{{}}{sides}@{{}}}}", head, r"\hline", *lines, r"\end{tabular}"])
-        said = title + (" (continued)" if first else "")
-        found.append(
-            f"{{\\raggedright\\noindent\\textbf{{{said}}}\\par\\nobreak\\smallskip\\noindent\n"
-            f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%\n{inside}}}\\par\\medskip}}\n"
-        )
-    return "\n".join(found)
-
-
-def _label(row: Mapping[Any, Any], name: str) -> str:
-    """A part of a row's key; `-` where it is not the same at both levels."""
-    return "-" if name in row.get("moving", "").split(", ") else _text(row[name])
-
-
-def _text(value: Any) -> str:
+def _word(level: Any) -> str:
     from lnjac.comparing.study import word
 
-    return word(value)
+    return word(level)
 
 
-def _number(value: float, digits: int = 4) -> str:
-    return "-" if value != value else f"{value:.{digits}g}"
+def _cell(value: Any, digits: int) -> str:
+    return (
+        f"{value:.{digits}g}" if isinstance(value, float) and value == value else "-" if value != value else str(value)
+    )
 
 
-def _p(value: float) -> str:
-    return "<1e-4" if value < 1e-4 else "-" if value != value else f"{value:.2g}"
+def _percent(confidence: float) -> str:
+    return f"{100 * confidence:g}% interval"
 
 
-def _interval(row: Mapping[Any, Any], of: str = "") -> str:
+def _interval(row: Row, of: str = "") -> str:
     low, high = row[f"{of}low"], row[f"{of}high"]
-    return "-" if low != low else f"{low:.3g} to {high:.3g}"
+    return (row["agreement"] if not of else "") or ("-" if low != low else f"{low:.3g} to {high:.3g}")

@@ -1,34 +1,27 @@
-"""Commands that draw: a report as one page, or one of its figures as a file."""
+"""Commands that draw: a report as one page, or one chart of it as a file."""
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lnjac.cli.compare import AsJson, Sources, ascii_json, study
+from lnjac.cli.options import AsJson, Sources, study
+from lnjac.cli.tables import ascii_json
 from lnjac.errors import ConfigError
 from lnjac.escape import visible
+
+if TYPE_CHECKING:
+    from lnjac.reporting.view import View
 
 commands = typer.Typer(rich_markup_mode=None)
 
 WIDTH = 680
-"""Pixels of a figure of its own."""
-
-
-class Figure(str, Enum):
-    headline = "headline"
-    heatmap = "heatmap"
-    trajectory = "trajectory"
-    cost = "cost"
-    depth = "depth"
-    scaling = "scaling"
-
+"""Pixels of a chart in a file of its own."""
 
 By = Annotated[
     str | None, typer.Option(help="The config column whose levels are compared; attn_mode, or the first that varies.")
 ]
-Where = Annotated[str | None, typer.Option(help="Only runs for which this holds, such as \"method == 'fa'\".")]
+Where = Annotated[str | None, typer.Option(help="Only runs that meet this condition, such as \"method == 'fa'\".")]
 
 
 @commands.command()
@@ -40,22 +33,18 @@ def report(
     title: Annotated[str | None, typer.Option(help="The page's title; the sources' names unless given.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write one HTML page that needs no network: what was run, what differs, where, since when, and what it costs.
+    """Write one HTML page that needs no network: the runs, their differences and costs as charts and tables.
 
     \b
     Example:
         lnjac report multirun/A -o report.html
         lnjac report all.parquet -o fa.html --by attn_mode --where "method == 'fa'"
     """
-    from lnjac.reporting.report import make
+    from lnjac.reporting import report as reporting
 
-    if output.suffix != ".html":
-        raise ConfigError(f"the output {output} must end in .html: try {output.name}.html")
-    made = make(
-        study(sources), title=title or ", ".join(path.name or str(path) for path in sources), by=by, where=where
-    )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    made.write(output)
+    reporting.require_page(output)
+    title = title or ", ".join(path.name or str(path) for path in sources)
+    made = reporting.report(study(sources), output=output, by=by, where=where, title=title)
     size = output.stat().st_size
     if as_json:
         print(ascii_json({"output": str(output), "bytes": size, "sections": made.sections}))
@@ -67,31 +56,61 @@ def report(
 @commands.command()
 def plot(
     sources: Sources,
-    figure: Annotated[Figure, typer.Option(help="Which figure of the report.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The picture: X.svg, X.png or X.pdf.")],
-    metric: Annotated[str | None, typer.Option(help="A column of layers or of runs, where there is a choice.")] = None,
+    figure: Annotated[
+        str | None, typer.Option(help="The chart's name; without it, list the charts that the table can show.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The picture: X.svg, X.png or X.pdf.")] = None,
+    metric: Annotated[str | None, typer.Option(help="A column of layers or of runs; the chart's first.")] = None,
     by: By = None,
     where: Where = None,
     dark: Annotated[bool, typer.Option("--dark", help="Light on dark.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw one figure of the report as a file.
+    """Draw one chart of the report as a file, or list the charts that a table can show and why it cannot show others.
 
     \b
     Example:
+        lnjac plot all.parquet
         lnjac plot multirun/A --figure headline --metric radial_share -o headline.svg
         lnjac plot all.parquet --figure cost --where "method == 'fa'" -o cost.pdf
     """
-    from lnjac.reporting import charts as figures
-    from lnjac.reporting import frames as views
+    from lnjac.comparing.filter import known_column
+    from lnjac.reporting import charts, marks
+    from lnjac.reporting.view import view
 
-    if output.suffix not in figures.FORMATS:
-        raise ConfigError(f"the output {output} must end in {', '.join(figures.FORMATS)}")
-    drawing = views.FIGURES[figure.value](views.view(study(sources), by, where), metric)
+    if figure is None:
+        if output is not None:
+            raise ConfigError(f"--figure is missing, the chart to draw: choose one of {', '.join(charts.CHARTS)}")
+        _list(view(study(sources), by, where), as_json)
+        return
+    known_column(figure, list(charts.CHARTS), "no chart for --figure is called")
+    if output is None or output.suffix not in marks.FORMATS:
+        raise ConfigError(f"the output {output or ''} must end in {', '.join(marks.FORMATS)}: try -o {figure}.svg")
+    drawing = charts.CHARTS[figure].draw(view(study(sources), by, where), metric)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figures.save(drawing.chart, output, figures.DARK if dark else figures.LIGHT, width=WIDTH)
+    title = drawing.caption + (f" Where {where}." if where else "")
+    marks.save(drawing.picture, output, "dark" if dark else "light", width=WIDTH, title=title)
     if as_json:
         print(ascii_json({"output": str(output), "caption": drawing.caption, "notes": list(drawing.notes)}))
         return
     shown = [f"{options[0]}, one of {len(options)}" for options in drawing.choices.values() if len(options) > 1]
     print(visible(f"{output}: {drawing.caption}" + "".join(f" Shows {one}." for one in shown)))
+
+
+def _list(shown: "View", as_json: bool) -> None:
+    """Print each chart: its metrics, or the reason for which it cannot be drawn."""
+    from lnjac.reporting.charts import CHARTS, Drawing
+
+    lacking = {}
+    for name, chart in CHARTS.items():
+        drawn = list(chart.drawings(shown))
+        lacking[name] = None if any(isinstance(one, Drawing) for one in drawn) else str(drawn[0])
+    if as_json:
+        print(
+            ascii_json({name: {"summary": CHARTS[name].summary, "lacking": reason} for name, reason in lacking.items()})
+        )
+        return
+    width = max(map(len, lacking))
+    for name, reason in lacking.items():
+        line = f"{name:{width}}  {CHARTS[name].summary}" if reason is None else f"{name:{width}}  not shown: {reason}"
+        print(visible(line))

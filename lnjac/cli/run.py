@@ -1,4 +1,4 @@
-"""`lnjac-run`, which run.py is too: train, analyse and write one run, or with -m a sweep of them."""
+"""`lnjac-run`, and run.py too: train, analyse and write one run, or with -m a sweep of them."""
 
 import logging
 import os
@@ -10,30 +10,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from lnjac.config.compose import Composed
+    from lnjac.sweeps.protocol import Planned
+
 log = logging.getLogger("lnjac")
+
+preload = ("lnjac.training.run", "torch._dynamo")  # the latter is the compiler, which optimizers import
 
 
 def task(cfg: "DictConfig") -> str:
-    """One job, in whatever process a launcher runs it."""
+    """Make one run, in whatever process a launcher calls this; return its status."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import CompactHydraException  # shown as its text alone, without a traceback
     from hydra.types import RunMode
 
     from lnjac import errors
-    from lnjac.config import schema
+    from lnjac.config import compose, schema
     from lnjac.escape import visible_lines
     from lnjac.training import run as train
 
     job = HydraConfig.get()
+    folder = Path(job.runtime.output_dir)
     try:
-        settings = schema.build(cfg, job.runtime.choices)
+        settings = schema.build(compose.plain(cfg), job.runtime.choices)
         corpus = train.admit(settings)
         if job.mode == RunMode.RUN and (meant := [word for word in job.overrides.task if word.startswith("sweep=")]):
             raise errors.ConfigError(f"{meant[0]} names the folder of a sweep, and this is one run: add -m")
         if cfg.dry_run:
             log.info("dry_run: the config is sound; nothing was started")
             return "dry_run"
-        return train.run(settings, Path(job.runtime.output_dir), corpus)
+        return train.run(settings, folder, corpus)
     except errors.ConfigError as error:
         raise CompactHydraException(visible_lines(str(error))) from None
     except Exception:
@@ -41,12 +47,27 @@ def task(cfg: "DictConfig") -> str:
         raise
     except KeyboardInterrupt:
         if job.mode == RunMode.RUN:
-            log.warning("interrupted: %s", after_interruption(Path(job.runtime.output_dir)))
+            log.warning("interrupted: %s", after_interruption(folder))
         raise
 
 
+def plan(job: "Composed") -> "Planned":
+    """Check a sweep's job and identify its run (lnjac.sweeps.protocol). Raises ConfigError with every problem found."""
+    from hydra.utils import get_class
+
+    from lnjac.config import identity
+    from lnjac.sweeps.protocol import Planned
+    from lnjac.training import run as train
+
+    settings = job.build()
+    elsewhere = getattr(get_class(job.hydra.launcher._target_), "elsewhere", False)
+    sha256 = train.admit(settings, here=not elsewhere).sha256
+    ids = {"run_id": identity.run_id(settings, sha256), "diag_id": identity.diag_id(settings)}
+    return Planned(ids, identity.column_values(settings))
+
+
 def after_interruption(folder: Path) -> str:
-    """Say how an interrupted run is continued: from its checkpoint only if it has one."""
+    """Return how an interrupted run is continued: from its checkpoint only if it has one."""
     from lnjac.runs import folder as runs
 
     if runs.read_status(folder).get("status") in runs.FINISHED:
@@ -58,7 +79,7 @@ def after_interruption(folder: Path) -> str:
 
 
 def interrupt(signum: int, frame: Any) -> None:
-    """SIGTERM ends as Ctrl-C does: a checkpoint, the status, the merge."""
+    """End on SIGTERM as on Ctrl-C: with a checkpoint, the status, the merge."""
     raise KeyboardInterrupt(signum)
 
 

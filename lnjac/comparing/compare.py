@@ -74,7 +74,7 @@ class Comparison:
         row, slot = np.nonzero(~(np.isnan(self.a) & np.isnan(self.b)))
         key = [name for name in self.rows if name in ("metric", "site", "a", "b") or name in self.cells]
         a, b = self.a[row, slot], self.b[row, slot]
-        lines = self.rows[key].iloc[row].reset_index(drop=True)
+        lines = self.rows[key].iloc[row]  # the index is the number of the row
         difference = np.where(self.rows["paired"].to_numpy()[row], a - b, np.nan)
         return lines.assign(seed=self.seed[slot], value_a=a, value_b=b, difference=difference)
 

@@ -106,7 +106,8 @@ def scaling(
     points = at_x.assign(**{name: np.moveaxis(part, -1, 0).ravel() for name, part in columns.items()})
     line, slot = np.nonzero(~np.isnan(fits.slope.reshape(len(key), -1)))
     of_seed = {name: getattr(fits, name).reshape(len(key), -1)[line, slot] for name in ("slope", "r2", "curvature")}
-    seeds = key.iloc[line].reset_index(drop=True).assign(seed=values.seeds[slot], **of_seed)
+    number = np.cumsum(of_slope.n.ravel() > 0) - 1  # of the row in slopes
+    seeds = key.iloc[line].assign(seed=values.seeds[slot], **of_seed).set_axis(number[line])
     notes = [f"slope of log metric against log {x} of each seed; its mean over seeds with a {interval_name(how)}"]
     not_positive = int(((lines <= 0).any(-1)).sum())
     known = rows["n"] > 0

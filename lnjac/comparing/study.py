@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lnjac.columns import Column
 from lnjac.comparing import pooling
 from lnjac.comparing.filter import Where, known_column
 from lnjac.errors import ConfigError
@@ -48,6 +49,11 @@ class Study:
 
     def schema(self, table: str) -> pa.Schema:
         return pq.read_schema(self._file(table))
+
+    def described(self, table: str) -> dict[str, Column]:
+        """Return the descriptions of the table's columns, of those that have one."""
+        known = {column.name: column for column in TABLES[table]}
+        return {name: known[name] for name in self.columns(table) if name in known}
 
     def columns(self, table: str) -> list[str]:
         return list(self.schema(table).names)
@@ -239,8 +245,9 @@ def _rows(
         if steps and layers.empty:
             raise ConfigError(f"no norm was measured at step {at}: choose one of {', '.join(map(str, steps[:20]))}")
     if layers["call"].any():
-        more = study.frame(table, list(dict.fromkeys([*wanted, *pooling.NEEDED]))).loc[layers.index]
-        layers = pooling.pooled(more, metrics).merge(known_runs, on=RUN)
+        described = study.described(table)
+        more = study.frame(table, pooling.needed(metrics, described)).loc[layers.index]
+        layers = pooling.pooled(more, metrics, described).merge(known_runs, on=RUN)
     return _some(layers[["run", "step", "site", *metrics]], chosen, every)
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lnjac.config.schema import SWEEP, RunConfig, build
+from lnjac.config.schema import MISSING, SWEEP, RunConfig, build, first_line
 from lnjac.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,31 +23,41 @@ CONF = CHECKOUT if (CHECKOUT / "config.yaml").is_file() else CHECKOUT.parent / "
 
 
 def compose(*overrides: str) -> RunConfig:
-    """The config that `python run.py OVERRIDES` would run, for tests and notebooks."""
-    files = max(path.stat().st_mtime_ns for path in (CONF, *CONF.rglob("*")))
-    composer = _composer(CONF, files)
-    return build(composer.compose(composer.parse(overrides)))
+    """Return the config that `python run.py OVERRIDES` would run.
+
+    Args:
+        overrides: words of that command, such as "seed=2", "attn_mode=sigmoid" or "optimizer.lr=3e-4".
+
+    Returns:
+        The typed config: `config.seed`, `config.model.n_embd`, …. `lnjac.run(config, folder)` trains and analyses it.
+
+    Raises:
+        ConfigError: a line for each unknown, missing or ill-typed value.
+        hydra.errors.HydraException: for a member that no file in conf/ has, or a word that Hydra cannot read.
+
+    Example:
+        >>> config = lnjac.compose("model=tiny", "attn_mode=sigmoid", "seed=2")
+        >>> config.model.n_embd
+        32
+    """
+    changed_ns = max(path.stat().st_mtime_ns for path in (CONF, *CONF.rglob("*")))
+    return _composer(CONF, changed_ns).compose(overrides).build()
 
 
 @lru_cache(1)
 def _composer(folder: Path, changed_ns: int) -> "Composer":
-    """The one for that folder's files as they are; a changed, new or deleted file asks for another."""
+    """Return the composer of a folder's files as they were at that time: an edited, new or deleted file needs another."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
-    from omegaconf import open_dict
 
     with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
         loader = GlobalHydra.instance().config_loader()
+    return Composer(loader, lambda words: loader.load_configuration("config", words, RunMode.RUN))
 
-    def load(words: list[str]) -> "DictConfig":
-        config = loader.load_configuration("config", words, RunMode.RUN)
-        with open_dict(config):  # the rest is large to copy, and complete only once a job runs
-            config["hydra"] = {"runtime": {"choices": config.hydra.runtime.choices}}
-        return config
 
-    return Composer(loader, load)
-
+NOT_OURS = ("hydra", *SWEEP)
+"""Keys of a composed config that are no part of a run's."""
 
 TEXTS = ("sweep", "hydra.run.dir", "hydra.sweep.dir", "data.dir", "data.play_dir", "data.source", "data.files")
 """Keys whose values name files and folders, and so are text."""
@@ -79,7 +89,7 @@ def as_typed(words: Sequence[str]) -> list[str]:
 
 
 class Composer:
-    """Composes configs as Hydra does, which takes 0.1 s each, but once for all that differ in plain values alone.
+    """Composes configs as Hydra does, but asks Hydra, which takes 0.1 s, once for all that differ in plain values alone.
 
     `loader` is Hydra's, and `load` has it make a config from override words.
     """
@@ -87,37 +97,125 @@ class Composer:
     def __init__(self, loader: Any, load: "Callable[[list[str]], DictConfig]") -> None:
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
-        self._load, self.repository = load, loader.repository
-        self.parser = OverridesParser.create(config_loader=loader)
-        self.known: dict[tuple[str, ...], DictConfig] = {}
+        self.loader, self._load = loader, load
+        self._parser = OverridesParser.create(config_loader=loader)
+        self._words: dict[str, tuple[Override, bool]] = {}
+        self._bases: dict[tuple[str, ...], Base] = {}
 
-    def load(self, words: list[str]) -> "DictConfig":
+    def compose(self, words: Sequence[str]) -> "Composed":
+        """Compose a command's words. Raises ConfigError or a HydraException if they cannot be read or name no member."""
+        if new := [word for word in words if word not in self._words]:
+            for word, override in zip(new, self._parser.parse_overrides(spelled(new)), strict=True):
+                self._words[word] = override, self._is_plain(override)
+        read = [self._words[word] for word in words]
+        rest = tuple(str(override.input_line) for override, plain in read if not plain)
+        if rest not in self._bases:
+            self._bases[rest] = Base.of(self.load(rest))
+        return Composed(self, self._bases[rest], [override for override, _ in read], [o for o, plain in read if plain])
+
+    def load(self, words: Iterable[str]) -> "DictConfig":
         with broken_yaml():
-            return self._load(words)
+            return self._load(list(words))
 
-    def parse(self, words: Sequence[str]) -> "list[Override]":
-        return self.parser.parse_overrides(spelled(words))
+    def _is_plain(self, override: "Override") -> bool:
+        """Return whether it gives a key of ours a value: it chooses no group's member and removes nothing."""
+        changes = override.is_delete() or override.package is not None
+        return not (
+            changes or override.is_hydra_override() or self.loader.repository.group_exists(override.key_or_group)
+        )
 
-    def compose(self, overrides: "Sequence[Override]") -> "DictConfig":
+
+class Base(NamedTuple):
+    """A config that Hydra composed, in which jobs put plain values of their own.
+
+    `values` are those of our own keys, with interpolations as they are written; `choices` the member of each group.
+    """
+
+    config: "DictConfig"
+    values: dict[str, Any]
+    choices: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: "DictConfig") -> "Base":
+        from omegaconf import OmegaConf
+
+        values: Any = OmegaConf.to_container(config)
+        return cls(
+            config, {key: values[key] for key in values if key not in NOT_OURS}, values["hydra"]["runtime"]["choices"]
+        )
+
+
+class Composed:
+    """One job's config, in a form of which a sweep can hold thousands. `choices` are the members of its groups."""
+
+    def __init__(
+        self, composer: Composer, base: Base, overrides: "Sequence[Override]", plain: "Sequence[Override]"
+    ) -> None:
+        self._composer, self._base, self._plain = composer, base, plain
+        self.overrides, self.choices = overrides, base.choices
+
+    @property
+    def hydra(self) -> "DictConfig":
+        """Hydra's own part of the config, with its launcher; what it notes of a job is in `full` alone."""
+        found: DictConfig = self._base.config.hydra
+        return found
+
+    def build(self) -> RunConfig:
+        """Return the typed config. Raises ConfigError for values that the schema refuses."""
+        given = [(o.key_or_group, o.value()) for o in self._plain if o.key_or_group not in SWEEP]
+        if "${" not in repr((self._base.values, given)):
+            values = copy.deepcopy(self._base.values)
+            if all(_put(values, key, value) for key, value in given):
+                return build(values, self.choices)
+        return build(plain(self.full()), self.choices)
+
+    def full(self) -> "DictConfig":
+        """Return the config as Hydra composes it, with Hydra's own part."""
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
-        plain = [override for override in overrides if self._is_plain(override)]
-        rest = tuple(str(override.input_line) for override in overrides if override not in plain)
-        if rest not in self.known:
-            self.known[rest] = self.load(list(rest))
-        config = copy.deepcopy(self.known[rest])
+        config = copy.deepcopy(self._base.config)
         try:
-            for override in plain:  # to any key: `build` refuses those that the schema lacks
+            for override in self._plain:  # to any key: `build` refuses those that the schema lacks
                 OmegaConf.update(config, override.key_or_group, override.value(), merge=True, force_add=True)
-        except OmegaConfBaseException:  # Hydra says in its own words what is wrong
-            return self.load([str(override.input_line) for override in overrides])
+        except OmegaConfBaseException:  # Hydra's own error names the override
+            return self._composer.load(str(override.input_line) for override in self.overrides)
         return config
 
-    def _is_plain(self, override: "Override") -> bool:
-        """Whether it gives a key of ours a value: it chooses no group's member and removes nothing."""
-        changes = override.is_delete() or override.package is not None
-        return not (changes or override.is_hydra_override() or self.repository.group_exists(override.key_or_group))
+
+def _put(values: dict[str, Any], key: str, value: Any) -> bool:
+    """Put a value at a dotted key; False if that takes OmegaConf's own rules: a mapping, a place in a list."""
+    *folders, name = key.split(".")
+    for folder in folders:
+        values = values.get(folder)  # type: ignore[assignment]
+        if not isinstance(values, dict):
+            return False
+    scalars = value if isinstance(value, list) else [value]
+    if not all(item is None or isinstance(item, (bool, int, float, str)) for item in scalars):
+        return False
+    if not name.isidentifier() or isinstance(values.get(name), dict):
+        return False
+    values[name] = value
+    return True
+
+
+def plain(config: "DictConfig") -> dict[str, Any]:
+    """Return our own keys of a composed config as plain values, which `schema.build` takes.
+
+    Raises:
+        ConfigError: for an interpolation that cannot be resolved.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    values = {}
+    try:
+        for key in [key for key in map(str, config) if key not in NOT_OURS]:
+            value = MISSING if OmegaConf.is_missing(config, key) else config[key]
+            values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}: {first_line(error)}") from None
+    return values
 
 
 def spelled(words: Iterable[str]) -> list[str]:

@@ -12,16 +12,15 @@ from lnjac.columns import Column
 from lnjac.config.schema import HASHED_AS, PLUGIN_GROUPS, RunConfig, field_types, is_group
 
 NUMERICS_VERSION = 2
-"""Part of every run's identity: raised whenever the same config would give other numbers than before."""
-
+"""Part of every run's identity, raised whenever the same config would give other numbers than before."""
 
 EXECUTION = ("device", "threads", "deterministic", "save_model", "checkpoint", "tracker")
 """How a run is executed: left out of its identity and of its config columns."""
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The config as plain JSON values, from which `build` makes it again."""
-    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
+    """Return the config as plain JSON values, from which `build` makes it again."""
+    plain: dict[str, Any] = _plain(config)
     for group in PLUGIN_GROUPS:
         plain[group] = {"_target_": target(group, type(getattr(config, group))), **plain[group]}
     return plain
@@ -34,7 +33,7 @@ def target(group: str, cls: type) -> str:
 
 
 def run_id(config: RunConfig, data_sha256: str) -> str:
-    """Identity of a run's science: equal for two configs only when they train to the same weights and losses."""
+    """Return the identity of a run's science, equal for two configs only if they train to the same weights and losses."""
     plain = to_dict(config)
     for key in (*EXECUTION, "diagnostics", "data"):
         del plain[key]
@@ -42,14 +41,14 @@ def run_id(config: RunConfig, data_sha256: str) -> str:
 
 
 def diag_id(config: RunConfig) -> str:
-    """Identity of what is measured on a run, apart from the run's own."""
-    return _digest({"numerics": NUMERICS_VERSION, **to_dict(config)["diagnostics"]})
+    """Return the identity of a run's diagnostics, which does not depend on the rest of its config."""
+    return _digest({"numerics": NUMERICS_VERSION, **_plain(config.diagnostics)})
 
 
 def columns(config: RunConfig) -> list[tuple[Column, Any]]:
-    """The config as typed columns and their values: `seed`, `attn_mode` (its name), `attn_mode.bias`, `model.n_embd`, …
+    """Return the config as typed columns and their values: `seed`, `attn_mode` (its name), `model.n_embd`, …
 
-    Execution settings and the corpus's paths are left out: a run's science does not depend on them.
+    Execution settings and the corpus's paths are left out, as a run's science does not depend on them.
     """
     plain, found = to_dict(config), []
     for field in dataclasses.fields(config):
@@ -73,7 +72,7 @@ def column_values(config: RunConfig) -> dict[str, Any]:
 
 
 def _leaves(cls: type, plain: Mapping[str, Any], prefix: str) -> Iterator[tuple[Column, Any]]:
-    """A column for each scalar; a list is joined by `+`, what else there may be is written as JSON."""
+    """Yield a column and its value for each scalar; lists of scalars are joined by `+`, other lists and mappings are JSON."""
     hints = field_types(cls)
     for name, value in plain.items():
         if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
@@ -92,7 +91,9 @@ def _column(cls: type, field: str, name: str) -> Column:
 
 
 def _plain(value: Any) -> Any:
-    """Enum members by their name, by which OmegaConf reads them again; the rest as it is."""
+    """Return a value as JSON has it: dataclasses as mappings, enum members by name, by which OmegaConf reads them again."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, Mapping):

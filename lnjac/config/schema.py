@@ -1,166 +1,40 @@
-"""Configuration: typed schemas, and one check that lists every problem.
+"""The schema of a run's config, and one check that lists every problem.
 
-The yaml files under `conf/` hold every value, so no field here has a default: what is missing is reported, not guessed.
+The yaml files under `conf/` hold every value, so no field here has a default: a missing value is reported, not guessed.
 A group whose members bring their own code (attention mode, method, LayerNorm backward, optimizer, corpus, tracker)
-names a dataclass by `_target_`; that dataclass is its schema, its config columns and its behaviour. Such a class may define
-`resolve(config)`, to replace values that depend on the rest, and `problems(config)`, to reject what it cannot do.
-Its field `name` is the label that rows carry: the member that was chosen, which is the name of its yaml file.
+names a dataclass by `_target_`. That dataclass is the member's schema, its config columns and its behaviour. It may define
+`resolve(config)`, to replace values that depend on the rest, and `problems(config)`, to refuse a config that it cannot run.
+Its field `name` is the label that rows carry: the chosen member, which is the name of its yaml file.
 """
 
+import copy
 import dataclasses
 import difflib
 import importlib
 import inspect
-import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from lnjac.diagnostics.settings import Diagnostics
 from lnjac.errors import ConfigError
-from lnjac.norms.formulas import GradAt
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
+from lnjac.gpt.settings import Model, Precision
 
 SWEEP = ("sweep", "retry_failed", "dry_run", "report")
-"""What a whole sweep is told, no part of any run's config."""
+"""The keys of a whole sweep, which are no part of a run's config."""
+
+MISSING = "???"
+"""The value by which a yaml file asks for one."""
 
 
 class Device(str, Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-class Precision(str, Enum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp64 = "fp64"
-
-
-class NormKind(str, Enum):
-    layernorm = "layernorm"
-    rmsnorm = "rmsnorm"
-
-
-class Placement(str, Enum):
-    pre = "pre"
-    post = "post"
-
-
-class Split(str, Enum):
-    train = "train"
-    val = "val"
-
-
-class Schedule(str, Enum):
-    none = "none"
-    final = "final"
-    linear = "linear"
-    log = "log"
-    list = "list"
-
-
-class Parts(str, Enum):
-    """How finely a replaced backward is compared with the exact one: each level adds rows to those before it."""
-
-    model = "model"
-    block = "block"
-    tensor = "tensor"
-
-
-@dataclass
-class Model:
-    """Shape of the GPT (conf/model)."""
-
-    name: str
-    n_layer: int
-    n_head: int
-    n_embd: int
-    block_size: int
-    dropout: float
-    bias: bool
-    norm: NormKind
-    placement: Placement
-    affine: bool
-    eps: float
-    qk_norm: bool
-    tie: bool
-
-    def problems(self, config: "RunConfig") -> Iterator[str]:
-        for field in ("n_layer", "n_head", "n_embd", "block_size"):
-            if (value := getattr(self, field)) < 1:
-                yield f"model.{field}={value} must be at least 1"
-        if self.n_head >= 1 and self.n_embd >= 1 and self.n_embd % self.n_head:
-            below = self.n_embd - self.n_embd % self.n_head
-            tries = " or ".join(str(n) for n in (below, below + self.n_head) if n)
-            yield f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}: try n_embd={tries}"
-        if not 0 <= self.dropout < 1:
-            yield f"model.dropout={self.dropout} must lie in [0, 1)"
-        if not 0 <= self.eps < math.inf:
-            yield f"model.eps={self.eps} must not be negative or infinite: LayerNorm's usual value is 1e-5"
-
-
-@dataclass
-class Diagnostics:
-    """What is measured, when, and on how much (conf/diagnostics)."""
-
-    name: str
-    schedule: Schedule
-    every: int
-    steps: list[int]
-    batches: int
-    batch_size: int
-    split: Split
-    grad_at: GradAt
-    distributions: bool
-    position_bins: int
-    alignment: bool
-    feedback_draws: int
-    attention: bool
-    swap: bool
-    swap_parts: Parts
-
-    def at(self, last: int) -> list[int]:
-        """The steps (numbers of updates done) at which the norms are analysed; the last one is always among them."""
-        match self.schedule:
-            case Schedule.none:
-                return []
-            case Schedule.final:
-                chosen: list[int] = []
-            case Schedule.linear:
-                chosen = list(range(0, last, self.every))
-            case Schedule.log:
-                chosen = [0] + [2**k for k in range(last.bit_length())]
-            case Schedule.list:
-                chosen = list(self.steps)
-        return sorted({step for step in chosen if step < last} | {last})
-
-    def problems(self, config: "RunConfig") -> Iterator[str]:
-        for field in ("batches", "batch_size", "every", "position_bins"):
-            if (value := getattr(self, field)) < 1:
-                yield f"diagnostics.{field}={value} must be at least 1"
-        if self.feedback_draws < 0:
-            yield f"diagnostics.feedback_draws={self.feedback_draws} must not be negative: 0 draws none"
-        if self.steps and self.schedule is not Schedule.list:
-            yield (
-                f"diagnostics.steps={self.steps} is not used by diagnostics.schedule={self.schedule.value}: "
-                "set diagnostics.schedule=list, or leave steps out"
-            )
-        if self.schedule is Schedule.none:
-            for field in ("distributions", "alignment", "feedback_draws", "attention", "swap"):
-                if value := getattr(self, field):
-                    yield (
-                        f"diagnostics.{field}={value} measures nothing with diagnostics.schedule=none: "
-                        "choose a schedule, such as final"
-                    )
-        for step in self.steps:
-            if not 0 <= step <= config.steps:
-                yield f"diagnostics.steps holds {step}, outside the run's 0 to {config.steps}: drop it or raise steps"
 
 
 @dataclass
@@ -180,7 +54,7 @@ class Evaluation:
 
 @dataclass
 class Checkpoints:
-    """How often a run saves what it needs to go on after an interruption, in seconds (null: never)."""
+    """Seconds between the checkpoints from which an interrupted run is resumed (null: none)."""
 
     every: float | None
 
@@ -191,7 +65,7 @@ class Checkpoints:
 
 @dataclass
 class RunConfig:
-    """One run: everything that `conf/` decides, as plain typed values."""
+    """One run: every value that `conf/` decides, typed."""
 
     model: Model
     attn_mode: Any
@@ -213,7 +87,7 @@ class RunConfig:
     tracker: Any
 
     def parts(self) -> dict[str, Any]:
-        """The config groups by name."""
+        """Return the values that are dataclasses, by name."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if is_group(f)}
 
 
@@ -250,84 +124,75 @@ class Hooks(Protocol):
         """Replace values that depend on the rest of the config."""
 
     def problems(self, config: RunConfig) -> Iterable[str]:
-        """Yield a line, with its remedy, for everything that the run cannot do."""
+        """Yield a line, with its remedy, for each reason why the config cannot be run."""
 
     def warnings(self, config: RunConfig) -> Iterable[str]:
-        """Yield a line for everything that the run can do and its user should know."""
+        """Yield a line for each property of a sound config that its user should know."""
 
 
-def build(node: "Mapping[str, Any] | DictConfig", choices: Mapping[str, Any] | None = None) -> RunConfig:
-    """Turn a composed config (or the plain mapping that `to_dict` gave, with its labels) into dataclasses.
+def build(values: Mapping[str, Any], choices: Mapping[str, Any] | None = None) -> RunConfig:
+    """Turn a config's plain values into dataclasses.
 
     Args:
-        node: with Hydra's own part, or without it as in a job's task.
-        choices: the member chosen of each group, `hydra.runtime.choices`; read from `node` where Hydra's part is in it.
+        values: from `compose.plain`, or from `identity.to_dict`, which include the labels.
+        choices: the chosen member of each group, by which rows are labelled; None if `values` include the labels.
 
     Raises:
-        ConfigError: a line for every unknown, missing or ill-typed value, and for a class that its group cannot use.
+        ConfigError: a line for each unknown, missing or ill-typed value, and for each class that its group cannot use.
     """
-    from omegaconf import DictConfig, OmegaConf  # 0.1 s that commands which only read tables do without
-    from omegaconf.errors import OmegaConfBaseException
-
     problems: list[str] = []
-    values: dict[str, Any] = {}
-    try:
-        for key in map(str, node):
-            if key == "hydra":  # Hydra's own part is complete only once a job runs
-                choices = node[key]["runtime"]["choices"]
-                continue
-            if key in SWEEP:
-                continue
-            value = "???" if isinstance(node, DictConfig) and OmegaConf.is_missing(node, key) else node[key]
-            values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{key}: {_first_line(error)}") from None
-    if choices is not None:
-        problems += _label(values, choices)
-    parts: dict[str, Any] = {}
-    for group in PLUGIN_GROUPS:
+    values = dict(values)
+    for group in GROUPS if choices is not None else ():
         if isinstance(value := values.get(group), Mapping):
-            try:
-                parts[group] = _fill(cls := _class(group, value), value, f"{group}.", problems)
-                problems += [f"{group}={value.get('name')}: {said}" for said in _unfit(cls, Hooks, required=False)]
-            except ConfigError as error:
-                problems.append(str(error))
-            values[group] = None
-        elif group in values and value != "???":
-            problems.append(
-                f"{group}={value}: give {group}=NAME, of a file conf/{group}/NAME.yaml with `key: value` lines"
-            )
-            values[group] = None
+            values[group] = _labelled(group, value, (choices or {}).get(group), problems)
+    for group in PLUGIN_GROUPS:
+        if values.get(group, MISSING) != MISSING:
+            values[group] = _member(group, values[group], problems)
     config: RunConfig = _fill(RunConfig, values, "", problems)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    for group, part in parts.items():
-        setattr(config, group, part)
-    for part in parts.values():
-        if hasattr(part, "resolve"):
-            part.resolve(config)
-    for group, base in PLUGIN_GROUPS.items():  # of what `resolve` has put there
-        part = getattr(config, group)
-        problems += [f"{group}={part.name}: {said}" for said in _unfit(part.__class__, _named(base), required=True)]
+    if not problems:
+        for part in config.parts().values():
+            if hasattr(part, "resolve"):
+                part.resolve(config)
+        for group, base in PLUGIN_GROUPS.items():  # after `resolve`, which may replace a member
+            part = getattr(config, group)
+            problems += [f"{group}={part.name}: {said}" for said in _unfit(part.__class__, _named(base), required=True)]
     if problems:
         raise ConfigError("\n".join(problems))
     return config
 
 
-def _label(values: Mapping[str, Any], choices: Mapping[str, Any]) -> Iterator[str]:
-    """Fill in each group's label, the member that was chosen; yields a line for a group that has none or another one."""
-    for group in GROUPS:
-        if not isinstance(value := values.get(group), dict):
-            continue
-        if not isinstance(member := choices.get(group), str):
-            yield f"{group} has no chosen member to label its rows by: give {group}=NAME, of a file conf/{group}/NAME.yaml"
-        elif value.setdefault("name", member) != member:
-            said = f"{group}.name={value['name']}: rows are labelled by the chosen member, {member}"
-            yield f"{said}: leave the key name out of conf/{group}/{member}.yaml and of the command"
+def _labelled(group: str, value: Mapping[str, Any], member: Any, problems: list[str]) -> dict[str, Any]:
+    """Return a group's values with its label, the chosen member; a group without one, or with another, is a problem."""
+    labelled = {"name": member, **value}
+    if not isinstance(member, str):
+        problems.append(
+            f"{group} has no chosen member to label its rows by: give {group}=NAME, of a file conf/{group}/NAME.yaml"
+        )
+    elif labelled["name"] != member:
+        problems.append(
+            f"{group}.name={labelled['name']}: rows are labelled by the chosen member, {member}: "
+            f"leave the key name out of conf/{group}/{member}.yaml and of the command"
+        )
+    return labelled
+
+
+def _member(group: str, value: Any, problems: list[str]) -> Any:
+    """Make the dataclass that a group's values name by `_target_`; None if that is not possible."""
+    if not isinstance(value, Mapping):
+        problems.append(f"{group}={value}: give {group}=NAME, of a file conf/{group}/NAME.yaml with `key: value` lines")
+        return None
+    try:
+        cls = _class(group, str(value.get("_target_", "")))
+    except ConfigError as error:
+        problems.append(str(error))
+        return None
+    member = _fill(cls, {key: inner for key, inner in value.items() if key != "_target_"}, f"{group}.", problems)
+    problems += [f"{group}={value.get('name')}: {said}" for said in _unfit(cls, Hooks, required=False)]
+    return member
 
 
 def check(config: RunConfig) -> list[str]:
-    """Every cross-field impossibility, each with its remedy; an empty list for a sound config."""
+    """Return a line, with its remedy, for each value that cannot be run with the others; none for a sound config."""
     found: list[str] = []
     if not 0 <= config.seed < 2**63:
         found.append(f"seed={config.seed} must lie between 0 and 2^63 - 1")
@@ -344,7 +209,7 @@ def check(config: RunConfig) -> list[str]:
 
 
 def check_corpus(config: RunConfig, n_train: int, n_val: int) -> list[str]:
-    """What the corpus is too short for; n_train and n_val are its splits' lengths in tokens."""
+    """Return a line for each split of the corpus, of n_train and n_val tokens, that is shorter than a sequence."""
     need = config.model.block_size + 1
     return [
         f"the {split} split has {n} tokens, too few for model.block_size={config.model.block_size}: "
@@ -354,8 +219,9 @@ def check_corpus(config: RunConfig, n_train: int, n_val: int) -> list[str]:
     ]
 
 
+@lru_cache
 def field_types(cls: type) -> dict[str, Any]:
-    """The type of each field, without `| None`."""
+    """Return the type of each field, without `| None`."""
     found = {}
     for name, hint in typing.get_type_hints(cls).items():
         if typing.get_origin(hint) in (types.UnionType, typing.Union):
@@ -369,9 +235,8 @@ def is_group(field: "dataclasses.Field[Any]") -> bool:
     return field.type is Any or dataclasses.is_dataclass(field.type)
 
 
-def _class(group: str, node: Mapping[str, Any]) -> type:
-    """The dataclass that a member names. Raises ConfigError for one that cannot be imported, made or checked against."""
-    target = str(node.get("_target_", ""))
+def _class(group: str, target: str) -> type:
+    """Return the dataclass of that dotted name. Raises ConfigError if it cannot be imported, made or checked against."""
     module, _, name = target.rpartition(".")
     if module == HASHED_AS[group]:  # of a finished run
         target = f"{PLUGIN_GROUPS[group].rpartition('.')[0]}.{name}"
@@ -389,7 +254,7 @@ def _class(group: str, node: Mapping[str, Any]) -> type:
 
 
 def _named(target: str) -> Any:
-    """The object that a dotted name means. Raises ConfigError, which says what of the name cannot be found."""
+    """Return the object of that dotted name. Raises ConfigError, which names the part that cannot be found."""
     module, _, name = target.rpartition(".")
     if not module or not name:
         raise ConfigError("names no class: write package.module.Class")
@@ -402,7 +267,7 @@ def _named(target: str) -> Any:
                 f"names a module that is not there, {missing}: correct it, or put its folder on PYTHONPATH"
             ) from None
         raise ConfigError(
-            f"names a module that cannot be imported: {type(error).__name__}: {_first_line(error)}"
+            f"names a module that cannot be imported: {type(error).__name__}: {first_line(error)}"
         ) from None
     if not hasattr(found, name):
         close = difflib.get_close_matches(name, vars(found), 1)
@@ -412,7 +277,7 @@ def _named(target: str) -> Any:
 
 @lru_cache
 def _unfit(cls: type, base: type, *, required: bool) -> list[str]:
-    """A line for each method of `base` that a member's class has not, if it is required, or that takes other arguments."""
+    """Return a line for each method of `base` that a class lacks, if it is required, or that takes other arguments."""
     found = []
     for name, declared in inspect.getmembers(base, inspect.isfunction):
         if name.startswith("_") or not (required or hasattr(cls, name)):
@@ -427,7 +292,7 @@ def _unfit(cls: type, base: type, *, required: bool) -> list[str]:
 
 
 def _takes(cls: type, name: str, asked: Sequence[inspect.Parameter]) -> bool:
-    """Whether a class's method can be called with these arguments: by place, but for those that have only a name."""
+    """Return whether a class's method can be called with these arguments, by place unless they are keyword-only."""
     bound = isinstance(inspect.getattr_static(cls, name), (staticmethod, classmethod))
     by_name = [parameter.name for parameter in asked if parameter.kind is parameter.KEYWORD_ONLY]
     by_place = len(asked) - len(by_name) + (not bound)
@@ -438,58 +303,100 @@ def _takes(cls: type, name: str, asked: Sequence[inspect.Parameter]) -> bool:
     return True
 
 
-def _fill(cls: type, node: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
-    """Fill cls's schema from node key by key, so that one bad value does not hide the next."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        schema, hints = OmegaConf.structured(cls), field_types(cls)
-    except Exception as error:  # of a stranger's annotations
-        problems.append(f"{prefix.rstrip('.')}: {cls.__qualname__} cannot be a schema: {_first_line(error)}")
-        return None
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+def _fill(cls: type, given: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    """Make a dataclass from plain values key by key, so that one bad value does not hide the next; None if one is bad."""
     before = len(problems)
-    given = {str(key): value for key, value in node.items() if key != "_target_"}
-    for key, value in given.items():
+    try:
+        fields = _fields(cls)
+    except Exception as error:  # of a stranger's annotations
+        problems.append(f"{prefix.rstrip('.')}: {cls.__qualname__} cannot be a schema: {first_line(error)}")
+        return None
+    plain = {str(key): value for key, value in given.items()}
+    for name, field in fields.items():
+        plain.setdefault(name, field.default())
+    values: dict[str, Any] = {}
+    for key, value in plain.items():
         if key not in fields:
             close = difflib.get_close_matches(key, fields, 1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(fields)}"
             problems.append(f"{prefix}{key} is not a setting: {hint}")
-            continue
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-            value = _fill(typing.cast(type, hint), value, f"{prefix}{key}.", problems)
-            if value is None:
-                continue
-        if typing.get_origin(hint) is list and isinstance(value, str):
-            value = [value]
-        if isinstance(value, bool) and isinstance(hint, type) and issubclass(hint, Enum):
-            value = str(value).lower()  # yaml and Hydra read a member called `true` as a boolean
-        try:
-            schema[key] = value
-        except OmegaConfBaseException as error:
-            problems.append(f"{prefix}{key}={value}: {_first_line(error)}")
-            continue
-        if not OmegaConf.is_missing(schema, key) and isinstance(schema[key], int) and abs(schema[key]) >= 2**63:
-            problems.append(f"{prefix}{key}={value} does not fit into 64 bits: it must lie between -2^63 and 2^63 - 1")
-    problems += [
-        f"{prefix}{key} has no value: give {prefix}{key}=..."
-        for key, field in fields.items()
-        if given.get(key) == "???" or (key not in given and _required(field))
-    ]
+        elif dataclasses.is_dataclass(fields[key].type) and isinstance(value, Mapping):
+            values[key] = _fill(fields[key].type, value, f"{prefix}{key}.", problems)
+        elif dataclasses.is_dataclass(value):  # the member of a group, made before
+            values[key] = value
+        elif value != MISSING:
+            value = fields[key].respelled(value)
+            try:
+                values[key] = fields[key].convert(value)
+            except ConfigError as error:
+                problems.append(f"{prefix}{key}={value}{error}")
+    problems += [f"{prefix}{key} has no value: give {prefix}{key}=..." for key in fields if plain[key] == MISSING]
     if len(problems) > before:
         return None
     try:
-        return OmegaConf.to_object(schema)
+        made = cls(**{key: value for key, value in values.items() if fields[key].init})
+        for key in values:
+            if not fields[key].init:
+                setattr(made, key, values[key])
+        return made
     except Exception as error:  # of a stranger's __post_init__
-        problems.append(f"{prefix.rstrip('.')}: {type(error).__name__}: {_first_line(error)}")
+        problems.append(f"{prefix.rstrip('.')}: {type(error).__name__}: {first_line(error)}")
         return None
 
 
-def _required(field: "dataclasses.Field[Any]") -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+class _Field:
+    """The schema of one field of a dataclass, which converts plain values to the field's type as OmegaConf does."""
+
+    def __init__(self, cls: type, field: "dataclasses.Field[Any]") -> None:
+        from omegaconf import OmegaConf
+
+        self.name, self.init, self.type = field.name, field.init, field_types(cls)[field.name]
+        self._field = field
+        alone = [(field.name, typing.get_type_hints(cls)[field.name])]
+        self._schema = OmegaConf.structured(dataclasses.make_dataclass(cls.__name__, alone))
+        self._converted: dict[str, Any] = {}  # by the plain value's text: the jobs of a sweep share most values
+
+    def default(self) -> Any:
+        """Return the value of a config that does not give one: MISSING where the class has no default."""
+        if self._field.default_factory is not dataclasses.MISSING:
+            return self._field.default_factory()
+        return MISSING if self._field.default is dataclasses.MISSING else self._field.default
+
+    def respelled(self, value: Any) -> Any:
+        """Return the value as it was meant: one name as a list of names, and a boolean as the member of that name."""
+        if typing.get_origin(self.type) is list and isinstance(value, str):
+            return [value]
+        if isinstance(value, bool) and isinstance(self.type, type) and issubclass(self.type, Enum):
+            return str(value).lower()  # yaml and Hydra read a member called `true` as a boolean
+        return value
+
+    def convert(self, value: Any) -> Any:
+        """Convert a plain value. Raises ConfigError, whose text begins after the value, for one of another type."""
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        if (text := repr(value)) not in self._converted:
+            try:
+                self._schema[self.name] = value
+                found = self._schema[self.name]
+                found = OmegaConf.to_object(found) if OmegaConf.is_config(found) else found
+            except OmegaConfBaseException as error:
+                raise ConfigError(f": {first_line(error)}") from None
+            if isinstance(found, int) and abs(found) >= 2**63:
+                raise ConfigError(" does not fit into 64 bits: it must lie between -2^63 and 2^63 - 1")
+            self._converted[text] = found
+        return copy.deepcopy(self._converted[text])
 
 
-def _first_line(error: Exception) -> str:
+@lru_cache
+def _fields(cls: type) -> dict[str, _Field]:
+    """Return the schemas of a dataclass's fields by name. Raises OmegaConf's errors for types that it does not know."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.structured(cls)
+    return {field.name: _Field(cls, field) for field in dataclasses.fields(cls)}
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its type's name if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lnjac.config.schema import Parts
+from lnjac.diagnostics.settings import Parts
 from lnjac.diagnostics.switch import DOSES, Gradient, Graphs, add
 from lnjac.gpt.credit import backprop, is_feedback
 from lnjac.gpt.optimizers import Optimizer, Rehearsal

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lnjac.config.schema import Model, NormKind, Placement, Precision, RunConfig
 from lnjac.gpt.attention import Attention
 from lnjac.gpt.credit import Broadcast, Cut, Linear, is_feedback, keep
+from lnjac.gpt.settings import Model, NormKind, Placement, Precision
 from lnjac.norms.layers import Norm, set_backward
 from lnjac.seeding import normal, stream
 
@@ -107,7 +108,7 @@ class GPT(nn.Module):
         return logits, loss
 
 
-def build(config: RunConfig, vocab_size: int) -> GPT:
+def build(config: Any, vocab_size: int) -> GPT:
     """The config's model on the CPU, initialised from its seed, with its method's feedback and its norms' backward.
 
     Each parameter draws from a stream of its own name: models that share a parameter start it alike.
@@ -121,7 +122,7 @@ def build(config: RunConfig, vocab_size: int) -> GPT:
     return model
 
 
-def feedback(config: RunConfig, vocab_size: int) -> dict[str, Tensor]:
+def feedback(config: Any, vocab_size: int) -> dict[str, Tensor]:
     """Every feedback matrix by name as the run's seed draws it."""
     state = build(config, vocab_size).state_dict()
     return {name: value for name, value in state.items() if is_feedback(name)}

@@ -1,6 +1,7 @@
 """Rows of any model's norms: capture each call, decompose its backward, merge micro-batches by their sums."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from lnjac.norms import distribution
 from lnjac.norms.capture import Capture, Loss, capture
 from lnjac.norms.formulas import GradAt
 from lnjac.norms.layers import Norm
+from lnjac.norms.recognise import Unrecognised
 
 
 class Watcher(Protocol):
@@ -146,16 +148,23 @@ def _measure_batch(
 def measure(call: Capture, at: GradAt, loss_tokens: int, *, keep_tokens: bool = False) -> Measured:
     """Reduce one call: replay the norm alone for autograd's own pullback, decompose, add up."""
     weight = call.weight if at is GradAt.normalized else None
+    if call.forward is not None and at is GradAt.normalized:
+        replayed = _through(call.forward, call.x, call.grad)
+    else:
+        replayed = replay(call.x, call.grad, call.eps, weight=weight, rms=call.rms)
     tokens = jacobian.decompose(
         call.x,
         call.grad,
         call.eps,
         weight=weight,
         rms=call.rms,
-        replayed=replay(call.x, call.grad, call.eps, weight=weight, rms=call.rms),
+        replayed=replayed,
         loss_tokens=loss_tokens,
     )
     sums = jacobian.sums(tokens, rms=call.rms)
+    size = math.sqrt(sum(sums[f"sum_{energy}_rstd2"] for energy in "ABC"))
+    if (apart := math.sqrt(sums["sum_residual_sq"])) > PULLBACK * size:
+        raise Unrecognised(f"its input gradient is {apart / size:.2g} of its size away from the formula's")
     return Measured(
         site=call.site,
         call=call.call,
@@ -167,6 +176,18 @@ def measure(call: Capture, at: GradAt, loss_tokens: int, *, keep_tokens: bool = 
         length=call.x.shape[-2] if call.x.dim() > 1 else 1,
         tokens=tokens if keep_tokens else None,
     )
+
+
+PULLBACK = 0.02
+"""How far a norm's own pullback may be from the formula's, relative to ‖g‖/σ: bf16 rounds by 3e-3."""
+
+
+def _through(forward: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Tensor:
+    """Return autograd's ∂L/∂x through a norm's own forward. x, grad: (…, d)."""
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        leaf = x.detach().clone().requires_grad_()
+        y = forward(leaf)
+        return torch.autograd.grad(y, leaf, grad.to(y.dtype))[0]
 
 
 def replay(x: Tensor, grad: Tensor, eps: float, *, weight: Tensor | None, rms: bool) -> Tensor:

@@ -1,14 +1,16 @@
 """Read each call of every norm of a model: what went in, and the gradient at what came out. The model is not disturbed."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lnjac.norms.layers import Norm
+from lnjac.norms.recognise import NormFormula, Unrecognised, is_candidate, own_forward, recognise, require_formula
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
 """`loss(model, batch)`: the mean loss, and the number of tokens it is the mean of."""
@@ -26,28 +28,33 @@ class Capture:
     bias: Tensor | None
     eps: float
     rms: bool
+    forward: Callable[[Tensor], Tensor] | None = None
+    """The module's own forward of x: (…, d), with its exact backward, for half inputs in float32."""
 
 
-class NormSpec(NamedTuple):
-    """What a norm module computes, whatever its class."""
+GUARDED = (nn.LayerNorm, nn.RMSNorm, Norm)
+"""Classes whose input autograd keeps, so that it raises when the input is changed in place before the backward pass."""
 
-    dims: int
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float | None
-    rms: bool
+Unknown = Literal["raise", "warn", "skip"]
 
 
-def describe(module: nn.Module) -> NormSpec | None:
-    """The norm this module is, or None. Knows nn.LayerNorm, nn.RMSNorm and lnjac.norms.layers.Norm, and their subclasses."""
-    if not isinstance(module, (nn.LayerNorm, nn.RMSNorm, Norm)):
-        return None
-    rms = module.rms if isinstance(module, Norm) else isinstance(module, nn.RMSNorm)
-    return NormSpec(len(module.normalized_shape), module.weight, getattr(module, "bias", None), module.eps, rms)
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that look like a LayerNorm or an RMSNorm, by dotted name; of nested ones the innermost."""
+    found = {name: module for name, module in model.named_modules() if is_candidate(module)}
+    outer = {parent for name in found for parent in _parents(name)}
+    return {name: module for name, module in found.items() if name not in outer}
+
+
+def _parents(name: str) -> list[str]:
+    """Return the names of the modules around this one, the model's own, empty one first."""
+    words = name.split(".")
+    return [".".join(words[:n]) for n in range(len(words))] if name else []
 
 
 @contextmanager
-def capture(model: nn.Module, reduce: Callable[[Capture], Any] | None = None) -> Iterator[list[Any]]:
+def capture(
+    model: nn.Module, reduce: Callable[[Capture], Any] | None = None, *, unknown: Unknown = "raise"
+) -> Iterator[list[Any]]:
     """Within the context, record every call of every norm whose gradient arrives; yields the list they go to.
 
         with capture(model) as calls:
@@ -59,34 +66,47 @@ def capture(model: nn.Module, reduce: Callable[[Capture], Any] | None = None) ->
     more than once (tied layers) has its calls numbered in that order; recomputation under activation checkpointing,
     reentrant or not, counts as the call it repeats. A norm that nothing trainable feeds is captured too.
 
-    Raises ValueError when the model has no norm, or is compiled (hooks on a compiled module never fire).
+    A module is a norm by what it computes: its γ, β, ε and axis are found from its outputs on chosen tokens, and its
+    output on the real ones is compared with the formula's (`lnjac.norms.recognise`). Unless `unknown` is "warn" or
+    "skip", one that looks like a norm and computes something else is refused at the end of the context.
+
+    Raises:
+        ValueError: when the model has no norm, when it is compiled (hooks on a compiled module never fire), and when a
+            module is refused; the text names each with the reason.
     """
-    sites = {name: spec for name, module in model.named_modules() if (spec := describe(module)) is not None}
+    sites = candidates(model)
     if not sites:
-        raise ValueError("the model has no nn.LayerNorm, nn.RMSNorm or lnjac.norms.layers.Norm to capture")
+        raise ValueError("the model has no LayerNorm or RMSNorm to capture")
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
         raise ValueError(
             "hooks do not fire in a compiled module: capture one that is not compiled (compiled._orig_mod)"
         )
     recorder = _Recorder(reduce)
     found: list[Any] = []
-    handles = [
-        model.get_submodule(site).register_forward_hook(recorder.hook(site, spec), with_kwargs=True)
-        for site, spec in sites.items()
-    ]
+    handles = [module.register_forward_hook(recorder.hook(site), with_kwargs=True) for site, module in sites.items()]
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
         found += recorder.close()
+    if recorder.refused and unknown != "skip":
+        lines = [
+            f"{site or 'the model'} ({type(sites[site]).__name__}) is not measured: {why}"
+            for site, why in recorder.refused.items()
+        ]
+        if unknown == "raise":
+            raise ValueError("\n".join([*lines, 'to measure the other norms alone, give unknown="warn" or "skip"']))
+        warnings.warn("\n".join(lines), stacklevel=3)
 
 
 class _Call:
     """One pass through a norm's forward: the input is held until its gradient has come."""
 
-    def __init__(self, when: int | None, x: Tensor) -> None:
-        self.when, self.x = when, x
+    def __init__(
+        self, when: int | None, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.when, self.module, self.x, self.args, self.kwargs = when, module, x, args, kwargs
 
 
 class _Recorder:
@@ -105,8 +125,9 @@ class _Recorder:
         self.waiting: dict[str, list[int]] = {}  # site -> calls made without grad
         self.repeats: dict[str, list[_Call]] = {}  # site -> recomputations not yet paired with a waiting call
         self.results: dict[int, Any] = {}
+        self.refused: dict[str, str] = {}  # site -> why it is no norm
 
-    def hook(self, site: str, spec: NormSpec) -> Callable[..., Tensor | None]:
+    def hook(self, site: str) -> Callable[..., Tensor | None]:
         def on_forward(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor | None:
@@ -116,14 +137,21 @@ class _Recorder:
                 if when is not None:
                     self.waiting.setdefault(site, []).append(when)
                 return None
-            x, replaced = (args[0] if args else next(iter(kwargs.values()))).detach(), None
+            if not isinstance(output, Tensor):
+                self.refused[site] = f"it returns {type(output).__name__} and no tensor"
+                return None
+            named = dict(kwargs)
+            first, *rest = args or (named.pop(next(iter(named))),)
+            x, replaced = first.detach(), None
+            if type(module) not in GUARDED:
+                x = x.clone()  # it may have been cast before autograd, which guards what it keeps, kept it
             if not output.requires_grad:  # nothing below is trainable: give the gradient a place to arrive
                 x = x.clone()  # autograd, which keeps no input here, would not notice one changed in place
                 replaced = output = output.detach().requires_grad_().clone()
-            call = _Call(when, x)
+            call = _Call(when, module, x, tuple(rest), named)
             if recomputed:
                 self.repeats.setdefault(site, []).append(call)
-            output.register_hook(lambda grad: self._arrived(site, spec, call, grad))  # type: ignore[no-untyped-call]
+            output.register_hook(lambda grad: self._arrived(site, call, grad))  # type: ignore[no-untyped-call]
             return replaced
 
         return on_forward
@@ -145,30 +173,41 @@ class _Recorder:
             call.when = when
         del waiting[-len(repeats) :]
 
-    def _arrived(self, site: str, spec: NormSpec, call: _Call, grad: Tensor) -> None:
-        if not self.open:
+    def _arrived(self, site: str, call: _Call, grad: Tensor) -> None:
+        if not self.open or site in self.refused:
             return
         if call.when is None:
             self._pair(site)
         assert call.when is not None
-        x = call.x
-        first = x.dim() - spec.dims
-        weight, bias = (None if p is None else p.detach().flatten() for p in (spec.weight, spec.bias))
-        self.results[call.when] = self.reduce(
-            Capture(
+        try:
+            forward = own_forward(call.module, call.args, call.kwargs, _sufficient(call.x.dtype))
+            norm = recognise(call.module, call.x, call.args, call.kwargs)
+            seen = Capture(
                 site=site,
                 call=self.order[site].index(call.when),
-                x=x.flatten(first),
-                grad=grad.detach().flatten(first),
-                weight=weight,
-                bias=bias,
-                eps=_default_eps(x.dtype) if spec.eps is None else spec.eps,
-                rms=spec.rms,
+                x=norm.tokens(call.x),
+                grad=norm.tokens(grad.detach()),
+                weight=norm.weight,
+                bias=norm.bias,
+                eps=norm.eps,
+                rms=norm.rms,
+                forward=_on_tokens(norm, forward, call.x.shape),
             )
-        )
+            with torch.no_grad(), torch.autocast(call.x.device.type, enabled=False):
+                require_formula(norm, seen.x, norm.tokens(forward(call.x)))
+            self.results[call.when] = self.reduce(seen)
+        except Unrecognised as error:
+            self.refused[site] = str(error)
         del call.x
 
 
-def _default_eps(dtype: torch.dtype) -> float:
-    """nn.RMSNorm's ε when it is given none: that of the dtype it computes in, float32 for the half ones."""
-    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+def _sufficient(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a module is called again: float32 for the half ones, whose rounding would hide a fault."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _on_tokens(norm: NormFormula, forward: Callable[[Tensor], Tensor], shape: torch.Size) -> Callable[[Tensor], Tensor]:
+    """Return a module's forward of an input of this shape as a function of its tokens: (…, d)."""
+    if norm.dims > 1:
+        return lambda x: norm.tokens(forward(x.reshape(shape)))
+    return lambda x: norm.tokens(forward(x.movedim(-1, norm.axis)))

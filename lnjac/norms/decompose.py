@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lnjac.norms.formulas import ENERGIES, EXACT, RSTD_POWERS, SIGMA_QUANTILES, SURROGATES, Backward
+from lnjac.columns import Column, evaluate
+from lnjac.norms.formulas import BY_MEASURABLE, COLUMNS, ENERGIES, EXACT, RSTD_POWERS, SIGMA_QUANTILES, Backward
 
 CHUNK_ELEMENTS = 1 << 16
 """Elements taken to float64 at a time on a CPU: half a megabyte, so that the passes over a chunk stay in cache."""
@@ -190,19 +191,41 @@ def cosines(tokens: Tokens, *, rms: bool = False) -> dict[str, Tensor]:
     return found
 
 
-METRICS: dict[str, Callable[[Tokens], Tensor]] = {}
-"""Further quantities per token by the name of their column, which holds their mean: filled by `metric`."""
+class Metric(NamedTuple):
+    """A further quantity per token, and the column of its mean."""
+
+    column: Column
+    of: Callable[[Tokens], Tensor]
 
 
-def metric(function: Callable[[Tokens], Tensor]) -> Callable[[Tokens], Tensor]:
-    """Decorator: make function(tokens) -> (n,) a column of its name, declared in `tables.LAYERS` (docs/how-to.md)."""
-    METRICS[function.__name__] = function
-    return function
+METRICS: dict[str, Metric] = {}
+"""Further quantities by name: filled by `metric`."""
+
+
+def metric(meaning: str, unit: str = "") -> Callable[[Callable[[Tokens], Tensor]], Callable[[Tokens], Tensor]]:
+    """Make a function of tokens, of values (n,), a column of `layers`: its mean over the measurable tokens.
+
+    Args:
+        meaning: The column's meaning, as docs/columns.md has it for the others. Its name is the function's.
+        unit: The column's unit; empty for a pure number.
+    """
+
+    def register(function: Callable[[Tokens], Tensor]) -> Callable[[Tokens], Tensor]:
+        name = function.__name__
+        METRICS[name] = Metric(Column(name, "float64", unit, meaning, pool=BY_MEASURABLE), function)
+        return function
+
+    return register
+
+
+def columns() -> list[Column]:
+    """Return the measured columns of `layers`, those of METRICS included."""
+    return [*COLUMNS, *(metric.column for metric in METRICS.values())]
 
 
 def per_token(tokens: Tokens, *, rms: bool = False) -> dict[str, Tensor]:
     """What a row holds as a mean over its measurable tokens: (n,) each."""
-    return {**cosines(tokens, rms=rms), **{name: function(tokens) for name, function in METRICS.items()}}
+    return {**cosines(tokens, rms=rms), **{name: metric.of(tokens) for name, metric in METRICS.items()}}
 
 
 Sums = dict[str, float]
@@ -236,71 +259,22 @@ def add(parts: Sequence[Sums]) -> Sums:
     return {name: sum(part[name] for part in parts) for name in parts[0]}
 
 
-def shares(total: Mapping[str, float], d: int, *, rms: bool = False) -> dict[str, float]:
-    """Ratios of means over tokens: what part of ‖g‖² each factor of the backward removes, and what is kept."""
-    a, b, c, b1, b2 = (total[f"sum_{name}"] for name in ENERGIES)
-    g_sq = a + b + c
-    radial = _ratio(b - 2 * b1 + b2, g_sq)  # ρ²B
-    radial_share = _ratio(b, b + c)
-    mean = math.nan if rms else _ratio(a, g_sq)
-    return {
-        "r_mean": mean,
-        "r_radial": radial,
-        "r_kept": _ratio(c + b2, g_sq),
-        "share_mean": mean,
-        "share_radial": _ratio(b, g_sq),
-        "share_kept": _ratio(c, g_sq),
-        "radial_share": radial_share,
-        "enrichment_mean": d * mean,
-        "enrichment_radial": d * radial,
-        "enrichment_radial_share": (d if rms else d - 1) * radial_share,
-    }
-
-
-class Flattened(NamedTuple):
-    """A surrogate against the true backward, both as one long vector over all tokens: what a weight gradient sees."""
-
-    cos: float
-    gain: float
-
-
-def flattened(total: Mapping[str, float], backward: Backward, *, rms: bool = False) -> Flattened:
-    """Flattened cosine and gain ‖surrogate‖/‖true‖ of any of the eight backwards.
-
-    In the orthogonal parts (mean, radial, kept) of a token, t = (0, (1−ρ)√B, √C)/σ and the surrogate is
-    (√A or 0, √B or (1−ρ)√B, √C), over σ where it scales.
-    """
-    powers = list(RSTD_POWERS)
-    scaled = int(backward.scale)
-
-    def energy(name: str, power: int) -> float:
-        return total[f"sum_{name}{powers[power]}"]
-
-    keeps_mean = rms or not backward.center
-    dot = energy("B2" if backward.radial else "B1", 1 + scaled) + energy("C", 1 + scaled)
-    norm_sq = energy("B2" if backward.radial else "B", 2 * scaled) + energy("C", 2 * scaled)
-    norm_sq += energy("A", 2 * scaled) if keeps_mean else 0.0
-    true_sq = energy("B2", 2) + energy("C", 2)
-    return Flattened(cos=_ratio(dot, math.sqrt(norm_sq * true_sq)), gain=math.sqrt(_ratio(norm_sq, true_sq)))
-
-
-def weighted_rstd_cv(total: Mapping[str, float]) -> float:
-    """Coefficient of variation of 1/σ over tokens weighted by ‖u‖²: projected's flattened cosine is 1/√(1 + cv²)."""
-    moments = [total[f"sum_C{suffix}"] + total[f"sum_B2{suffix}"] for suffix in RSTD_POWERS]
-    return math.sqrt(max(_ratio(moments[0] * moments[2], moments[1] ** 2) - 1, 0.0))  # in this order NaN stays NaN
+def ratios(total: Mapping[str, float], d: int, *, rms: bool = False) -> dict[str, float]:
+    """Return the columns that are formulas of the added statistics: shares, flattened cosines, gains, …"""
+    known = {name: np.float64(value) for name, value in total.items()}
+    values = {**known, "d": d, "norm": "rmsnorm" if rms else "layernorm"}
+    return {column.name: float(evaluate(column.formula, values)) for column in COLUMNS if column.formula}
 
 
 def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = False) -> dict[str, float]:
     """Every measured column of a layer row, from the added statistics and, for spread and quantiles, every σ: (n,)."""
     n, n_zero = int(total["n_tokens"]), int(total["n_zero"])
     found: dict[str, float] = {
-        name.removeprefix("sum_"): _ratio(value, n - n_zero)
-        for name, value in total.items()
-        if name.startswith("sum_cos_") or name.removeprefix("sum_") in METRICS
+        column.name: _ratio(total[f"sum_{column.name}"], n - n_zero)
+        for column in columns()
+        if column.pool == BY_MEASURABLE
     }
-    found |= shares(total, d, rms=rms)
-    for name, backward in SURROGATES.items():
-        found[f"flat_cos_{name}"], found[f"gain_{name}"] = flattened(total, backward, rms=rms)
+    found |= ratios(total, d, rms=rms)
     sigmas = sigma.double().cpu().numpy()  # numpy's quantile takes any number of tokens, torch's 2^24
     found |= dict(zip(SIGMA_QUANTILES, np.quantile(sigmas, list(SIGMA_QUANTILES.values())).tolist(), strict=True))
     return found | {
@@ -309,7 +283,6 @@ def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = Fa
         "sigma_mean": total["sum_sigma"] / n,
         "sigma_std": float(sigmas.std(ddof=1)) if n > 1 else math.nan,
         "rho_mean": total["sum_rho"] / n,
-        "rstd_cv": weighted_rstd_cv(total),
         "jacobian_residual": math.sqrt(_ratio(total["sum_residual_sq"], total["sum_C_rstd2"] + total["sum_B2_rstd2"])),
         **{name: total[name] for name in (f"sum_{e}{s}" for e in ENERGIES for s in RSTD_POWERS)},
     }

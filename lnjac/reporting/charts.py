@@ -1,382 +1,401 @@
-"""The charts: pure functions from tidy frames to Altair charts. What the frames hold is worked out elsewhere.
+"""The charts of a study: each is one function that makes a frame of a view and draws it, registered in `CHARTS`."""
 
-A chart names no colour: it takes them from the palette it is shown in, which in a page is made of CSS variables. Levels
-of a factor differ in colour, shape and dash alike, so that no reader depends on one of them.
-"""
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-import textwrap
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+import numpy as np
+import pandas as pd
 
+from lnjac.comparing import compare, study
+from lnjac.comparing import cost as costs
+from lnjac.comparing import scaling as slopes
+from lnjac.comparing.compare import LOSS
+from lnjac.comparing.study import LAST_NORM, word
 from lnjac.errors import ConfigError
-from lnjac.escape import visible_within
-from lnjac.files import write_atomically
+from lnjac.reporting import marks
+from lnjac.reporting.marks import choices
+from lnjac.reporting.view import ENRICHMENTS, SAME, View, arranged, beside, finite, thinned
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-Chart = Any
-"""An altair.LayerChart: altair is imported when a chart is drawn, no sooner."""
-
-DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 2], [4, 4, 1, 4], [1, 3])
-SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
+MOST_LINES = 4
+"""Comparisons up to which every norm is drawn; beyond, only those of a comparison's headline."""
+MOST_STEPS = 40
+MOST_ROWS = 16_000
+"""Rows of the curves behind a map, so that a page stays small whatever the number of runs."""
 
 
-class Palette(NamedTuple):
-    """Colours by use. `levels` are Okabe and Ito's; `diverging` runs from below to above through the paper's own shade."""
+class Drawing(NamedTuple):
+    """A chart with its caption, notes and tables of the same numbers.
 
-    ink: str
-    muted: str
-    line: str
-    paper: str
-    levels: Sequence[str]
-    diverging: Sequence[str]
-
-
-LIGHT = Palette(
-    ink="#1b1d22",
-    muted="#5a5f6a",
-    line="#d5d8de",
-    paper="#ffffff",
-    levels=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1b1d22"),
-    diverging=("#4e9bcb", "#84b9db", "#b4d4e9", "#d9e9f3", "#f3f3f1", "#f9e0cf", "#f3c09c", "#eb9f6b", "#e2803f"),
-)
-DARK = Palette(
-    ink="#e8e9ec",
-    muted="#a6abb6",
-    line="#3a3f49",
-    paper="#15171b",
-    levels=("#56b4e9", "#e69f00", "#2bbf93", "#d992b9", "#f0744a", "#f0e442", "#e8e9ec"),
-    diverging=("#226c98", "#265d81", "#284e6b", "#273a4b", "#262a31", "#453325", "#6a4122", "#8a4b1d", "#a35213"),
-)
-
-
-MISSING = "charts need altair and vl-convert-python: pip install -e '.[report]'"
-
-
-def _altair() -> Any:
-    try:
-        import altair
-    except ImportError:
-        raise ConfigError(MISSING) from None
-    return altair
-
-
-# The charts. Where a frame has a column `cell`, or `pair`, a chart shows the rows that its parameter of that name names.
-
-
-def headline(seeds: "pd.DataFrame", intervals: "pd.DataFrame", *, title: str) -> Chart:
-    """Differences between levels in rows: every seed a dot, the mean a bar with its interval, and a line at none.
-
-    seeds: place, contrast, seed, difference; intervals: place, contrast, mean, low, high. Places are drawn in their order,
-    one line for each part between commas.
+    `choices` holds the values that a reader may choose among by the parameter of their name. The `answer`, a table with its
+    title, is always in sight; `tables` are folded. If a drawing `follows`, its table has only the rows that are chosen.
     """
-    alt = _altair()
-    places = _order(intervals["place"])
-    axis = alt.Axis(labelExpr="split(datum.label, ', ')")
-    place = alt.Y("place:N", sort=places, title=None, axis=axis)
-    level = _level(alt, intervals["contrast"], "contrast", "difference")
-    shift = alt.YOffset("contrast:N", sort=level.names)
-    zero = alt.Chart(_zero()).mark_rule(style="none").encode(x="zero:Q")
-    bars = alt.Chart(intervals).encode(y=place, yOffset=shift, color=level.color, tooltip=_numbers(alt, intervals))
-    rule = bars.mark_rule(style="interval").encode(
-        x=alt.X("low:Q", title=title, axis=alt.Axis(tickCount=7)), x2="high:Q"
-    )
-    mean = bars.mark_tick(style="middle", orient="vertical").encode(x="mean:Q")
-    dots = (
-        alt.Chart(seeds)
-        .mark_point(style="seed")
-        .encode(
-            x=alt.X("difference:Q", title=title, axis=alt.Axis(tickCount=7)),
-            y=place,
-            yOffset=shift,
-            color=level.color,
-            shape=level.shape,
-            tooltip=_numbers(alt, seeds),
+
+    picture: marks.Picture
+    caption: str
+    tables: Mapping[str, pd.DataFrame]
+    notes: Sequence[str] = ()
+    choices: Mapping[str, Sequence[str]] = {}
+    answer: "tuple[str, pd.DataFrame] | None" = None
+    wide: bool = False
+    follows: bool = False
+
+
+class Need(NamedTuple):
+    """Columns of a table of which a chart needs one, with at least so many different values.
+
+    `level` is, of runs, the level of the compared column. `otherwise` names what is lacking and the command that gives it.
+    """
+
+    table: str
+    columns: Sequence[str]
+    least: int
+    otherwise: str
+
+    def met(self, view: View) -> bool:
+        """Return whether the view has such a column."""
+        held = list(view.runs) if self.table == "runs" else view.study.columns(self.table)
+        known = [name for name in self.columns if name in held]
+        frame = view.runs if self.table == "runs" else view.study.frame(self.table, known)
+        return any(frame[name].nunique() >= self.least for name in known)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A kind of chart that a study may have.
+
+    `title` heads the section of a page, which charts of one title share; `summary` tells one line of what is drawn. A page
+    draws each of `metrics`, where None stands for all that belong together.
+    """
+
+    name: str
+    title: str
+    summary: str
+    needs: Sequence[Need]
+    metrics: Sequence[str | None]
+    function: Callable[..., Drawing] = field(repr=False)
+
+    def draw(self, view: View, metric: str | None = None) -> Drawing:
+        """Draw a metric, or the first of the chart's own.
+
+        Raises:
+            ConfigError: If the view has not all that the chart needs.
+        """
+        for need in self.needs:
+            if not need.met(view):
+                raise ConfigError(need.otherwise)
+        return self.function(view, metric or self.metrics[0])
+
+    def drawings(self, view: View) -> "Iterator[Drawing | str]":
+        """Draw each metric; a drawing that cannot be made is a line that names the reason."""
+        for metric in self.metrics:
+            try:
+                yield self.draw(view, metric)
+            except ConfigError as error:
+                yield str(error)
+
+
+CHARTS: dict[str, Chart] = {}
+"""Every chart by its name, in the order of a page."""
+
+Function = Callable[..., Drawing]
+
+
+def chart(
+    name: str, title: str, *, needs: Sequence[Need], metrics: Sequence[str | None] = (None,), **options: Any
+) -> Callable[[Function], Function]:
+    """Register a function of a view and a metric as a chart; further options are passed to it."""
+
+    def register(function: Function) -> Function:
+        def draw(view: View, metric: str | None) -> Drawing:
+            return function(view, metric, **options)
+
+        summary = (function.__doc__ or "").partition("\n")[0]
+        CHARTS[name] = Chart(name, title, summary, needs, metrics, draw)
+        return function
+
+    return register
+
+
+NORMS = Need("layers", ["site"], 1, "no norm of these runs was measured: leave diagnostics=off out")
+LEVELS = Need(
+    "runs",
+    ["level"],
+    2,
+    "nothing to compare, as one level alone was run: python run.py -m attn_mode=softmax,sigmoid seed=1,2,3 compares two",
+)
+BACKWARDS = Need(
+    "runs",
+    ["ln_backward"],
+    2,
+    "one backward alone was run: python run.py -m ln_backward=exact,center_scale seed=1,2,3 runs one with a cost",
+)
+ENRICHED = Need("layers", ENRICHMENTS, 1, "no enrichment was measured in these runs: leave diagnostics=off out")
+
+_RESULTS = ["difference", "low", "high", "p", "p_adjusted", "family", "effect", "agreement", "n"]
+_EFFECT = "effect: d_z, the mean difference in its standard deviations over seeds; Hedges' g where unpaired"
+_NO_PAIRS = "no two levels have a number to compare: did all runs of one diverge?"
+
+
+@chart("headline", "Comparison", needs=[LEVELS], metrics=(LOSS, "radial_share", "cos_center_vs_true"))
+def headline(view: View, metric: str) -> Drawing:
+    """Differences between levels, every seed of them, at each norm or at the norms that differ most."""
+    found = _compared(view, metric)
+    rows = found.rows.assign(headline=found.headline())
+    rows, seeds = (_in_words(part[part["metric"] == metric], found.cells) for part in (rows, found.seeds()))
+    if rows["difference"].isna().all():
+        raise ConfigError(_NO_PAIRS)
+    key = ["cell"] * bool(found.cells) + ["site"] * ("site" in rows)
+    for frame in (rows, seeds):
+        parts = [frame[name] for name in key or ["cell"]]
+        frame["place"] = [", ".join(of) for of in zip(*parts, strict=True)]
+        frame["level"] = frame["pair"]
+    shown = rows if len(rows[["cell", "pair"]].drop_duplicates()) <= MOST_LINES else rows[rows["headline"]]
+    at, notes = "", [*found.notes, _EFFECT]
+    if len(shown) < len(rows):
+        last = f"at {LAST_NORM} and " if (shown["site"] == LAST_NORM).any() else ""
+        at = f" {last}at the norm where it is largest"
+        notes.append(
+            "the largest is chosen by its size: its adjusted p, over all norms, allows for that, its interval does not"
         )
+    pairs = rows["pair"].unique()
+    picture = marks.dots(
+        seeds.merge(shown[["place", "level"]]).dropna(subset="difference")[["place", "level", "seed", "difference"]],
+        shown.rename(columns={"difference": "mean"})[["place", "level", "mean", "low", "high"]],
+        by="difference",
+        title=f"{metric}: {pairs[0]}" if len(pairs) == 1 else f"difference of {metric}",
     )
-    row = max(24 * len(level.names), 15 * max(name.count(", ") + 1 for name in places) + 6)
-    return (zero + rule + mean + dots).properties(height=20 + row * len(places))
-
-
-def heatmap(cells: "pd.DataFrame", *, legend: str, label: str = "format(datum.value, '.2f')") -> Chart:
-    """A cell for each site and column; its shade, from −1 to 1, and the text in it are given. `legend` names the shade,
-    `label` is Vega's expression for the value of one.
-
-    cells: site, column, metric, shade, shown and what else a tooltip tells. The parameters `site` and `metric` mark one,
-    once they are set.
-    """
-    alt = _altair()
-    base = _filtered(alt, cells, "cell", "pair").encode(
-        x=alt.X("column:N", sort=_order(cells["column"]), title=None, axis=alt.Axis(orient="top", labelAngle=-40)),
-        y=alt.Y("site:N", sort=_order(cells["site"]), title=None),
-        tooltip=_numbers(alt, cells.drop(columns=["shade", "shown", "column"])),
-    )
-    shade = alt.Color(
-        "shade:Q",
-        title=legend,
-        scale=alt.Scale(type="quantize", domain=[-1, 1], range="diverging"),
-        legend=alt.Legend(
-            labelExpr=f"isFinite(datum.value) ? {label} : ''",  # the lowest shade begins nowhere
-            orient="bottom",
-            titleLimit=300,
-            labelOverlap=False,
-        ),
-    )
-    rect = base.mark_rect(style="box", cursor="pointer").encode(
-        color=shade, strokeWidth=alt.condition(_picked("site", "metric"), alt.value(2.5), alt.value(0.3))
-    )
-    text = base.mark_text(style="shown", cursor="pointer").encode(text="shown:N")
-    picks = [*_params(alt, cells, "cell", "pair"), *(alt.param(name=name, value=None) for name in ("site", "metric"))]
-    return (rect + text).add_params(*picks).properties(height=26 * cells["site"].nunique())
-
-
-def curves(frame: "pd.DataFrame", *, by: str) -> Chart:
-    """One metric at one site over the updates: the parameters `site` and `metric` choose which.
-
-    frame: site, metric, step, level, mean, low, high.
-    """
-    return _banded(_altair(), frame, by, "value", "cell", "site", "metric")
-
-
-def trajectory(frame: "pd.DataFrame", *, by: str, title: str) -> Chart:
-    """A value over the updates for each level: mean and interval. frame: step, level, mean, low, high."""
-    return _banded(_altair(), frame, by, title, "cell")
-
-
-def cost(seeds: "pd.DataFrame", intervals: "pd.DataFrame", *, by: str, title: str) -> Chart:
-    """What each backward costs at each level: every seed a dot, one seed's dots joined, mean and interval behind them.
-
-    seeds: backward, level, seed, cost; intervals: backward, level, mean, low, high.
-    """
-    alt = _altair()
-    level = _level(alt, intervals["level"], "level", by)
-    backward = alt.X("backward:N", sort=_order(intervals["backward"]), title=None, axis=alt.Axis(labelAngle=-30))
-    shift = alt.XOffset("level:N", sort=level.names)
-    zero = alt.Chart(_zero()).mark_rule(style="none").encode(y="zero:Q")
-    base = _filtered(alt, seeds, "cell").encode(x=backward, xOffset=shift, y=alt.Y("cost:Q", title=title))
-    pairs = base.mark_line(style="pair").encode(detail=["seed:N", "backward:N"])
-    dots = base.mark_point(style="seed").encode(color=level.color, shape=level.shape, tooltip=_numbers(alt, seeds))
-    bars = _filtered(alt, intervals, "cell").encode(
-        x=backward, xOffset=shift, color=level.color, tooltip=_numbers(alt, intervals)
-    )
-    rule = bars.mark_rule(style="interval").encode(y=alt.Y("low:Q", title=title), y2="high:Q")
-    mean = bars.mark_tick(style="middle", orient="horizontal", size=40).encode(y="mean:Q")
-    return (zero + pairs + rule + mean + dots).add_params(*_params(alt, seeds, "cell")).properties(height=300)
-
-
-def depth(frame: "pd.DataFrame", *, by: str, title: str, log: bool = False) -> Chart:
-    """A metric at each site from the first to the last: mean and interval. frame: site, level, mean, low, high."""
-    alt = _altair()
-    site = alt.X("site:N", sort=_order(frame["site"]), title=None, axis=alt.Axis(labelAngle=-30))
-    scale = alt.Scale(type="log", nice=False, padding=10) if log else alt.Scale(zero=False)
-    return _series(alt, frame, by, site, alt.Y("mean:Q", scale=scale, title=title), "cell")
-
-
-def scaling(frame: "pd.DataFrame", *, by: str, x: str, title: str) -> Chart:
-    """A value against a size, both logarithmic where they are positive: mean and interval.
-
-    frame: x, level, mean, low, high.
-    """
-    alt = _altair()
-    positive = bool((frame[["mean", "low"]].min() > 0).all())
-    scale = alt.Scale(type="log", nice=False, padding=10) if positive else alt.Scale(zero=False)
-    sizes = sorted(frame["x"].unique().tolist())
-    size = alt.X(
-        "x:Q", title=x, scale=alt.Scale(type="log", nice=False, padding=20), axis=alt.Axis(values=sizes, format="~s")
-    )
-    return _series(alt, frame, by, size, alt.Y("mean:Q", scale=scale, title=title), "cell")
-
-
-# How they look
-
-
-def spec(chart: Chart, palette: Palette, *, width: int | str) -> dict[str, Any]:
-    """The chart as Vega-Lite, in these colours. `width` is in pixels, or "container" for the space there is.
-
-    Of every text in it, data and titles alike, what cannot be seen is replaced by its code point: a line break would
-    end an expression of Vega's, a control character is none of SVG's.
-    """
-    alt = _altair()
-    with alt.data_transformers.disable_max_rows():
-        found: dict[str, Any] = chart.properties(width=width).to_dict(validate=False)
-    # ticks, rules and areas have no size of their own in a container whose width is still to come
-    found["autosize"] = {"type": "fit-x" if width == "container" else "pad", "contains": "padding"}
-    return dict(visible_within(found)) | {"config": _config(palette)}
-
-
-FORMATS = (".svg", ".png", ".pdf")
-
-
-def save(chart: Chart, path: Path, palette: Palette, *, width: int) -> None:
-    """Write the chart as the kind of picture that the path's suffix names, without browser or network.
-
-    Its title is what it says of itself, and which of its rows it shows.
-    """
-    found = spec(chart, palette, width=width)
-    chosen = [f"{one['value']}" for one in found.get("params", ()) if one.get("value") is not None]
-    said = [found.get("description", ""), *chosen]
-    lines = [line for text in said for line in textwrap.wrap(text, width // 6)]  # pixels a character
-    found["title"] = {"text": lines, "anchor": "start", "frame": "bounds", "offset": 12}
-    try:
-        import vl_convert
-    except ImportError:
-        raise ConfigError(MISSING) from None
-    match path.suffix:
-        case ".svg":
-            made = vl_convert.vegalite_to_svg(found).encode()
-        case ".png":
-            made = vl_convert.vegalite_to_png(found, scale=2)
-        case ".pdf":
-            made = vl_convert.vegalite_to_pdf(found)
-        case other:
-            raise ConfigError(f"no picture is called {other}: choose one of {', '.join(FORMATS)}")
-    write_atomically(path, lambda temporary: temporary.write_bytes(made))
-
-
-def _config(palette: Palette) -> dict[str, Any]:
-    text = {"labelColor": palette.muted, "titleColor": palette.ink, "labelFontSize": 12, "titleFontSize": 12}
-    return {
-        "background": palette.paper,
-        "font": "system-ui, sans-serif",
-        "view": {"stroke": None},
-        "aria": False,  # each mark's description would be an expression made of titles, which a backslash breaks
-        "axis": text
-        | {
-            "titleFontWeight": "normal",
-            "gridColor": palette.line,
-            "domainColor": palette.muted,
-            "tickColor": palette.muted,
-            "labelLimit": 260,
-            "titleLimit": 320,
-        },
-        "legend": text | {"titleFontWeight": "normal", "orient": "top", "gradientLength": 400, "labelLimit": 260},
-        "range": {
-            "category": list(palette.levels),
-            "symbol": list(SHAPES),
-            "diverging": list(palette.diverging),
-        },
-        "title": {"color": palette.ink, "fontWeight": "normal", "fontSize": 12},
-        "line": {"strokeWidth": 2},
-        "style": {
-            "none": {"color": palette.muted, "strokeDash": [3, 3]},
-            "interval": {"strokeWidth": 3, "opacity": 0.55},
-            "middle": {"thickness": 3, "size": 18},
-            "knot": {"size": 50, "filled": True},
-            "seed": {"size": 42, "filled": False, "strokeWidth": 1.6, "opacity": 0.9},
-            "pair": {"color": palette.muted, "strokeWidth": 1, "opacity": 0.45},
-            "band": {"opacity": 0.18},
-            "box": {"stroke": palette.ink},
-            "shown": {"color": palette.ink, "fontSize": 11},
-        },
+    caption = f"Difference of {metric}{at} between levels of {view.by}: every seed, the mean, its 95% interval."
+    tables = {
+        "Table": rows[[*key, "a", "b", "mean_a", "mean_b", *_RESULTS]],
+        "Every seed's value": _by_seed(seeds, key, view.by),
     }
+    return Drawing(picture, caption, tables, notes)
 
 
-class _Level(NamedTuple):
-    names: list[str]
-    color: Any
-    shape: Any
-    dash: Any
-
-
-def _level(alt: Any, levels: "pd.Series[Any]", field: str, title: str, *, lines: bool = False) -> _Level:
-    """The encodings of a factor. Their legends are one as long as titles and orders agree: of `lines`, or of shapes."""
-    names = _order(levels)
-    longest = max(map(len, names)) + 4  # characters, of some 44 that fit the narrowest page
-    symbol = {"symbolType": "stroke", "symbolSize": 500} if lines else {}
-    legend = alt.Legend(columns=max(1, min(4, 44 // longest)), **symbol) if len(names) > 1 else None
-    scale = alt.Scale(domain=names)
-    dashes = [DASHES[i % len(DASHES)] for i in range(len(names))]
-    # dashed outlines hide shapes: a scale of a domain that is not written out stays out of their legend
-    dashed = alt.Scale(domain=names, range=dashes) if lines else alt.Scale(range=dashes)
-    return _Level(
-        names,
-        alt.Color(f"{field}:N", sort=names, title=title, legend=legend, scale=scale),
-        alt.Shape(f"{field}:N", sort=names, title=title, legend=legend, scale=scale),
-        alt.StrokeDash(f"{field}:N", sort=names, title=title, legend=legend if lines else None, scale=dashed),
+@chart("heatmap", "Norms and metrics", needs=[NORMS, LEVELS])
+def heatmap(view: View, metric: str | None) -> Drawing:
+    """The difference of every metric at every norm, shaded against the metric's largest."""
+    if metric:
+        study.require_metrics(view.study, "layers", [metric])
+    found = _compared(view, metric) if metric else view.norms_compared
+    rows = _in_words(found.rows[found.rows["metric"] == metric] if metric else found.rows, found.cells)
+    rows = rows.dropna(subset="difference")
+    if rows.empty:
+        raise ConfigError(_NO_PAIRS)
+    largest = rows["difference"].abs().groupby([rows["metric"], rows["pair"], rows["cell"]]).transform("max")
+    rows = rows.assign(
+        column=rows["metric"],
+        shade=(rows["difference"] / largest).fillna(0.0),
+        shown=rows["difference"].map("{:.2g}".format) + np.where(rows["p_adjusted"] < 0.05, "*", ""),
     )
+    own = [name for name in ("cell", "pair") if rows[name].nunique() > 1]
+    cells = rows[[*own, "site", "column", "metric", "shade", "shown", "difference", "low", "high", "p_adjusted"]]
+    pair = "" if "pair" in own else f" ({rows['pair'].iloc[0]})"
+    caption = (
+        f"Difference of each metric at each norm between levels of {view.by}{pair}: blue below 0, orange above, full colour "
+        "for the largest of its metric. A star: adjusted p < 0.05, by Holm's method over all norms and pairs of levels of "
+        "one metric in one cell."
+    )
+    table = cells.pivot_table("difference", [*own, "site"], "metric", sort=False).reset_index()
+    picture = marks.shades(cells, legend="difference / the largest of its metric")
+    return Drawing(picture, caption, {"Table": table}, found.notes, choices(cells, "site", "metric"), wide=True)
 
 
-def _series(alt: Any, frame: "pd.DataFrame", by: str, x: Any, y: Any, *picks: str) -> Any:
-    """Means along x joined for each level, in a band of their intervals; dashed beside them their `reference`, if any."""
-    many = frame[x.shorthand.split(":")[0]].nunique() > 20
-    level = _level(alt, frame["level"], "level", by, lines=many)
-    base = _filtered(alt, frame, *picks).encode(x=x, color=level.color, tooltip=_numbers(alt, frame))
-    bounds = y.copy()
-    bounds.shorthand = "low:Q"
-    band = base.mark_area(style="band").encode(y=bounds, y2="high:Q")
-    marks = band + base.mark_line().encode(y=y, strokeDash=level.dash)
-    if "reference" in frame:
-        beside = y.copy()
-        beside.shorthand = "reference:Q"
-        plain = _filtered(alt, frame, *picks).encode(x=x, y=beside, detail="level:N")
-        marks += plain.mark_line(style="none", strokeWidth=1)
-    if not many:
-        marks += base.mark_point(style="knot").encode(y=y, shape=level.shape)
-    return marks.add_params(*_params(alt, frame, *picks)).properties(height=270)
+@chart("enrichment", "Norms and metrics", needs=[NORMS, ENRICHED])
+def enrichment(view: View, metric: str | None) -> Drawing:
+    """Shares of the gradient's energy against chance, 1, at every norm and level."""
+    metrics = [metric] if metric else [name for name in ENRICHMENTS if name in view.metrics]
+    values, notes = finite(view.layers(metrics, last=True))
+    if values.empty:
+        raise ConfigError(ENRICHED.otherwise)
+    lines = view.means(values, ["cell", "level", "site", "metric"])
+    one = lines["level"].nunique() == 1
+    cells = lines.assign(
+        column=lines["metric"] if one else lines["level"] + " " + lines["metric"].str.removeprefix("enrichment_"),
+        shade=(np.log2(lines["mean"]) / 4).clip(-1, 1),
+        shown=lines["mean"].map("{:.2g}".format),
+    )
+    caption = (
+        "Enrichment at each norm: a share of the gradient's energy against that of a random direction. Neutral at "
+        "chance (1), blue below, orange above, full colour from 16 times."
+    )
+    own = ["cell"] * ("cell" in cells)
+    table = cells.pivot_table("mean", [*own, "site"], "column", sort=False).reset_index()
+    cells = cells[[*own, "site", "column", "metric", "shade", "shown", "mean", "low", "high"]]
+    picture = marks.shades(cells, legend="enrichment", label="format(pow(2, 4 * datum.value), '.2~r') + '×'")
+    return Drawing(picture, caption, {"Table": table}, notes, choices(cells, "site", "metric"), wide=True)
 
 
-def _banded(alt: Any, frame: "pd.DataFrame", by: str, title: str, *picks: str) -> Any:
-    y = alt.Y("mean:Q", scale=alt.Scale(zero=False), title=title)
-    return _series(alt, frame, by, _updates(alt, frame["step"]), y, *picks)
+@chart("curves", "Norms and metrics", needs=[NORMS])
+def curves(view: View, metric: str | None) -> Drawing:
+    """Every metric at every norm over the updates, of which one is chosen."""
+    values, lost = finite(view.layers([metric] if metric else view.metrics, last=False))
+    per_step = max(1, len(values[["site", "metric", "level"]].drop_duplicates()))
+    values, notes = thinned(values, max(2, min(MOST_STEPS, MOST_ROWS // per_step)))
+    notes += lost
+    lines = view.means(values, ["cell", "site", "metric", "step", "level"]).drop(columns="n")
+    later = lines["site"] != LAST_NORM  # the chart opens at the norm of the first row
+    lines = lines.assign(later=later).sort_values(["later", "step"], kind="stable").drop(columns="later")
+    if len(lines) > MOST_ROWS:
+        kept = view.cells[: max(1, int(MOST_ROWS / (len(lines) / len(view.cells))))]
+        lines = lines[lines["cell"].isin(kept)]
+        notes.append(f"curves of the first {len(kept)} of {len(view.cells)} cells: choose others by --where")
+    picture = marks.lines(lines, x="step", by=view.by, title="value")
+    caption = "The chosen metric at the chosen norm after so many updates: mean over seeds and its 95% interval."
+    tables = {"The chosen curves as a table": lines}
+    return Drawing(picture, caption, tables, notes, choices(lines), follows=True)
 
 
-def _updates(alt: Any, steps: "pd.Series[Any]") -> Any:
-    """The axis of updates: logarithmic, but with a 0, where the steps grow like that."""
-    known = sorted(steps.unique().tolist())
-    gaps = [b - a for a, b in pairwise(known)] or [1]
-    if max(gaps) < 8 * min(gaps):
-        axis = alt.Axis(tickMinStep=1, format="d", tickCount=12)
-        return alt.X("step:Q", title="updates", scale=alt.Scale(nice=False), axis=axis)
-    axis = alt.Axis(values=known, labelOverlap="greedy", labelSeparation=8)
-    return alt.X("step:Q", title="updates", scale=alt.Scale(type="symlog"), axis=axis)
+@chart("losses", "Trajectories", needs=[], metrics=(LOSS, "train_loss_nats"))
+def losses(view: View, metric: str) -> Drawing:
+    """A loss over the updates, beside that of a bigram model."""
+    values = view.curves(metric)
+    reference = view.runs.groupby(["cell", "level"])["bigram_nats"].mean()
+    remedy = "python run.py eval.every=50 measures it along the way"
+    return _over_updates(view, values, metric, remedy, reference, " Dashed: a bigram model's.")
 
 
-def _params(alt: Any, frame: "pd.DataFrame", *names: str) -> list[Any]:
-    """Parameters that choose among a column's values, the first to begin with, of those columns that the frame has."""
-    return [alt.param(name=name, value=frame[name].iloc[0]) for name in names if name in frame]
+@chart("trajectory", "Trajectories", needs=[NORMS], metrics=("radial_share",))
+def trajectory(view: View, metric: str) -> Drawing:
+    """A metric at the last norm over the updates."""
+    values, name = _at_one_norm(view.layers([metric], last=False), metric)
+    return _over_updates(view, values, name, "python run.py diagnostics=trajectory measures it along the way")
 
 
-def _filtered(alt: Any, frame: "pd.DataFrame", *names: str) -> Any:
-    """A chart of the rows that the parameters of these names choose."""
-    there = [name for name in names if name in frame]
-    return alt.Chart(frame).transform_filter(_picked(*there)) if there else alt.Chart(frame)
+def _over_updates(
+    view: View,
+    values: pd.DataFrame,
+    name: str,
+    remedy: str,
+    reference: "pd.Series[Any] | None" = None,
+    more: str = "",
+) -> Drawing:
+    values, lost = finite(values)
+    if values.empty or values.groupby(["cell", "level", "seed"])["step"].nunique().max() < 2:
+        raise ConfigError(f"{name} was measured at most once in a run: {remedy}")
+    values, notes = thinned(values, MOST_STEPS)
+    lines = view.means(values, ["cell", "step", "level"])
+    if reference is not None:
+        lines = beside(lines, reference)
+    caption = f"{name} after so many updates: mean over seeds and its 95% interval.{more}"
+    picture = marks.lines(lines.drop(columns="n"), x="step", by=view.by, title=name)
+    return Drawing(picture, caption, {"Table": lines}, [*notes, *lost], choices(lines))
 
 
-def _picked(*names: str) -> str:
-    return " && ".join(f"datum.{name} === {name}" for name in names)
+@chart("cost", "Cost of each backward", needs=[BACKWARDS], metrics=(LOSS,))
+def cost(view: View, metric: str) -> Drawing:
+    """The loss of each backward minus the exact one's, every seed of it."""
+    by = None if view.by == "ln_backward" else view.by
+    found = costs.cost(view.study, by=by, metric=metric, where=view.where)
+    rows, seeds = (
+        arranged(part, found.costs.cells, found.by).assign(place=part["a"], backward=part["a"])
+        for part in (found.costs.rows, found.costs.seeds())
+    )
+    if seeds["difference"].isna().all():
+        raise ConfigError("no backward has a seed in common with exact: there is no cost to pair")
+    own = ["cell"] * (rows["cell"].nunique() > 1)
+    picture = marks.dots(
+        seeds.dropna(subset="difference")[[*own, "place", "level", "seed", "difference"]],
+        rows.rename(columns={"difference": "mean"})[[*own, "place", "level", "mean", "low", "high"]],
+        by=found.by or "",
+        title=f"{metric} − exact's",
+        joined=True,
+    )
+    caption = (
+        "What training with each backward costs: every seed, those of one seed joined, the mean, its 95% interval."
+    )
+    columns = {"mean_a": "loss", "mean_b": "exact's loss", "difference": "cost"}
+    tables = {
+        "Table": rows[[*own, "level", "backward", "mean_a", "mean_b", *_RESULTS]].rename(columns=columns),
+        "Every seed's value": _by_seed(seeds, [*own, "level"], "backward"),
+    }
+    notes, answer = [*found.costs.notes, _EFFECT], None
+    if (between := found.differences) is not None:
+        rows = _in_words(between.rows, between.cells)
+        own = ["cell"] * bool(between.cells)
+        table = rows[[*own, "ln_backward", "a", "b", "mean_a", "mean_b", *_RESULTS]]
+        answer = ("Differences of cost between levels", table.rename(columns={"ln_backward": "backward"}))
+        notes += [note for note in between.notes if note not in notes]
+    return Drawing(picture, caption, tables, notes, choices(seeds[own]), answer)
 
 
-def _numbers(alt: Any, frame: "pd.DataFrame") -> list[Any]:
-    """A tooltip of all columns."""
-    kinds = {True: {"type": "quantitative", "format": ".4~g"}, False: {"type": "nominal"}}
-    return [alt.Tooltip(str(name), **kinds[frame[name].dtype.kind == "f"]) for name in frame]
+@chart("depth", "By depth", needs=[NORMS], metrics=("sigma_mean", "radial_share"))
+def depth(view: View, metric: str) -> Drawing:
+    """A metric at every norm, from the first to the last."""
+    values, notes = finite(view.layers([metric], last=True))
+    lines = view.means(values, ["cell", "level", "site"])
+    caption = f"{metric} from the first norm to the last: mean over seeds and its 95% interval, after the last update."
+    if metric in (by_chance := {share: enriched for enriched, share in SAME.items()}):
+        both = view.layers([metric, by_chance[metric]], last=True)
+        mean = both.pivot_table("value", ["cell", "level", "site"], "metric")
+        lines = beside(lines, mean[metric] / mean[by_chance[metric]])
+        caption += " Dashed: that of a random direction."
+    log = metric.startswith("sigma") and bool((lines[["mean", "low"]].min() > 0).all())
+    picture = marks.lines(lines.drop(columns="n"), x="site", by=view.by, title=metric, log=log)
+    return Drawing(picture, caption, {"Table": lines}, notes, choices(lines, "site"))
 
 
-def _order(values: "pd.Series[Any]") -> list[str]:
-    return list(dict.fromkeys(values.astype(str)))
+def _of_size(size: str, name: str, example: str) -> Callable[[Function], Function]:
+    need = Need(
+        "runs", [size], 2, f"{size} is the same in all runs: python run.py -m {size}={example} seed=1,2,3 varies it"
+    )
+    return chart(f"scaling-{name}", f"Scaling with {name}", needs=[need], metrics=("radial_share", LOSS), size=size)
 
 
-def _zero() -> "pd.DataFrame":
-    import pandas as pd
+@_of_size("steps", "steps", "250,500,1000")
+@_of_size("model.n_layer", "depth", "2,4,8")
+@_of_size("model.n_embd", "width", "32,64,128")
+def scaling(view: View, metric: str, size: str) -> Drawing:
+    """A metric against a size, with the slope of their logarithms."""
+    found = slopes.scaling(view.study, size, metrics=[metric], table=_table(view, metric), where=view.where)
+    points, name = arranged(found.points, found.cells, view.by), metric
+    if "site" in points and len(points):
+        points, name = _at_one_norm(points, metric)
+    if points.empty:
+        raise ConfigError(f"no run has a number for {metric}")
+    points = points.assign(x=points[size])[["cell", "level", "x", "mean", "low", "high"]]
+    points = points if points["cell"].nunique() > 1 else points.drop(columns="cell")
+    log = bool((points[["mean", "low"]].min() > 0).all())
+    by = view.by if view.by in found.cells else ""
+    picture = marks.lines(points, x="x", by=by, title=name, log=log, size=size)
+    caption = f"{name} against {size}: mean over seeds and its 95% interval."
+    table = arranged(found.slopes, found.cells, view.by)
+    return Drawing(picture, caption, {"Table": table}, found.notes, choices(points))
 
-    return pd.DataFrame({"zero": [0]})
+
+# What charts share
 
 
-def variables(palette: Palette) -> Mapping[str, str]:
-    """The palette's colours by the name of their CSS variable."""
-    single = {name: getattr(palette, name) for name in ("ink", "muted", "line", "paper")}
-    many = {"level": palette.levels, "shade": palette.diverging}
-    return single | {f"{name}-{i}": colour for name, colours in many.items() for i, colour in enumerate(colours)}
+def _compared(view: View, metric: str) -> compare.Comparison:
+    """Compare the metric with all metrics of a layer that are shown, or alone."""
+    if metric in view.tested:
+        return view.norms_compared
+    return compare.compare(view.study, view.by, metrics=[metric], table=_table(view, metric), where=view.where)
 
 
-def _from_variables() -> Palette:
-    levels = [f"var(--level-{i})" for i in range(len(LIGHT.levels))]
-    shades = [f"var(--shade-{i})" for i in range(len(LIGHT.diverging))]
-    return Palette("var(--ink)", "var(--muted)", "var(--line)", "transparent", levels, shades)
+def _table(view: View, metric: str) -> str:
+    return "layers" if metric in view.study.columns("layers") else "runs"
 
 
-IN_PAGE = _from_variables()
-"""The palette of a page, which changes with the reader's preference and in print without drawing anything again."""
+def _in_words(rows: pd.DataFrame, cells: Sequence[str]) -> pd.DataFrame:
+    """Return the rows of a comparison in the order of their cells, with `cell`, `a`, `b` and `pair` in words."""
+    rows = arranged(rows, cells)
+    a, b = rows["a"].map(word), rows["b"].map(word)
+    return rows.assign(a=a, b=b, pair=a + " − " + b)
+
+
+def _by_seed(seeds: pd.DataFrame, keys: Sequence[str], level: str) -> pd.DataFrame:
+    """Return the values behind differences: a row for each key and level, a column for each seed."""
+    sides = [
+        seeds[[*keys, side, "seed", f"value_{side}"]].set_axis([*keys, level, "seed", "value"], axis=1) for side in "ba"
+    ]
+    wide = pd.concat(sides).pivot_table("value", [*keys, level], "seed", sort=False)  # one value: their mean
+    return wide.sort_index(axis=1).rename(columns="seed {}".format).reset_index()
+
+
+def _at_one_norm(rows: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, str]:
+    """Return the rows of the norm that a chart of one norm shows, the last, and the metric's name with its own."""
+    sites = rows["site"].tolist()
+    norm = LAST_NORM if LAST_NORM in sites else str(sites[-1])
+    return rows[rows["site"] == norm], f"{metric} at {norm}"

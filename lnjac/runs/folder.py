@@ -22,7 +22,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from lnjac.columns import Column
 from lnjac.files import file_sha256, why, write_atomically
-from lnjac.runs.schema import LONG, SCHEMA_VERSION, TABLES
+from lnjac.runs.schema import LONG, SCHEMA_VERSION
 
 STATUS = "status.json"
 FILES = {"layers": "layers.parquet", "runs": "run.parquet", "curves": "curve.parquet"}
@@ -162,12 +162,13 @@ class RunFolder:
     def write(
         self,
         name: str,
+        columns: Sequence[Column],
         rows: Sequence[Mapping[str, Any]],
         config: Sequence[tuple[Column, Any]],
         metadata: Mapping[str, Any],
     ) -> None:
         """Write one of the tables of FILES; only layers and runs hold the config, the others are joined by run_id."""
-        data = table(TABLES[name], config if name in ("layers", "runs") else (), rows)
+        data = table(columns, config if name in ("layers", "runs") else (), rows)
         self.save(FILES[name], lambda path: write_table(path, data, {"table": name, **metadata}))
 
     def save(self, file: str, write: Callable[[Path], object]) -> None:

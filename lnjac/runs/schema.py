@@ -1,138 +1,20 @@
 """Every column of every table, written down once: the files' schema, the checks and docs/columns.md come from here."""
 
-from lnjac.columns import Column
-from lnjac.norms.formulas import ENERGIES, RSTD_POWERS, SIGMA_QUANTILES, SURROGATES
+from lnjac.columns import KEY, Column
+from lnjac.norms.formulas import CALL
+from lnjac.norms.formulas import COLUMNS as MEASURED
 
 SCHEMA_VERSION = 2
 """Raised when a column is added or changes its name, type or meaning: tables of another version are not read."""
 
 
 RUN_ID = Column(
-    "run_id",
-    "string",
-    "",
-    "identity of the run's science: config with seed, corpus content, numerics version",
+    "run_id", "string", "", "identity of the run's science: config with seed, corpus content, numerics version", KEY
 )
-DIAG_ID = Column("diag_id", "string", "", "identity of the diagnostic's settings")
+DIAG_ID = Column("diag_id", "string", "", "identity of the diagnostic's settings", KEY)
+STEP = Column("step", "int64", "updates", "optimizer updates done when the row was measured", KEY)
 
-_STEP = Column("step", "int64", "updates", "optimizer updates done when the row was measured")
-_CALL = (
-    Column("site", "string", "", "the norm's dotted module name"),
-    Column("call", "int64", "", "which call of that module in one forward pass, from 0"),
-)
-
-_SITE = [
-    RUN_ID,
-    DIAG_ID,
-    _STEP,
-    *_CALL,
-    Column("block", "int64", "", "block number; null outside the blocks"),
-    Column("role", "string", "", "last part of the site's name: ln_1, ln_2, ln_f, …"),
-    Column("norm", "string", "", "layernorm or rmsnorm"),
-    Column("site_backward", "string", "", "the backward this norm had while training and while measured"),
-    Column(
-        "n_backwards",
-        "int64",
-        "",
-        "distinct ones among the eight backwards: 8; 4 for rmsnorm, where center is no factor",
-    ),
-    Column("d", "int64", "", "size of the normalised vectors"),
-    Column("dtype", "string", "", "dtype of the norm's input; the measurement itself is in float64"),
-    Column("loss_nats", "float64", "nats/token", "mean loss of the diagnostic batches"),
-    Column("n_tokens", "int64", "tokens", "tokens measured"),
-    Column(
-        "n_zero",
-        "int64",
-        "tokens",
-        "tokens whose g or t vanishes (below the dtype's tiny, or rounding noise): left out of the mean cosines",
-    ),
-]
-
-_ORIGINAL = [
-    Column(
-        "r_mean",
-        "float64",
-        "",
-        "ΣA/Σ‖g‖²: share of the gradient's energy that mean-centring removes; NaN for rmsnorm",
-    ),
-    Column("r_radial", "float64", "", "Σ‖z·m‖²/Σ‖g‖²: size of the radial term against the gradient"),
-    Column("sigma_mean", "float64", "", "mean over tokens of σ = √(v+ε) (rms for rmsnorm)"),
-    Column("sigma_std", "float64", "", "sample standard deviation over tokens of σ"),
-    Column(
-        "cos_center_vs_true",
-        "float64",
-        "",
-        "mean over tokens of cos(center_scale, true); for rmsnorm cos(scale, true)",
-    ),
-    Column("cos_ste_vs_true", "float64", "", "mean over tokens of cos(ste, true)"),
-    Column("cos_center_vs_ste", "float64", "", "mean over tokens of cos(center_scale, ste); NaN for rmsnorm"),
-]
-
-_SHARES = [
-    Column(
-        "cos_projected_vs_true",
-        "float64",
-        "",
-        "mean over tokens of cos(projected, true): 1 up to rounding, as σ is a scalar",
-    ),
-    Column(
-        "cos_radial_vs_true",
-        "float64",
-        "",
-        "mean over tokens of cos(radial_scale, true): what leaving out only the mean costs",
-    ),
-    Column(
-        "r_kept",
-        "float64",
-        "",
-        "Σ‖u‖²/Σ‖g‖², u = σ·t; r_mean + r_radial + r_kept falls short of 1 by 2Σρ(1−ρ)B/Σ‖g‖²",
-    ),
-    Column("share_mean", "float64", "", "ΣA/Σ‖g‖²; NaN for rmsnorm. The three shares sum to 1 exactly"),
-    Column("share_radial", "float64", "", "ΣB/Σ‖g‖²"),
-    Column("share_kept", "float64", "", "ΣC/Σ‖g‖²"),
-    Column("radial_share", "float64", "", "ΣB/Σ(B+C): the gauge-invariant radial share"),
-    Column("enrichment_mean", "float64", "", "d·r_mean: 1 for a gradient of random direction; NaN for rmsnorm"),
-    Column("enrichment_radial", "float64", "", "d·r_radial: 1 for a gradient of random direction"),
-    Column(
-        "enrichment_radial_share",
-        "float64",
-        "",
-        "(d−1)·radial_share (rmsnorm: d·radial_share): 1 for a random direction",
-    ),
-    Column("rho_mean", "float64", "", "mean over tokens of ρ = v/(v+ε)"),
-    *(Column(name, "float64", "", f"{q:.0%} quantile over tokens of σ") for name, q in SIGMA_QUANTILES.items()),
-    Column(
-        "rstd_cv",
-        "float64",
-        "",
-        "coefficient of variation over tokens of 1/σ, weighted by ‖u‖²: flat_cos_projected is 1/√(1 + rstd_cv²)",
-    ),
-    Column(
-        "jacobian_residual",
-        "float64",
-        "",
-        "‖t − autograd‖/‖t‖ of this norm replayed alone with the exact backward",
-    ),
-]
-
-_FLAT = [
-    Column(f"{stat}_{name}", "float64", "", f"{what} over all tokens as one long vector")
-    for name in SURROGATES
-    for stat, what in (("flat_cos", f"cos({name}, true)"), ("gain", f"‖{name}‖/‖true‖"))
-]
-
-_SUMS = [
-    Column(
-        f"sum_{energy}{suffix}",
-        "float64",
-        "",
-        f"Σ over tokens of σ^−{power}·{energy}, for the summed loss; {what}",
-    )
-    for energy, what in ENERGIES.items()
-    for suffix, power in RSTD_POWERS.items()
-]
-
-LAYERS = [*_SITE, *_ORIGINAL, *_SHARES, *_FLAT, *_SUMS]
+LAYERS = [RUN_ID, DIAG_ID, STEP, *MEASURED]
 
 RUNS = [
     RUN_ID,
@@ -202,8 +84,8 @@ CURVES = [
 DISTRIBUTIONS = [
     RUN_ID,
     DIAG_ID,
-    _STEP,
-    *_CALL,
+    STEP,
+    *CALL,
     Column(
         "quantity",
         "string",
@@ -230,7 +112,7 @@ DISTRIBUTIONS = [
 SWAPS = [
     RUN_ID,
     DIAG_ID,
-    _STEP,
+    STEP,
     Column(
         "place", "string", "", "where the backward was replaced: a site, a role of several sites (ln_1, ln_2), or all"
     ),
@@ -308,7 +190,7 @@ SWAPS = [
 TENSORS = [
     RUN_ID,
     DIAG_ID,
-    _STEP,
+    STEP,
     Column(
         "kind", "string", "", "model: the whole gradient; parameter; norm_output, norm_input: ∂L/∂y and ∂L/∂x of a norm"
     ),
@@ -334,7 +216,7 @@ TENSORS = [
 MECHANISM = [
     RUN_ID,
     DIAG_ID,
-    _STEP,
+    STEP,
     Column("place", "string", "", "a norm's site, or an attention or MLP layer's module name"),
     Column("call", "int64", "", "which call of that module in one forward pass, from 0"),
     Column("quantity", "string", "", "what was measured there: one of the quantities below"),

@@ -1,4 +1,4 @@
-"""How long the runs that a sweep still has to make will take, judged by finished runs of their shape."""
+"""Estimate the time that a sweep still needs, from finished runs of the same shape."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,38 +10,46 @@ from lnjac.runs.schema import RUNS
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lnjac.config.schema import RunConfig
-
 PER_RUN = ("seed", "steps", "eval.every", "eval.tokens")
 """Config columns, beside an optimizer's numbers, that leave the time of an update as it is."""
 
 
-def seconds(todo: Sequence["RunConfig"], tables: Iterable[Path]) -> tuple[float, int]:
-    """Estimated run time of these configs in all, and how many of them it covers.
+def seconds(todo: Sequence[Mapping[str, Any]], tables: Iterable[Path]) -> tuple[float, int]:
+    """Estimate the run time of these runs together.
 
-    A config's time per update is the median of the finished runs of its shape in `tables` (merged tables of runs): those
-    that differ from it in nothing but seed, steps and the optimizer's numbers. Evaluation and diagnostics are taken as
-    long as theirs.
+    A run's time per update is the median of the finished runs of its shape: those that differ from it in nothing but
+    seed, steps and the optimizer's numbers. Evaluation and diagnostics are taken as long as theirs.
+
+    Args:
+        todo: each run's config columns.
+        tables: merged tables of runs.
+
+    Returns:
+        Seconds in all, and the number of runs that they cover.
     """
     import pandas as pd
-
-    from lnjac.config.identity import column_values
 
     frames = [frame for path in tables if (frame := _timed(path)) is not None]
     if not frames:
         return 0.0, 0
     known = pd.concat(frames, ignore_index=True)
     total, covered = 0.0, 0
-    for config in todo:
-        same = known[known["shape"] == shape(column_values(config))]
+    for row in todo:
+        same = known[known["shape"] == shape(row)]
         if len(same):
-            total += float((same["per_update_s"] * config.steps + same["rest_s"]).median())
+            total += float((same["per_update_s"] * row["steps"] + same["rest_s"]).median())
             covered += 1
     return total, covered
 
 
+def in_words(seconds: float) -> str:
+    """Return the time as a reader wants it: `2 h 5 min`, `0 min 52 s`."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+
+
 def shape(row: Mapping[str, Any]) -> str:
-    """What fixes the time of an update, as text: all config columns but the numbers of PER_RUN and of the optimizer."""
+    """Return as text the config columns that fix the time of an update: not PER_RUN, nor the optimizer's numbers."""
     names = sorted(
         name for name in row if name not in PER_RUN and (name == "optimizer" or not name.startswith("optimizer."))
     )

@@ -11,15 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lnjac.config.schema import Device, Precision, RunConfig, Split
+from lnjac.config.schema import Device, RunConfig
 from lnjac.data import batches as data
 from lnjac.data.corpus import Corpus
 from lnjac.diagnostics import substitution as swap
 from lnjac.diagnostics.alignment import Alignment, over_draws
 from lnjac.diagnostics.attention import Mechanism
+from lnjac.diagnostics.settings import Split
 from lnjac.gpt import model as gpt
 from lnjac.gpt import optimizers as optim
 from lnjac.gpt.credit import is_feedback
+from lnjac.gpt.settings import Precision
 from lnjac.norms.analyse import examine
 from lnjac.seeding import sequence, stream
 from lnjac.training.graph import Passes, captured

@@ -19,16 +19,19 @@ from safetensors.torch import save_file
 
 from lnjac.config import identity as config_identity
 from lnjac.config import schema
-from lnjac.config.schema import Device, Precision, RunConfig
+from lnjac.config.schema import Device, RunConfig
 from lnjac.data import batches
 from lnjac.data.corpus import Corpus
 from lnjac.errors import ConfigError
 from lnjac.gpt import model as gpt
 from lnjac.gpt.credit import ONEDNN, is_feedback
+from lnjac.gpt.settings import Precision
+from lnjac.norms import decompose
 from lnjac.norms.layers import norms, unmatched
 from lnjac.progress import progress
 from lnjac.runs import folder as runs
 from lnjac.runs import state as plan
+from lnjac.runs.schema import DIAG_ID, RUN_ID, STEP, TABLES
 from lnjac.seeding import sequence
 from lnjac.text import layer_table
 from lnjac.training import checkpoint
@@ -57,8 +60,7 @@ def admit(config: RunConfig, *, here: bool = True) -> Corpus:
     except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
         problems.append(f"the config cannot be stored in a table: {error}; give its dataclass plain typed values")
     if not problems:
-        with torch.device("meta"):
-            sites = [name for name, _ in norms(gpt.GPT(config.model, config.attn_mode, vocab_size=1))]
+        sites = _sites(config)
         if not config.ln_backward.sites:
             problems.append("ln_backward.sites is empty: name a site, or use ln_backward=exact")
         problems += [
@@ -73,6 +75,18 @@ def admit(config: RunConfig, *, here: bool = True) -> Corpus:
     if problems := schema.check_corpus(config, len(corpus.train), len(corpus.val)):
         raise ConfigError("\n".join(problems))
     return corpus
+
+
+def _sites(config: RunConfig) -> list[str]:
+    """Return the names of the model's norms. A sweep checks thousands of configs of a few models, so they are kept."""
+    key = repr((config.model, config.attn_mode))
+    if key not in _KNOWN_SITES:
+        with torch.device("meta"):
+            _KNOWN_SITES[key] = [name for name, _ in norms(gpt.GPT(config.model, config.attn_mode, vocab_size=1))]
+    return _KNOWN_SITES[key]
+
+
+_KNOWN_SITES: dict[str, list[str]] = {}
 
 
 def _hardware_problems(config: RunConfig) -> list[str]:
@@ -335,9 +349,9 @@ def _write(
 ) -> None:
     config = training.config
     metadata = {**identity, "config": config_identity.to_dict(config), "provenance": _environment(config, training)}
-    columns = config_identity.columns(config)
+    declared = {**TABLES, "layers": [RUN_ID, DIAG_ID, STEP, *decompose.columns()]}
     for name, rows in tables.items():
-        out.write(name, rows, columns, metadata)
+        out.write(name, declared[name], rows, config_identity.columns(config), metadata)
     idx, targets = (torch.stack(part) for part in zip(*training.diagnostic_batches(), strict=True))
     out.save(runs.BATCH, lambda path: save_file({"idx": idx, "targets": targets}, path))
     if config.save_model:

@@ -32,7 +32,7 @@ def make_run(folder: Path, seed: int = 1, *, steps: tuple[int, ...] = (0, 100), 
         for step in steps
         for i, site in enumerate(("blocks.0.ln_1", "ln_f"))
     ]
-    out.write("layers", layers, config, {})
+    out.write("layers", tables.TABLES["layers"], layers, config, {})
     known = {
         "status": "done",
         "diverged_step": None,
@@ -40,8 +40,8 @@ def make_run(folder: Path, seed: int = 1, *, steps: tuple[int, ...] = (0, 100), 
         "unigram_nats": 3.0,
         "bigram_nats": 2.0,
     }
-    out.write("runs", [row("runs", **(ids | known | run))], config, {})
-    out.write("curves", [row("curves", run_id=ids["run_id"], step=0)], config, {})
+    out.write("runs", tables.TABLES["runs"], [row("runs", **(ids | known | run))], config, {})
+    out.write("curves", tables.TABLES["curves"], [row("curves", run_id=ids["run_id"], step=0)], config, {})
     out.status(run.get("status", "done"))
     return folder
 
@@ -255,7 +255,7 @@ def test_show_a_sweep_lists_the_runs_to_choose_from(lnjac: Any, tmp_path: Path):
     assert code == 1
     assert err == f"lnjac: {tmp_path} holds 2 runs: choose one by --run from abc1, abc2\n"
     assert lnjac("show", tmp_path, "--run", "abc2") == lnjac("show", tmp_path / "1")
-    error = f"lnjac: {tmp_path} holds no run whose run_id starts with 0: choose one by --run from abc1, abc2\n"
+    error = f"lnjac: the run_id of no runs in {tmp_path} starts with 0: choose one by --run from abc1, abc2\n"
     assert lnjac("show", tmp_path, "--run", 0) == (1, "", error)
     error = f"lnjac: the run_id of 2 runs in {tmp_path} starts with a: choose one by --run from abc1, abc2\n"
     assert lnjac("show", tmp_path, "--run", "a") == (1, "", error)
@@ -279,7 +279,7 @@ def test_show_a_merged_file_asks_for_one_of_its_runs(lnjac: Any, tmp_path: Path)
     assert lnjac("show", out) == (1, "", f"lnjac: {out} holds 2 runs: choose one by --run from abc1, abc2\n")
     assert lnjac("show", out, "--run", "abc2")[1] == lnjac("show", tmp_path / "1")[1]
     code, _, err = lnjac("show", out, "--run", "zzz")
-    said = f"lnjac: {out} holds no run whose run_id starts with zzz: choose one by --run from abc1, abc2\n"
+    said = f"lnjac: the run_id of no runs in {out} starts with zzz: choose one by --run from abc1, abc2\n"
     assert (code, err) == (1, said)
 
 

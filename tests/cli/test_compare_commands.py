@@ -5,7 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import pytest
@@ -13,8 +13,8 @@ from support.folders import make_run, noise
 from support.tables import COSTS, NULLS, TWO_MODES, run, study
 from typer.testing import CliRunner
 
-from lnjac.cli import compare as cli_compare
 from lnjac.cli import main as cli
+from lnjac.cli import options, tables
 from lnjac.comparing import intervals as stats
 from lnjac.runs import folder as runs
 
@@ -209,10 +209,10 @@ def test_a_missing_level_is_called_null_and_a_moving_column_is_left_open(tmp_pat
 def test_a_table_too_wide_for_the_terminal_loses_no_character(
     modes: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
-    found = cli_compare.Grid("t", ["site", "difference"], 1, [["x" * 70, "0.123456789012"]], set())
+    found = tables.Grid("t", ["site", "difference"], 1, [["x" * 70, "0.123456789012"]], set())
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
-    cli_compare._print([found])
+    tables.show([found])
     text = capsys.readouterr().out
     assert text.count("x") == 70
     assert "…" not in text
@@ -226,7 +226,7 @@ def test_every_command_has_help_with_an_example(command: str):
 
 
 def test_intervals_offered_are_those_there_are():
-    assert tuple(kind.value for kind in cli_compare.IntervalKind) == stats.METHODS
+    assert get_args(options.IntervalKind) == stats.METHODS
 
 
 @pytest.mark.parametrize("kind", stats.METHODS)

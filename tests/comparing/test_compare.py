@@ -16,15 +16,16 @@ import pytest
 from support.folders import make_run
 from support.tables import COSTS, NULLS, SITES, TWO_MODES, run, study
 
+from lnjac.columns import SUM
 from lnjac.comparing import compare as comparing
 from lnjac.comparing import intervals as stats
-from lnjac.comparing import pooling
 from lnjac.comparing.compare import compare
 from lnjac.comparing.cost import cost
 from lnjac.comparing.intervals import Inference
 from lnjac.comparing.scaling import scaling
 from lnjac.comparing.study import Study, read, word
 from lnjac.errors import ConfigError
+from lnjac.norms.formulas import COLUMNS
 from lnjac.runs import folder as runs
 from lnjac.runs import merge as sweep
 
@@ -54,7 +55,11 @@ def of_energies(folder: Path, energy: Mapping[str, Sequence[float]]) -> Study:
         ((0.25, 0.4), (0.75, 1.2))
     ):  # of the norm's energy, and of its share, in this call
         radial = part * of * share * np.array(total)
-        sums = dict.fromkeys(pooling.NEEDED, 0.0) | {"d": 8, "norm": "layernorm", "n_tokens": 10}
+        sums = dict.fromkeys((c.name for c in COLUMNS if c.pool == SUM), 0.0) | {
+            "d": 8,
+            "norm": "layernorm",
+            "n_tokens": 10,
+        }
         sums |= {"sum_B": radial, "sum_C": part * np.array(total) - radial, "call": call}
         parts.append(rows.assign(radial_share=of * share, **sums))
     note = {"table": "layers", "merged": True, "merge_id": "m"}

@@ -307,7 +307,7 @@ def test_default_interval_covers_at_its_nominal_rate(n: int):
 def test_documented_coverage_is_what_is_simulated(root: Path, name: str):
     found = [SIMULATED[name](n) for n in (3, 5, 10)]
     print(f"\n| {name} | " + " | ".join(f"{rate:.2f}" for rate in found) + " |")
-    text = (root / "docs" / "comparing.md").read_text()
+    text = (root / "docs" / "statistics.md").read_text()
     said = re.search(rf"^\| {name} \| (.*) \|$", text, re.MULTILINE)
-    assert said, f"docs/comparing.md has no line for {name}"
+    assert said, f"docs/statistics.md has no line for {name}"
     np.testing.assert_allclose([float(cell) for cell in said[1].split("|")], found, atol=0.011)

@@ -7,12 +7,14 @@ import pandas as pd
 import pytest
 import torch
 
-from lnjac.comparing.pooling import KEY, pooled
+from lnjac.columns import Column
+from lnjac.comparing.pooling import NORM, needed, pooled
 from lnjac.norms import decompose as jacobian
 from lnjac.norms.decompose import Tokens
 from lnjac.norms.formulas import ENERGIES, RSTD_POWERS
 
 D = 12
+KNOWN = {column.name: column for column in jacobian.columns()}
 SPREAD = ("sigma_std", "sigma_q50", "jacobian_residual", "cos_center_vs_ste")
 """What a sum does not hold, and, of rmsnorm, what is NaN throughout."""
 
@@ -37,10 +39,10 @@ def test_pooled_calls_are_as_one_call_of_all_tokens(rms: bool):
     rows.append(row(parts[0], "ln_f", 0, rms=rms))
     whole = row(jacobian.concatenate(parts), "ln", 0, rms=rms)
     sums = [f"sum_{energy}{suffix}" for energy in ENERGIES for suffix in RSTD_POWERS]
-    metrics = [name for name in whole if name not in (*KEY, "call", "d", "norm", *SPREAD) and "_q" not in name]
+    metrics = [name for name in whole if name not in (*NORM, "call", "d", "norm", *SPREAD) and "_q" not in name]
     assert {"radial_share", "r_radial", "flat_cos_ste", "gain_center", "cos_center_vs_true", *sums} <= {*metrics}
-    found = pooled(pd.DataFrame(rows), metrics)
-    assert found[KEY].to_numpy().tolist() == [["r", "d", 5, "ln"], ["r", "d", 5, "ln_f"]]
+    found = pooled(pd.DataFrame(rows), metrics, KNOWN)
+    assert found[NORM].to_numpy().tolist() == [["r", "d", 5, "ln"], ["r", "d", 5, "ln_f"]]
     np.testing.assert_allclose(found.loc[0, metrics].astype(float), [whole[name] for name in metrics], rtol=1e-9)
     np.testing.assert_allclose(found.loc[1, metrics].astype(float), [rows[2][name] for name in metrics], rtol=1e-9)
     naive = np.mean([one["radial_share"] for one in rows[:2]])
@@ -49,6 +51,38 @@ def test_pooled_calls_are_as_one_call_of_all_tokens(rms: bool):
 
 def test_what_does_not_add_is_missing_where_there_are_several_calls():
     rows = [row(tokens(1 + call, 9, rms=False), site, call, rms=False) for site, call in (("a", 0), ("a", 1), ("b", 0))]
-    found = pooled(pd.DataFrame(rows), ["sigma_q50"])
+    found = pooled(pd.DataFrame(rows), ["sigma_q50"], KNOWN)
     assert np.isnan(found["sigma_q50"][0])
     assert found["sigma_q50"][1] == rows[2]["sigma_q50"]
+
+
+def test_a_metric_of_ones_own_is_pooled_as_its_mean_over_all_tokens(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jacobian, "METRICS", {})
+
+    @jacobian.metric("mean over tokens of log₂ σ", "octaves")
+    def log2_sigma(tokens: Tokens) -> torch.Tensor:
+        return tokens.sigma.log2()
+
+    assert jacobian.columns()[-1][:4] == ("log2_sigma", "float64", "octaves", "mean over tokens of log₂ σ")
+    parts = [tokens(1, 40, rms=False), tokens(5, 10, rms=False)]
+    parts[0].measurable[:25] = False
+    rows = pd.DataFrame([row(part, "ln", call, rms=False) for call, part in enumerate(parts)])
+    whole = row(jacobian.concatenate(parts), "ln", 0, rms=False)["log2_sigma"]
+    known = {column.name: column for column in jacobian.columns()}
+    assert needed(["log2_sigma"], known) == [*NORM, "log2_sigma", "n_tokens", "n_zero"]
+    np.testing.assert_allclose(pooled(rows, ["log2_sigma"], known)["log2_sigma"], [whole], rtol=1e-12)
+    assert np.isnan(pooled(rows, ["log2_sigma"], KNOWN)["log2_sigma"][0])  # without its description
+
+
+@pytest.mark.parametrize(
+    ("pool", "expected"),
+    [("sum", 4.0), ("minimum", 1.0), ("mean weighted by n", 2.5), ("x / n", 4 / 4), ("x / lost", np.nan), ("", np.nan)],
+)
+def test_a_column_is_pooled_as_its_description_says(pool: str, expected: float):
+    rows = pd.DataFrame({"run_id": "r", "diag_id": "d", "step": 0, "site": "a", "x": [1.0, 3.0], "n": [1, 3]})
+    known = {
+        "m": Column("m", "float64", "", "", pool=pool),
+        "x": Column("x", "float64", "", "", pool="sum"),
+        "n": Column("n", "int64", "", "", pool="sum"),
+    }
+    np.testing.assert_equal(pooled(rows.assign(m=rows["x"]), ["m"], known)["m"].tolist(), [expected])

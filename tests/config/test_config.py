@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import sys
+import tracemalloc
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -98,13 +99,34 @@ def test_every_bad_value_is_said_at_once() -> None:
 @pytest.mark.parametrize("overrides", [
     (), ("method=kp", "attn_mode=sigmoid", "attn_mode.bias=-2.0"), ("steps=${batch_size}", "model.n_embd=64"),
     ("+experiment=original", "data=text", "data.files=[a,b]"), ("model=tiny", "ln_backward=ste", "ln_backward.sites=ln_f"),
+    ("eval={every:2}", "eval.every=3", "threads=null"), ("ln_backward.sites.0=ln_1", "optimizer.lr=-0.0", "optimizer.lr=0.0"),
+    ("sweep=A", "method.policy={qkv:true}", "method.policy.fc=true", "seed=1", "seed=2"), ("eval.every=${steps}", "steps=7"),
 ])  # fmt: skip
 def test_configs_are_composed_as_hydra_composes_them(overrides: tuple[str, ...]) -> None:
     for _ in range(2):  # the second time from what is known
         ours = compose(*overrides)
         with initialize_config_dir(version_base="1.3", config_dir=str(config_compose.CONF)):
-            assert ours == build(hydra_compose("config", list(overrides), return_hydra_config=True))
-        ours.batch_size = -1  # which the next one does not see
+            full = hydra_compose("config", list(overrides), return_hydra_config=True)
+        assert ours == build(config_compose.plain(full), full.hydra.runtime.choices)
+        ours.batch_size = -1  # the next config must not see it, nor this:
+        ours.ln_backward.sites.append("ln_9")
+
+
+def test_a_sweep_asks_hydra_once_a_member_and_holds_thousands_of_jobs() -> None:
+    known = config_compose._composer(config_compose.CONF, 0)
+    asked: list[list[str]] = []
+    composer = config_compose.Composer(known.loader, lambda words: asked.append(words) or known._load(words))
+    words = [[f"attn_mode={mode}", f"optimizer.lr={lr}"] for mode in ("softmax", "sigmoid") for lr in (0.1, 0.2)]
+    made = [composer.compose(own).build() for own in words]
+    assert len({run_id(c, "d") for c in made}) == 4
+    assert asked == [["attn_mode=softmax"], ["attn_mode=sigmoid"]]
+    tracemalloc.start()
+    try:
+        jobs = [(job := composer.compose([*own, f"seed={seed}"]), job.build()) for seed in range(50) for own in words]
+        assert tracemalloc.get_traced_memory()[0] / len(jobs) < 20_000
+    finally:
+        tracemalloc.stop()
+    assert len(asked) == 2
 
 
 def test_an_edited_file_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import lnjac
 from lnjac.config.compose import compose
-from lnjac.config.schema import Parts
 from lnjac.diagnostics import substitution as swap
 from lnjac.diagnostics import switch
+from lnjac.diagnostics.settings import Parts
 from lnjac.gpt import credit
 from lnjac.gpt import optimizers as optim
 from lnjac.norms import decompose as jacobian

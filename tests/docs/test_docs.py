@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,6 +15,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+from lnjac.columns import Column
 from lnjac.config import compose, schema
 from lnjac.gpt import attention, methods
 from lnjac.norms import decompose as jacobian
@@ -92,14 +94,15 @@ def defined(monkeypatch: pytest.MonkeyPatch, module: object, code: str, name: st
 
 
 def test_how_to_add_a_metric(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = root / "docs" / "how-to.md"
+    page = root / "docs" / "extending.md"
     monkeypatch.setattr(jacobian, "METRICS", {})
-    column = eval(example(page, 'Column("log2_sigma"'), vars(tables))
-    monkeypatch.setitem(tables.TABLES, "layers", [*tables.LAYERS, column])
     exec(example(page, "@metric"), {**vars(jacobian)})
+    ratio = eval(example(page, 'Column("mean_to_radial"'), {"Column": Column})
+    monkeypatch.setattr(jacobian, "COLUMNS", [*jacobian.COLUMNS, ratio])
     settings = compose.compose(*SHORT, f"data.dir={tmp_path}/play", "diagnostics.distributions=true")
     assert train.run(settings, tmp_path / "run") == "done"
     layers = runs.read_table(tmp_path / "run" / "layers.parquet").to_pandas()
+    np.testing.assert_allclose(layers["mean_to_radial"], layers["sum_A"] / layers["sum_B"], rtol=1e-12)
     spread = runs.read_table(tmp_path / "run" / "distributions.parquet").to_pandas()
     ends = spread[(spread["quantity"] == "log2_sigma") & (spread["statistic"] == "quantile")]
     low, high = (ends[ends["at"] == at].set_index("site")["value"] for at in (0.0, 1.0))
@@ -110,7 +113,7 @@ def test_how_to_add_a_metric(root: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_how_to_add_a_surrogate(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, add_member: Callable[..., str]
 ) -> None:
-    page = root / "docs" / "how-to.md"
+    page = root / "docs" / "extending.md"
     defined(monkeypatch, norm, example(page, "class Mixture"), "Mixture")
     member = add_member("ln_backward", example(page, "lnjac.norms.layers.Mixture", "yaml"))
     row = run_with(tmp_path, f"ln_backward={member}")
@@ -126,7 +129,7 @@ def test_how_to_add_a_surrogate(
 def test_how_to_add_a_method(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, add_member: Callable[..., str]
 ) -> None:
-    page = root / "docs" / "how-to.md"
+    page = root / "docs" / "extending.md"
     defined(monkeypatch, methods, example(page, "class NoisyTranspose"), "NoisyTranspose")
     member = add_member("method", example(page, "lnjac.gpt.methods.NoisyTranspose", "yaml"))
     row = run_with(tmp_path, f"method={member}")
@@ -136,14 +139,14 @@ def test_how_to_add_a_method(
 def test_how_to_add_an_attention_mode(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, add_member: Callable[..., str]
 ) -> None:
-    defined(monkeypatch, attention, example(root / "docs" / "how-to.md", "class Squared"), "Squared")
-    member = add_member("attn_mode", example(root / "docs" / "how-to.md", "lnjac.gpt.attention.Squared", "yaml"))
+    defined(monkeypatch, attention, example(root / "docs" / "extending.md", "class Squared"), "Squared")
+    member = add_member("attn_mode", example(root / "docs" / "extending.md", "lnjac.gpt.attention.Squared", "yaml"))
     row = run_with(tmp_path, f"attn_mode={member}")
     assert (row["attn_mode"], row["attn_mode.gain"]) == ("squared", 1.0)
 
 
 def test_how_to_ask_a_question(root: Path) -> None:
-    text = example(root / "docs" / "how-to.md", "+experiment=affine", "yaml")
+    text = example(root / "docs" / "extending.md", "+experiment=affine", "yaml")
     assert text.startswith("# @package _global_\n# Claim: ")
     swept = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
     assert swept == {"model.affine": "true,false", "seed": "1,2,3,4,5,6"}

@@ -10,10 +10,11 @@ from support.trained import BLOCK, N_LAYER, TINY, VOCAB, D, config_of, corpus, p
 from torch import Tensor, nn
 
 from lnjac.config.compose import compose
-from lnjac.config.schema import Precision, check
+from lnjac.config.schema import check
 from lnjac.gpt import credit, methods
 from lnjac.gpt import model as gpt
 from lnjac.gpt import optimizers as optim
+from lnjac.gpt.settings import Precision
 from lnjac.norms.analyse import analyse
 from lnjac.training.loop import Training
 
@@ -598,7 +599,7 @@ def test_dfa_is_the_pullback_of_each_part(inject: str, error: str, cut_head: boo
 
 
 def test_a_surrogate_at_ln_f_reaches_no_block_under_dfa() -> None:
-    """Only the rounding of ln_f's own gradient differs, by which docs/study judges the costs of so unstable a method."""
+    """Only the rounding of ln_f's own gradient differs, by which docs/study.md judges the costs of so unstable a method."""
     exact = gradients(perturb(build("method=dfa")))
     found = gradients(perturb(build("method=dfa", "ln_backward=center_scale", "ln_backward.sites=[ln_f]")))
     assert_close(found, exact)

@@ -15,10 +15,11 @@ from support import reference
 from torch import Tensor
 
 from lnjac.config.compose import compose
-from lnjac.config.schema import NormKind, Placement, RunConfig, check
+from lnjac.config.schema import RunConfig, check
 from lnjac.data import batches
 from lnjac.data import corpus as data
 from lnjac.gpt import model as gpt
+from lnjac.gpt.settings import NormKind, Placement
 from lnjac.norms.layers import norms
 from lnjac.seeding import normal, sequence, stream
 from lnjac.training.loop import Training

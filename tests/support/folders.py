@@ -99,7 +99,7 @@ def make_run(
     for name, said in (long or {}).items():
         rows[name] = [row(TABLES[name], (run_id, name, i), **(ids | {"step": 0} | more)) for i, more in enumerate(said)]
     for name, content in rows.items():
-        out.write(name, content, columns, note or {})
+        out.write(name, TABLES[name], content, columns, note or {})
     out.status(status)
     return folder
 

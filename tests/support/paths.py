@@ -3,5 +3,5 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-STUDY = ROOT / "docs" / "study"
-STUDY_PAGE = STUDY / "README.md"
+STUDY = ROOT / "studies" / "cost"
+STUDY_PAGE = ROOT / "docs" / "study.md"

@@ -1,6 +1,5 @@
 """Start sweeps, wait for them, find their processes, and read what they merged."""
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -15,9 +14,11 @@ from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext, RunMode
+from hydra.utils import instantiate
 from support.commands import TINY, command
 from support.paths import ROOT
 
+from lnjac.cli.run import task
 from lnjac.config.compose import CONF, as_typed
 from lnjac.runs import folder as runs
 from lnjac.runs import read as reader
@@ -26,11 +27,11 @@ from lnjac.runs.schema import VOLATILE
 
 def sweeper_of(*words: str) -> Any:
     """A sweeper set up as Hydra does for these words, but for its launcher, whose package may not be installed."""
-    sweeper = importlib.import_module("hydra_plugins.lnjac_plugins").LnjacSweeper(max_batch_size=None)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        sweeper.hydra_context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
-        loader = sweeper.hydra_context.config_loader
-        sweeper.config = loader.load_configuration("config", as_typed(words), RunMode.MULTIRUN)
+        context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
+        config = context.config_loader.load_configuration("config", as_typed(words), RunMode.MULTIRUN)
+    sweeper = instantiate(config.hydra.sweeper)
+    sweeper.hydra_context, sweeper.task_function, sweeper.config, sweeper.launcher = context, task, config, None
     return sweeper
 
 

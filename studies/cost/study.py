@@ -1,9 +1,9 @@
-"""Every number of docs/study/README.md, from the merged tables beside it.
+"""Compute every number of docs/study.md from the merged tables in this folder.
 
-    python docs/study/study.py           # print each block
-    python docs/study/study.py --write   # put them into README.md, between their markers
+    python studies/cost/study.py           # print each block
+    python studies/cost/study.py --write   # put them into docs/study.md, between their markers
 
-A test holds README's blocks equal to this output.
+A test holds the page's blocks equal to this output.
 """
 
 import re
@@ -25,6 +25,7 @@ from lnjac.runs.merge import load
 from lnjac.runs.read import companions
 
 HERE = Path(__file__).resolve().parent
+PAGE = HERE.parents[1] / "docs" / "study.md"
 SHORT, LONG = "cost250", "cost1000"
 LONG_BF16 = "cost1000_bf16"
 METHODS = "methods250"
@@ -607,11 +608,15 @@ def blocks() -> Iterator[tuple[str, str]]:
 
 
 def filled(text: str) -> str:
-    """README's text with each block put between its markers. Raises KeyError for a block that is not there."""
+    """Return the page's text with each block put between its markers.
+
+    Raises:
+        KeyError: the text has no markers for a block.
+    """
     for name, content in blocks():
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not marked.search(text):
-            raise KeyError(f"README.md has no block {name}")
+            raise KeyError(f"docs/study.md has no block {name}: add its two markers")
         text = marked.sub(partial(_between, content), text)
     return text
 
@@ -621,9 +626,8 @@ def _between(content: str, found: "re.Match[str]") -> str:
 
 
 if __name__ == "__main__":
-    readme = HERE / "README.md"
     if "--write" in sys.argv[1:]:
-        readme.write_text(filled(readme.read_text()))
+        PAGE.write_text(filled(PAGE.read_text()))
     else:
         for name, content in blocks():
             print(f"<!-- {name} -->\n{content}\n<!-- /{name} -->\n")

@@ -1,0 +1,64 @@
+"""Options that several commands share, and the reading of their sources."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lnjac.cli.tables import require_format
+
+if TYPE_CHECKING:
+    from lnjac.comparing.intervals import Inference
+    from lnjac.comparing.study import Study
+
+IntervalKind = Literal["t", "signflip"]
+
+Sources = Annotated[list[Path], typer.Argument(help="A merged table, or any mix of tables, sweeps and runs.")]
+Metrics = Annotated[str, typer.Option("--metric", help="Columns, separated by commas.", show_default=False)]
+At = Annotated[int | None, typer.Option(help="The measured step; each run's last unless given.")]
+Where = Annotated[str | None, typer.Option(help="Only rows that meet this condition, such as \"method == 'fa'\".")]
+OfRuns = Annotated[bool, typer.Option("--runs/--layers", help="Columns of runs (losses), or of the norms in them.")]
+Reference = Annotated[
+    str | None, typer.Option(help="The level that each other is compared with; all pairs unless given.")
+]
+Seeds = Annotated[bool, typer.Option("--seeds", help="Show every seed.")]
+Kind = Annotated[IntervalKind, typer.Option("--interval", help="Student's t, or that with a sign-flip p.")]
+Confidence = Annotated[float, typer.Option(min=0.5, max=0.9999, help="Of the intervals.")]
+RTol = Annotated[float, typer.Option(min=0, help="Relative difference up to which numbers are equal.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        callback=require_format,
+        help="Also write it: X.csv, X.parquet (of every seed with --seeds), X.md, X.tex.",
+    ),
+]
+
+SEED = 0
+"""Of a permutation's draws: the same table gives the same numbers."""
+
+
+def study(sources: Sequence[Path]) -> "Study":
+    """Return the tables of the sources; a bar shows while runs are read."""
+    from lnjac.comparing import study as comparing
+    from lnjac.progress import bar
+
+    with bar("reading runs") as progress:
+        return comparing.read(sources, progress)
+
+
+def names(text: str) -> list[str]:
+    """Return the names in a text that separates them by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def inference(kind: IntervalKind, confidence: float) -> "Inference":
+    """Return how intervals are made, as the options ask for it."""
+    import numpy as np
+
+    from lnjac.comparing.intervals import Inference
+
+    return Inference(kind, confidence, np.random.default_rng(SEED))

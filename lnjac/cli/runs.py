@@ -1,0 +1,176 @@
+"""Commands about runs as they are: merge, show, diff."""
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lnjac.cli.options import AsJson, RTol
+from lnjac.cli.tables import ascii_json
+from lnjac.errors import ConfigError
+from lnjac.escape import visible
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+commands = typer.Typer(rich_markup_mode=None)
+
+
+@commands.command()
+def merge(
+    sources: Annotated[list[Path], typer.Argument(help="Run folders, sweep folders, merged files: any mix.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file of layer rows, X.parquet.")],
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if any run has to be skipped.")] = False,
+    rtol: RTol = 1e-6,
+    as_json: AsJson = False,
+) -> None:
+    """Merge runs and sweeps into X.parquet, X.runs.parquet, X.curves.parquet, with a report in X.merge.json.
+
+    \b
+    Example:
+        lnjac merge multirun/A multirun/B -o all.parquet
+    """
+    from lnjac.progress import bar
+    from lnjac.runs.merge import merge
+
+    with bar("reading runs") as progress:
+        report = merge(sources, output, strict=strict, rtol=rtol, progress=progress)
+    print(report.to_json().rstrip() if as_json else "\n".join(report.lines()))
+
+
+@commands.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, a sweep's, or a merged file.")],
+    step: Annotated[int | None, typer.Option(help="The measured step; the last one unless given.")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="One of several runs: the start of its run_id (or run_id/diag_id).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the table of one finished run: a line for each norm.
+
+    \b
+    Example:
+        lnjac show multirun/A/RUN --step 100
+        lnjac show all.parquet --run 3f2a
+    """
+    from lnjac.text import layer_table, listed
+
+    one, layers = _one_run(folder, run)
+    steps = sorted(layers["step"].unique().tolist())
+    if step is not None and step not in steps:
+        raise ConfigError(f"{folder} was not measured at step {step}: choose one of {listed(steps) or 'no step'}")
+    layers = layers[layers["step"] == (step if step is not None else max(steps, default=0))]
+    if as_json:
+        print(ascii_json({"run": one, "layers": layers}))
+        return
+    print(visible(_headline(one)))
+    print(layer_table(layers) if len(layers) else "no norms were measured")
+
+
+@commands.command()
+def diff(
+    one: Annotated[Path, typer.Argument(help="A merged table.")],
+    other: Annotated[Path, typer.Argument(help="Another.")],
+    rtol: RTol = 1e-6,
+    as_json: AsJson = False,
+) -> None:
+    """Print the differences of two merged tables: exit code 1 if there are any, 2 if a table cannot be read.
+
+    Wall times, commits, versions and devices may differ.
+
+    \b
+    Example:
+        lnjac diff before.parquet after.parquet && echo the same science
+    """
+    from lnjac.runs.diff import diff
+
+    try:
+        found = diff(one, other, rtol)
+    except ConfigError as error:
+        print(f"lnjac: {visible(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    if as_json:
+        parts = ("only_one", "only_other", "changed", "columns")
+        print(ascii_json({table.table: {name: getattr(table, name) for name in parts} for table in found}))
+    else:
+        lines = [line for table in found for line in table.lines(str(one), str(other))]
+        print("\n".join(map(visible, lines)) or "the same science")
+    if any(found):
+        sys.exit(1)
+
+
+@commands.command(hidden=True)
+def columns() -> None:
+    """Print the reference of all columns, docs/columns.md.
+
+    \b
+    Example:
+        lnjac columns > docs/columns.md
+    """
+    from lnjac.runs import schema
+
+    sys.stdout.write(schema.markdown())
+
+
+def _one_run(folder: Path, run: str | None) -> "tuple[pd.Series[Any], pd.DataFrame]":
+    """Return the row of the run that is meant, and the rows of its norms."""
+    from lnjac.runs.folder import read_status
+    from lnjac.runs.placing import finish
+    from lnjac.runs.read import OWNER, Unfit, read, search
+
+    found = search([folder])
+    for line in (*found.notes, *(f"{path}: {reason}" for path, reason in found.skipped)):
+        print(f"lnjac: {line}", file=sys.stderr)
+    if not found.sources:
+        raise ConfigError(f"{folder} holds no run: name a run's folder or a merged file")
+    source = found.sources[0]
+    if len(found.sources) > 1:
+        known = [read_status(each.path) for each in found.sources]
+        source = found.sources[_chosen([[str(status.get(key, "?")) for key in OWNER] for status in known], run, folder)]
+    if source.merged:
+        finish(source.path)
+    try:
+        tables = read(source)
+    except Unfit as error:
+        raise ConfigError(f"{source.path}: {error}") from None
+    every, layers = (tables[name].to_pandas() for name in ("runs", "layers"))
+    one = every.iloc[_chosen(every[list(OWNER)].to_numpy().tolist(), run, folder)]
+    return one, layers[(layers[list(OWNER)] == one[list(OWNER)]).all(axis=1)]
+
+
+def _chosen(ids: Sequence[Sequence[str]], run: str | None, folder: Path) -> int:
+    """Return the index of the run that `run`, the start of run_id/diag_id, means; the only one need not be named."""
+    from lnjac.text import listed
+
+    names = ["/".join(each) for each in ids]
+    found = [i for i, name in enumerate(names) if name.startswith(run or "")]
+    if len(found) == 1:
+        return found[0]
+    wrong = f"{folder} holds {len(names)} runs"
+    if run:
+        wrong = f"the run_id of {len(found) or 'no'} runs in {folder} starts with {run}"
+    choice = [ids[i] for i in found or range(len(ids))]
+    alike = [one for one, _ in choice]
+    short = [one if alike.count(one) == 1 else f"{one}/{other}" for one, other in choice]
+    raise ConfigError(f"{wrong}: choose one by --run from {listed(short)}")
+
+
+def _headline(run: "pd.Series[Any]") -> str:
+    """Return the run in one line: the config's members and numbers that have no dot in their name, status, losses."""
+    from lnjac.runs.schema import RUNS
+    from lnjac.text import number
+
+    declared = {column.name for column in RUNS}
+    config = " ".join(f"{name}={run[name]}" for name in run.index if name not in declared and "." not in name)
+    status = run["status"]
+    if status == "diverged" and not math.isnan(run["diverged_step"]):
+        status = f"diverged at step {run['diverged_step']:.0f}"
+    losses = ", ".join(
+        f"{name} {number(run[f'{column}_nats'])}"
+        for name, column in (("val loss", "val_loss"), ("unigram", "unigram"), ("bigram", "bigram"))
+    )
+    return f"{config} | {status} | {losses} nats/token"

@@ -1,0 +1,197 @@
+"""A study's runs as charts show them: the levels of one column beside each other, within cells of all else that varies."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lnjac.comparing import compare, intervals, pooling
+from lnjac.comparing import study as studies
+from lnjac.comparing.filter import Where, known_column
+from lnjac.comparing.study import RUN, Study, word
+from lnjac.errors import ConfigError
+from lnjac.runs.folder import DONE
+
+ENRICHMENTS = ("enrichment_radial_share", "enrichment_mean")
+METRICS = (*compare.LAYER_METRICS, "flat_cos_center_scale", "flat_cos_projected", *ENRICHMENTS)
+"""The metrics of a layer that are shown unless another is asked for."""
+SAME = {"enrichment_radial_share": "radial_share"}
+"""Metrics that are a multiple of another within a width: testing both would be testing one thing twice."""
+
+ALL = "all runs"
+"""The name of the only level, or of the only cell."""
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A study's runs arranged by the levels of the column `by`, which is empty if nothing varies but the seed.
+
+    `runs` holds the chosen runs in the order of their cells and levels, named in the columns `cell` and `level`.
+    """
+
+    study: Study
+    by: str
+    where: str | None
+    runs: pd.DataFrame
+
+    @property
+    def cells(self) -> list[str]:
+        """Return the cells' names in their order."""
+        return list(dict.fromkeys(self.runs["cell"]))
+
+    @property
+    def done(self) -> pd.DataFrame:
+        """Return the runs that did not diverge: their keys, cell, level and seed."""
+        done = self.runs.loc[self.runs["status"] == DONE, [*RUN, "cell", "level", "seed"]]
+        if done.empty:
+            raise ConfigError("all of these runs diverged")
+        return done
+
+    @property
+    def metrics(self) -> list[str]:
+        """Return those of METRICS that the table holds."""
+        held = set(self.study.columns("layers"))
+        return [name for name in METRICS if name in held]
+
+    @property
+    def tested(self) -> list[str]:
+        """Return those of the metrics whose differences are tested, each quantity once."""
+        return [name for name in self.metrics if SAME.get(name) not in METRICS]
+
+    @cached_property
+    def norms_compared(self) -> compare.Comparison:
+        """Compare all tested metrics of a layer at once."""
+        return compare.compare(self.study, self.by, metrics=self.tested, where=self.where)
+
+    def layers(self, metrics: Sequence[str], *, last: bool) -> pd.DataFrame:
+        """Return cell, level, step, seed, site, metric and value of every norm of the runs that did not diverge.
+
+        Values are of each run's last step, or of all steps.
+        """
+        studies.require_metrics(self.study, "layers", metrics)
+        known = [*dict.fromkeys([*RUN, "step", "site", "call", *metrics])]
+        rows = self.study.frame("layers", known)
+        if rows["call"].any():
+            described = self.study.described("layers")
+            rows = self.study.frame("layers", pooling.needed(metrics, described))
+            rows = pooling.pooled(rows, metrics, described)
+        rows = self.done.merge(rows, on=RUN)
+        if last:
+            rows = rows[rows["step"] == rows.groupby(RUN)["step"].transform("max")]
+        return rows.melt(["cell", "level", "step", "seed", "site"], list(metrics), var_name="metric")
+
+    def curves(self, metric: str) -> pd.DataFrame:
+        """Return cell, level, seed, step, metric and value of a loss along the runs that did not diverge."""
+        rows = self.study.frame("curves", ["run_id", "step", metric]).dropna(subset=metric)
+        done = self.done.drop(columns="diag_id").drop_duplicates(
+            "run_id"
+        )  # other diagnostics of one run are no other run
+        return done.merge(rows, on="run_id").rename(columns={metric: "value"}).assign(metric=metric)
+
+    def means(self, values: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+        """Return the mean over seeds and its 95% t interval for each key, in order of appearance: keys, mean, low, high, n.
+
+        The key `cell` is left out if the view has only one.
+        """
+        rows = values.groupby(list(keys), sort=False).ngroup().to_numpy()
+        seeds, column = np.unique(values["seed"], return_inverse=True)
+        table = np.full((rows.max(initial=-1) + 1, len(seeds)), np.nan)
+        table[rows, column] = values["value"].to_numpy(float)
+        found = intervals.paired(table)
+        key = values[list(keys)].drop_duplicates().reset_index(drop=True)
+        out: pd.DataFrame = key.assign(mean=found.estimate, low=found.low, high=found.high, n=found.n)
+        return out if len(self.cells) > 1 else out.drop(columns="cell")
+
+
+def view(study: Study, by: str | None = None, where: str | None = None) -> View:
+    """Arrange a study's runs by the levels of a column.
+
+    Args:
+        study: The tables.
+        by: A column that tells runs apart; attn_mode unless given, or the first column that varies if attn_mode does not.
+        where: A condition that the chosen runs meet.
+
+    Raises:
+        ConfigError: If no run meets the condition, or no column is called `by`.
+    """
+    every = study.frame("runs")
+    chosen = every[Where(where).holds(every)] if where is not None else every
+    if chosen.empty:
+        raise ConfigError("the tables have no rows" if where is None else f"--where {where!r} holds for no run")
+    if "seed" not in chosen:
+        raise ConfigError(f"{study.path} has no column seed, the unit of every interval")
+    vary = studies.varying(chosen)
+    if by is None:
+        settings = [name for name in vary if name not in studies.IDENTITY]
+        by = "attn_mode" if "attn_mode" in settings else next(iter(settings), "")
+    else:
+        known_column(by, studies.factors(chosen), "runs are not told apart by")
+    compared = [by] if by else []
+    labels = {"ln_backward", *compared} & set(chosen)
+    chosen = chosen.assign(**{name: studies.labelled(chosen, name) for name in labels})
+    vary = [name for name in vary if name != "ln_backward.sites"]  # part of the label of ln_backward
+    cells = studies.strata(chosen, compared, vary) if by else vary
+    return View(study, by, where, arranged(chosen, [*cells, *compared], by))
+
+
+def arranged(frame: pd.DataFrame, cells: Sequence[str], by: str | None = None) -> pd.DataFrame:
+    """Return the rows in the order of their cells and levels, which `cell` and `level` name in words.
+
+    Cells of exact runs are first, because everything else is measured against them.
+
+    Args:
+        frame: Rows that hold the columns `cells`.
+        cells: Columns that vary. The one that is `by` makes the levels, the others the cells.
+        by: The column whose levels are shown beside each other.
+    """
+    others = [name for name in cells if name != by]
+    keys = frame[[*others, *(name for name in cells if name == by)]].reset_index(drop=True)
+    if "ln_backward" in keys:
+        keys.insert(0, "exact first", keys["ln_backward"] != compare.EXACT)
+    order = keys.sort_values(list(map(str, keys)), kind="stable").index if len(keys.columns) else keys.index
+    frame = frame.iloc[order].reset_index(drop=True)
+    level = frame[by].map(word) if by in cells else ALL
+    return frame.assign(cell=_cell_names(frame, others), level=level)
+
+
+def _cell_names(frame: pd.DataFrame, cells: Sequence[str]) -> list[str]:
+    """Return each row's cell, as `ln_backward=exact, n_embd=64`; an option goes by its last name if that is enough."""
+    if not cells:
+        return [ALL] * len(frame)
+    short = [name.rpartition(".")[2] for name in cells]
+    names = short if len(set(short)) == len(short) else cells
+    plain = frame[list(cells)].itertuples(index=False, name=None)
+    return [", ".join(f"{name}={word(value)}" for name, value in zip(names, row, strict=True)) for row in plain]
+
+
+# One number per seed
+
+
+def finite(values: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Return the values that are finite numbers, and a note for each metric of which some are not."""
+    known = np.isfinite(values["value"])
+    total = values["metric"].value_counts()
+    counts = values.loc[~known, "metric"].value_counts(sort=False)
+    notes = [f"{n} of {total[name]} values of {name} are infinite, NaN or null: left out" for name, n in counts.items()]
+    return values[known], notes
+
+
+def thinned(values: pd.DataFrame, most: int) -> tuple[pd.DataFrame, list[str]]:
+    """Return the rows of at most so many steps, the first and the last among them, and a note if that leaves out any."""
+    known = sorted(values["step"].unique().tolist())
+    if len(known) <= most:
+        return values, []
+    kept = [known[round(i)] for i in np.linspace(0, len(known) - 1, most)]
+    note = (
+        f"{most} of the {len(known)} measured steps are shown, each as it was measured: nothing is averaged over steps"
+    )
+    return values[values["step"].isin(kept)], [note]
+
+
+def beside(lines: pd.DataFrame, reference: "pd.Series[Any]") -> pd.DataFrame:
+    """Return the lines with a column `reference`: values known for each cell and level, and perhaps each norm."""
+    keys = [name for name in reference.index.names if name in lines]
+    return lines.merge(reference.rename("reference").reset_index()[[*keys, "reference"]], on=keys, how="left")

@@ -1,0 +1,96 @@
+"""The grid of a sweep: the words of each job, and commands that work in place of one that cannot."""
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
+from itertools import product
+from typing import Any, NamedTuple
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import FloatRange, Override, RangeSweep
+from hydra.errors import CompactHydraException
+
+
+def grid(words: Sequence[str], config_loader: Any) -> list[list[str]]:
+    """Return each job's words: the cartesian product of all swept values.
+
+    Raises:
+        CompactHydraException: there is no such product, or it is empty.
+    """
+    from lnjac.config.compose import spelled
+
+    values: dict[str, list[str]] = {}
+    for override in OverridesParser.create(config_loader=config_loader).parse_overrides(spelled(words)):
+        key = override.get_key_element()
+        values[key] = [f"{key}={value}" for value in _values(override)]
+    if not all(values.values()):
+        raise CompactHydraException("the sweep has no jobs: does a glob() or range() in it match nothing?")
+    return [list(job) for job in product(*values.values())]
+
+
+def _values(override: Override) -> Iterator[str]:
+    from lnjac.config.schema import SWEEP
+
+    if not override.is_sweep_override():
+        yield override.get_value_element_as_str()
+        return
+    key = override.get_key_element().lstrip("+")
+    if key in (*SWEEP, "experiment"):
+        raise CompactHydraException(
+            f"{key} is said of a whole sweep, so it cannot take several values: run one sweep for each"
+        )
+    if override.is_interval_sweep():
+        raise CompactHydraException(f"{key} is swept over an interval: use choice(), range() or a list of values")
+    if isinstance(swept := override.value(), RangeSweep) and isinstance(swept.range(), FloatRange):
+        # with the decimals that were typed: Hydra counts in binary, and 0.1 + 0.1 + 0.1 would not be 0.3
+        for name in ("start", "stop", "step"):
+            setattr(swept, name, Decimal(str(getattr(swept, name))))
+    yield from override.sweep_string_iterator()
+
+
+class Checked(NamedTuple):
+    """What is known of a job after its check: the member chosen of each group, and its problems as text."""
+
+    choices: Mapping[str, str]
+    problems: str
+
+
+def advice(typed: Sequence[str], jobs: Sequence[Checked]) -> list[str]:
+    """Return commands that fill one sweep together, each of which gives a key only to members that have it.
+
+    Args:
+        typed: the words of the command.
+        jobs: those that could be composed.
+
+    Returns:
+        Nothing unless some members lack a typed key that others have.
+    """
+    lacked = [_lacked(typed, job.problems) for job in jobs]
+    by_all = set.intersection(*lacked) if lacked else set()
+    alike: dict[frozenset[str], list[Mapping[str, str]]] = {}  # the jobs' choices, by the words that only they lack
+    for job, words in zip(jobs, lacked, strict=True):
+        alike.setdefault(frozenset(words - by_all), []).append(job.choices)
+    if len(alike) < 2:
+        return []
+    some = sorted({_key(word) for lacking in alike for word in lacking})
+    lines = [
+        f"only some of the members have {', '.join(some)}: fill one sweep by several commands, each with what it has:"
+    ]
+    groups = [name for name in jobs[0].choices if len({choices.get(name) for choices, _ in jobs}) > 1]
+    for lacking, members in alike.items():
+        kept = [word.removeprefix("++") for word in typed if word not in lacking and _key(word) not in groups]
+        chosen = [f"{name}={','.join(dict.fromkeys(choices[name] for choices in members))}" for name in groups]
+        name = [] if any(_key(word) == "sweep" for word in typed) else ["sweep=NAME"]
+        lines.append("  python run.py -m " + shlex.join([*kept, *chosen, *name]))
+    return lines
+
+
+def _lacked(typed: Sequence[str], problems: str) -> set[str]:
+    """Return the typed words whose key, or one within it, is unknown to the job that has these problems."""
+    unknown = re.findall(r"^(\S+) is not a setting", problems, re.MULTILINE)
+    return {word for word in typed if any(f"{_key(word)}.".startswith(f"{key}.") for key in unknown)}
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")

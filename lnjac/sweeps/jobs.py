@@ -1,0 +1,110 @@
+"""The jobs of a sweep: what each is, and how far it has come by its own folder's word."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lnjac.escape import visible
+from lnjac.runs import folder as runs
+from lnjac.runs import state as states
+from lnjac.sweeps.protocol import Planned
+
+if TYPE_CHECKING:
+    from lnjac.config.compose import Composed
+
+log = logging.getLogger("lnjac.sweeps")
+
+POLL_S = 1.0
+"""Seconds between looks at the jobs of another command."""
+
+
+@dataclass
+class Job:
+    """One job of the sweep: how it was asked for, which run it is, where that goes, and how far it has come."""
+
+    overrides: list[str]
+    composed: "Composed"
+    identity: Mapping[str, str]
+    columns: Mapping[str, Any]
+    folder: Path
+    state: states.State
+
+    @classmethod
+    def planned(cls, overrides: list[str], composed: "Composed", plan: Planned, sweep: Path) -> "Job":
+        """Return the job as its script has planned it, in a folder of the sweep's that is named by its identity."""
+        folder = sweep / "-".join(plan.identity.values())
+        return cls(overrides, composed, plan.identity, plan.columns, folder, states.state(folder, plan.identity))
+
+    @property
+    def name(self) -> str:
+        return in_words(self.overrides)
+
+    def look(self) -> states.State:
+        """Bring the state up to date with the folder."""
+        self.state = states.state(self.folder, self.identity)
+        return self.state
+
+
+def in_words(overrides: Sequence[str]) -> str:
+    """Return a job's words as a user types them."""
+    return visible(" ".join(word.removeprefix("++") for word in overrides))
+
+
+def to_do(jobs: Sequence[Job], *, retry_failed: bool) -> list[Job]:
+    """Return the jobs that are to run; log how many there are of each kind, and why a run is made again."""
+    kept = (*runs.FINISHED, runs.RUNNING, *(() if retry_failed else (runs.FAILED,)))
+    todo = [job for job in jobs if job.state.name not in kept]
+    counts = Counter(job.state.name for job in jobs)
+    seen = ", ".join(f"{n} {name}" for name, n in counts.items() if name != states.MISSING)
+    log.info("%d jobs: %d to do%s", len(jobs), len(todo), f" ({seen})" if seen else "")
+    for job in jobs:
+        if job.state.name == runs.RUNNING:
+            log.warning("%s is being run by another command: left to it (%s)", job.name, job.folder)
+        elif job.state.name in (runs.FAILED, states.BROKEN):
+            again = "run again" if job in todo else "left as it is (retry_failed=false)"
+            log.warning("%s: %s: %s %s", job.folder.name, again, job.state.name, job.state.reason.split("\n")[0])
+        elif job.state.finished and job.state.reason:
+            log.warning("%s: %s", job.folder, job.state.reason)
+    return todo
+
+
+def settle(job: Job, reason: str) -> None:
+    """Bring the job's state up to date; one that is not finished, has not failed and is not alive has died: it failed."""
+    state = job.look()
+    if not state.finished and state.name not in (runs.FAILED, runs.RUNNING, states.FOREIGN):
+        try:
+            states.fail(job.folder, job.identity, reason)
+        except runs.InUse:  # another command has begun it and not yet written its status
+            job.state = states.State(runs.RUNNING)
+            return
+        except OSError as error:
+            log.warning("%s: %s", job.folder, error)
+        job.look()
+
+
+def wait_for_others(jobs: Sequence[Job]) -> bool:
+    """Wait until no other command runs any of these jobs; return whether there was one."""
+    others = [job for job in jobs if job.state.name == runs.RUNNING]
+    for n, job in enumerate(others):
+        if job.look().name == runs.RUNNING:
+            left = len(others) - n
+            log.info("waiting for another command to end %d of these jobs, now %s (%s)", left, job.name, job.folder)
+        while job.state.name == runs.RUNNING:
+            time.sleep(POLL_S)
+            job.look()
+        if job.state.name == runs.INTERRUPTED:
+            job.state = states.State(runs.INTERRUPTED, "the other command left it unfinished: run this one again")
+    return bool(others)
+
+
+def unfinished(jobs: Sequence[Job]) -> list[str]:
+    """Return a line for each job that has failed, now or earlier."""
+    return [
+        visible(f"  {job.name}: {(job.state.reason or job.state.name).splitlines()[0]} ({job.folder})")
+        for job in jobs
+        if not job.state.finished and job.state.name != runs.RUNNING
+    ]

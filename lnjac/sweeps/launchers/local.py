@@ -1,0 +1,162 @@
+"""hydra/launcher=local: worker processes on this machine, each with its share of the cores."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing import connection as connections
+from typing import Any
+
+from hydra.core.utils import JobStatus, configure_log
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf
+
+from lnjac.machine import cores
+from lnjac.sweeps import protocol
+from lnjac.sweeps.launchers.engine import Call, Engine, Failure, Outcomes, count, lost, reason
+
+log = logging.getLogger(__name__)
+
+GPU_PROCESSES = 8
+"""Processes that share a GPU by default: more train no faster there (benchmarks/README.md), and each takes memory."""
+
+
+class LocalLauncher(Engine):
+    """Processes that outlive their jobs, so that torch starts once in each."""
+
+    def __init__(self, jobs: int | None) -> None:
+        if jobs is not None and not (isinstance(jobs, int) and jobs >= 1):
+            raise CompactHydraException(f"hydra.launcher.jobs={jobs} must be at least 1, or null for one per core")
+        self.jobs = jobs
+
+    def prepare(self) -> None:
+        """Let the server from which workers fork start and import, which takes seconds, while the jobs are checked.
+
+        Forking this process itself could break its threads.
+        """
+        context = _processes()
+        if cores() > 1 and self.jobs != 1 and context.get_start_method() == "forkserver":
+            from multiprocessing import forkserver
+
+            wanted = getattr(protocol.script(self.task_function), "preload", ())
+            context.set_forkserver_preload(["__main__", *wanted, __name__])
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is this process's affair
+            forkserver.ensure_running()
+            signal.signal(signal.SIGINT, before)
+
+    def map(self, configs: Sequence[DictConfig]) -> Outcomes:
+        gpu = _gpu(configs)
+        fit = max(1, cores() // max((OmegaConf.select(c, "threads") or 1 for c in configs), default=1))
+        processes = min(self.jobs or (min(fit, GPU_PROCESSES) if gpu else fit), len(configs))
+        threads = max(1, cores() // processes)
+        jobs, where = count(len(configs), "job"), ", on the GPU" if gpu else ""
+        if processes == 1:
+            log.info("%s, one after the other in this process%s", jobs, where)
+            return self._in_turn(configs)
+        log.info("%s, in %d processes of %s%s", jobs, processes, count(threads, "thread"), where)
+        return self._side_by_side(configs, processes, threads)
+
+    def _in_turn(self, configs: Sequence[DictConfig]) -> Outcomes:
+        call = Call(self)
+        for i, config in enumerate(configs):
+            returned = call(config)
+            configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+            yield i, returned
+
+    def _side_by_side(self, configs: Sequence[DictConfig], processes: int, threads: int) -> Outcomes:
+        """Keep so many workers busy; one that dies loses its job and is replaced."""
+        self.prepare()  # if that has not been done
+        call, waiting = Call(self), deque(range(len(configs)))
+        idle: list[_Worker] = []
+        busy: list[_Worker] = []
+        try:
+            while waiting or busy:
+                while waiting and len(busy) < processes:
+                    worker = idle.pop() if idle else _Worker(call, threads)
+                    busy.append(worker)
+                    worker.start(job := waiting.popleft(), configs[job])
+                ready = connections.wait([worker.connection for worker in busy])
+                for worker in [worker for worker in busy if worker.connection in ready]:
+                    busy.remove(worker)
+                    try:
+                        returned = worker.connection.recv()
+                        idle.append(worker)
+                    except (EOFError, OSError):
+                        worker.process.join()
+                        returned = lost(configs[worker.job], _death(worker.process.exitcode))
+                    yield worker.job, returned
+        finally:
+            for worker in busy:
+                worker.process.terminate()  # its run saves a checkpoint, with the status `interrupted`
+            for worker in (*busy, *idle):
+                worker.stop()
+
+
+def _gpu(configs: Sequence[DictConfig]) -> bool:
+    import torch
+
+    return torch.cuda.is_available() and all(OmegaConf.select(config, "device") != "cpu" for config in configs)
+
+
+def _processes() -> Any:
+    methods = multiprocessing.get_all_start_methods()
+    return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+
+
+class _Worker:
+    """A process that runs one job at a time; `job` is the index of its present one."""
+
+    def __init__(self, call: Call, threads: int) -> None:
+        self.job = -1
+        self.connection, theirs = _processes().Pipe()
+        self.process = _processes().Process(target=_work, args=(theirs, call, threads), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def start(self, job: int, config: DictConfig) -> None:
+        self.job = job
+        with suppress(OSError):  # it died since its last job: seen when its answer is read
+            self.connection.send(config)
+
+    def stop(self) -> None:
+        self.connection.close()
+        self.process.join(60)
+        self.process.kill()
+
+
+def _work(connection: Any, call: Call, threads: int) -> None:
+    """Run jobs in a worker. Ctrl-C is its parent's affair; SIGTERM interrupts the run; it ends with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(KeyboardInterrupt, EOFError, OSError):  # interrupted, or the parent has no more
+        signal.signal(signal.SIGTERM, _interrupt)
+        threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (its life): lines of several runs would mix; each has its log
+        import torch
+
+        torch.set_num_threads(threads)
+        while True:
+            job = call(connection.recv())
+            if job.status != JobStatus.COMPLETED:  # not every error can travel as it is
+                job.return_value = Failure(reason(job))
+            connection.send(job)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _end_with(parent: Any) -> None:
+    connections.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"its process was killed by {signal.Signals(-code).name}"
+    return f"its process ended with exit code {code}"

@@ -1,0 +1,266 @@
+"""Norms by what they compute: modules of many classes against autograd in float64 through their own forward."""
+
+import math
+from collections.abc import Callable
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lnjac.norms.analyse import analyse
+from lnjac.norms.capture import candidates, capture
+from lnjac.norms.recognise import Unrecognised, is_candidate, recognise
+
+D = 8
+
+
+class OnePlusRMSNorm(nn.RMSNorm):
+    """γ = 1 + weight, as Gemma's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+
+
+class OnePlusLayerNorm(nn.LayerNorm):
+    """γ = weight + 1, as Nemotron's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+class OwnRMSNorm(nn.Module):
+    """An RMSNorm of no class of torch's, which upcasts, as Llama's and T5's do."""
+
+    def __init__(self, d: int = D) -> None:
+        super().__init__()
+        self.scale, self.variance_epsilon = nn.Parameter(torch.ones(d)), 1e-6
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = hidden.float() if hidden.dtype != torch.float64 else hidden
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.scale * wide.to(hidden.dtype)
+
+
+class ChannelsFirstLayerNorm(nn.LayerNorm):
+    """Normalises the second of four axes, as ConvNeXt's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ActivatedLayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(super().forward(x))
+
+
+class DoubledLayerNorm(nn.LayerNorm):
+    """Adds what it is given to its output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x
+
+
+class ClippedNorm(nn.LayerNorm):
+    """Is a LayerNorm on small inputs alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clamp(max=0.5) if x.shape[0] > 1 and x.abs().max() < 10 else x)
+
+
+class ConditionalNorm(nn.LayerNorm):
+    """Scales by another input, as AdaLN does."""
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return super().forward(x) * (1 + condition)
+
+
+class TwoNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), x
+
+
+RMS = (OnePlusRMSNorm, OwnRMSNorm, nn.RMSNorm)
+EFFECTIVE: dict[type, Callable[[nn.Module], Tensor]] = {
+    OnePlusRMSNorm: lambda norm: 1 + norm.weight,
+    OnePlusLayerNorm: lambda norm: 1 + norm.weight,
+    OwnRMSNorm: lambda norm: norm.scale,
+}
+
+
+class Around(nn.Module):
+    """A norm between two maps; channels lie second where the input has four axes."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.before, self.norm, self.after = nn.Linear(D, D), norm, nn.Linear(D, D)
+
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        channels_first = x.dim() == 4
+        h = self.before(x)
+        h = h.permute(0, 3, 1, 2) if channels_first else h
+        h = self.norm(h, *more)
+        h = h[0] if isinstance(h, tuple) else h
+        return self.after(h.permute(0, 2, 3, 1) if channels_first else h).tanh().square().mean()
+
+
+def around(norm: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64) -> Around:
+    torch.manual_seed(seed)
+    model = Around(norm).to(dtype)
+    with torch.no_grad():
+        for p in model.norm.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return model
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, int]:
+    return model(*batch), batch[0][..., 0].numel()
+
+
+def truth(model: Around, x: Tensor) -> dict[str, float]:
+    """radial_share, r_mean and the cosine of center_scale with autograd's own pullback, by vectors per token."""
+    norm, seen = model.norm, {}
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        seen["x"], seen["y"] = args[0], y
+        y.retain_grad()
+
+    handle = norm.register_forward_hook(keep)
+    model(x).backward()
+    handle.remove()
+    model.zero_grad()
+    at = seen["x"].detach().requires_grad_()
+    (t,) = torch.autograd.grad(norm(at), at, seen["y"].grad)
+    flat = [a.movedim(1, -1) if a.dim() == 4 else a for a in (at.detach(), seen["y"].grad, t)]
+    h, G, t = (a.reshape(-1, D) for a in flat)
+    g = G * EFFECTIVE.get(type(norm), lambda norm: norm.weight)(norm).detach()
+    rms, eps = isinstance(norm, RMS), getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None)
+    eps = torch.finfo(h.dtype).eps if eps is None else eps
+    centred = h if rms else h - h.mean(-1, keepdim=True)
+    direction = centred / centred.norm(dim=-1, keepdim=True)
+    gc = g if rms else g - g.mean(-1, keepdim=True)
+    radial = (g * direction).sum(-1).square()
+    cos = (gc * t).sum(-1) / (gc.norm(dim=-1) * t.norm(dim=-1))
+    return {
+        "radial_share": float(radial.sum() / gc.square().sum()),
+        "r_mean": math.nan if rms else float((g - gc).square().sum() / g.square().sum()),
+        "cos_center_vs_true": float(cos.mean()),
+        "sigma_mean": float((centred.square().mean(-1) + eps).sqrt().mean()),
+    }
+
+
+MEASURED = [
+    (nn.LayerNorm(D), (3, 5)),
+    (nn.LayerNorm(D, bias=False), (3, 5)),
+    (nn.RMSNorm(D), (3, 5)),
+    (nn.RMSNorm(D, eps=1e-5), (3, 5)),
+    (OnePlusRMSNorm(D, eps=1e-6), (3, 5)),
+    (OnePlusLayerNorm(D), (3, 5)),
+    (OwnRMSNorm(), (3, 5)),
+    (ChannelsFirstLayerNorm(D), (2, 4, 6)),
+    (ChannelsFirstLayerNorm(D), (2, D, D)),
+]
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"), MEASURED, ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else ""
+)
+def test_rows_are_the_truth_whatever_the_class(norm: nn.Module, shape: tuple[int, ...]) -> None:
+    model = around(norm)
+    x = torch.randn(*shape, D, dtype=torch.float64)
+    row = pd.DataFrame(analyse(model, [(x,)], loss)).set_index("site").loc["norm"]
+    assert row[list(truth(model, x))].tolist() == pytest.approx(list(truth(model, x).values()), rel=1e-6, nan_ok=True)
+    assert row["norm"] == ("rmsnorm" if isinstance(norm, RMS) else "layernorm")
+    assert row["jacobian_residual"] < 1e-6
+
+
+REFUSED = [
+    (ActivatedLayerNorm(D), (), "away from"),
+    (DoubledLayerNorm(D), (), "constant added|away from"),
+    (ClippedNorm(D), (), "away from a LayerNorm's"),
+    (ConditionalNorm(D), (torch.randn(3, 5, D, dtype=torch.float64),), "chosen tokens"),
+    (TwoNorm(D), (), "returns tuple"),
+]
+
+
+@pytest.mark.parametrize(("norm", "more", "said"), REFUSED, ids=lambda value: type(value).__name__)
+def test_a_module_that_computes_something_else_is_refused_by_name(
+    norm: nn.Module, more: tuple[Tensor, ...], said: str
+) -> None:
+    model, x = around(norm), torch.randn(3, 5, D, dtype=torch.float64)
+    with pytest.raises(ValueError, match=rf"^norm \({type(norm).__name__}\) is not measured: .*({said})"):
+        analyse(model, [(x, *more)], loss)
+
+
+def test_the_other_norms_are_measured_where_the_user_says_so() -> None:
+    model = nn.Sequential(
+        around(ActivatedLayerNorm(D)).norm, nn.LayerNorm(D, dtype=torch.float64), nn.Linear(D, 1, dtype=torch.float64)
+    )
+    x = torch.randn(4, D, dtype=torch.float64)
+    with capture(model, unknown="skip") as calls:
+        model(x).sum().backward()
+    assert [call.site for call in calls] == ["1"]
+    with pytest.warns(UserWarning, match="0 \\(ActivatedLayerNorm\\) is not measured"), capture(model, unknown="warn"):
+        model(x).sum().backward()
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 1e-8, 1e-5, 1e-3, 0.1])
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_constants_are_found_from_outputs_alone(kind: type, eps: float) -> None:
+    class Nameless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = kind(7, eps=eps, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    module = Nameless()
+    with torch.no_grad():
+        module.inner.weight.copy_(torch.randn(7))
+    found = recognise(module, torch.randn(3, 7, dtype=torch.float64))
+    assert (found.rms, found.axis, found.dims) == (kind is nn.RMSNorm, -1, 1)
+    assert found.eps == pytest.approx(eps, rel=1e-6, abs=1e-15)
+    assert torch.allclose(found.weight, module.inner.weight.detach(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Identity(), nn.Linear(D, D), nn.Tanh(), nn.Softmax(-1), nn.GroupNorm(2, D)], ids=repr
+)
+def test_what_is_no_norm_is_not_recognised(module: nn.Module) -> None:
+    with pytest.raises(Unrecognised):
+        recognise(module, torch.randn(3, D))
+
+
+def test_candidates_are_told_by_class_or_name() -> None:
+    assert all(map(is_candidate, [nn.LayerNorm(D), nn.RMSNorm(D), OwnRMSNorm(), ActivatedLayerNorm(D)]))
+    assert not any(map(is_candidate, [nn.GroupNorm(2, D), nn.BatchNorm1d(D), nn.InstanceNorm1d(D), nn.Linear(D, D)]))
+
+    class PreNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.inside = nn.LayerNorm(D), nn.Linear(D, D)
+
+    assert list(candidates(nn.ModuleDict({"a": PreNorm(), "b": OwnRMSNorm()}))) == ["a.norm", "b"]
+
+
+def test_an_input_changed_in_place_after_an_upcast_is_read_as_it_was() -> None:
+    """A norm that casts keeps no reference to its input, so that autograd does not notice the change."""
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm, self.after = nn.Linear(D, D), OwnRMSNorm(), nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x)
+            y = self.norm(h)
+            with torch.no_grad():
+                h += 5
+            return self.after(y).square().mean()
+
+    model, x = InPlace().bfloat16(), torch.randn(6, D).bfloat16()
+    with capture(model) as calls:
+        model(x).backward()
+    assert torch.equal(calls[0].x, model.embed(x).detach())
