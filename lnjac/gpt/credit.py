@@ -49,51 +49,37 @@ def _by_onednn(a: Tensor) -> bool:
     return ONEDNN and plain and not torch.compiler.is_compiling()
 
 
-class _Linear(torch.autograd.Function):
-    """y = x·Wᵀ + b, whose input gradient is g·B (Lillicrap et al. 2016); x: (…, in), W and B: (out, in).
-
-    It does without `needs_input_grad`, which under torch.compile silently gave plain backprop.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, back: Tensor) -> Tensor:
-        return product(x, weight.t(), bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], output: Tensor) -> None:
-        x, _, bias, back = inputs
-        ctx.save_for_backward(x, back)
-        ctx.has_bias = bias is not None
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        x, back = ctx.saved_tensors
-        g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        return product(g, back).view(x.shape), _outer(g, flat), g.sum(0) if ctx.has_bias else None, None
-
-
 @dataclass
-class Way:
-    """How errors go back through a graph that allows both: by the method's feedback, or by W."""
+class Route:
+    """How errors pass a layer on their way back: through the method's feedback B, or through W if `true` is set."""
 
     true: bool = False
 
 
-class _Either(torch.autograd.Function):
-    """_Linear whose backward decides between B and W when it runs, so that one forward pass serves both."""
+class _Product(torch.autograd.Function):
+    """y = x·Wᵀ + b, whose input gradient is g·B (Lillicrap et al. 2016); x: (…, in), W and B: (out, in).
+
+    A route may send the error through W instead; it is asked as the error passes, so that one forward pass serves both.
+    `needs_input_grad` is not consulted: under torch.compile that silently gave plain backprop.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, back: Tensor, way: Way) -> Tensor:
-        ctx.save_for_backward(x, weight, back)
-        ctx.has_bias, ctx.way = bias is not None, way
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, back: Tensor, route: Route | None) -> Tensor:
         return product(x, weight.t(), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
-        x, weight, back = ctx.saved_tensors
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, back, ctx.route = inputs
+        ctx.save_for_backward(x, back, *([weight] if ctx.route else []))
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, back, *true = ctx.saved_tensors
+        if true and ctx.route.true:
+            (back,) = true
         g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        below = product(g, weight if ctx.way.true else back).view(x.shape)
-        return below, _outer(g, flat), g.sum(0) if ctx.has_bias else None, None, None
+        return product(g, back).view(x.shape), _outer(g, flat), g.sum(0) if ctx.has_bias else None, None, None
 
 
 def _outer(g: Tensor, x: Tensor) -> Tensor:
@@ -101,7 +87,7 @@ def _outer(g: Tensor, x: Tensor) -> Tensor:
     return product(g.t(), x) if g.shape[1] <= x.shape[1] else product(x.t(), g).t()
 
 
-class Linear(nn.Module):
+class FeedbackLinear(nn.Module):
     """A linear layer that a method may give a feedback matrix. `kind` is one of KINDS, `init_std` W's initial spread."""
 
     bias: nn.Parameter | None
@@ -114,7 +100,7 @@ class Linear(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(d_out)) if bias else None)
         self.register_buffer("feedback", None)
         self.feedback_rule: Callable[[Tensor, Tensor], Tensor] | None = None
-        self.way: Way | None = None
+        self.route: Route | None = None
 
     def backward_matrix(self) -> Tensor:
         """B: (out, in), the matrix whose product with the output's gradient is the input's gradient."""
@@ -126,20 +112,17 @@ class Linear(nn.Module):
         """x: (…, in) -> (…, out)."""
         if self.feedback_rule is None and torch._C._are_functorch_transforms_active():
             return F.linear(x, self.weight, self.bias)  # any transform of torch.func, jvp included
-        back = self.weight if self.feedback_rule is None else self.backward_matrix()
-        operands: list[Tensor | None] = [x, self.weight, self.bias, back]
+        operands = [x, self.weight, self.bias, self.backward_matrix()]
         if torch.is_autocast_enabled(x.device.type):  # a Function's backward runs outside autocast: cast here
             dtype = torch.get_autocast_dtype(x.device.type)
             operands = [None if operand is None else operand.to(dtype) for operand in operands]
-        out: Tensor = (
-            _Linear.apply(*operands) if self.way is None else _Either.apply(*operands, self.way)  # type: ignore[no-untyped-call]
-        )
+        out: Tensor = _Product.apply(*operands, self.route)  # type: ignore[no-untyped-call]
         return out
 
 
-def linears(model: nn.Module) -> list[tuple[str, Linear]]:
+def linears(model: nn.Module) -> list[tuple[str, FeedbackLinear]]:
     """The model's linear layers of this class with their dotted names."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, FeedbackLinear)]
 
 
 @contextmanager
@@ -161,16 +144,16 @@ def backprop(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def both_ways(model: nn.Module) -> Iterator[Way]:
+def both_ways(model: nn.Module) -> Iterator[Route]:
     """Within the context a graph can be gone back through by the feedback, and by W once `true` is set on what is yielded."""
-    layers, way = [layer for _, layer in linears(model) if layer.feedback_rule is not None], Way()
+    layers, route = [layer for _, layer in linears(model) if layer.feedback_rule is not None], Route()
     try:
         for layer in layers:
-            layer.way = way
-        yield way
+            layer.route = route
+        yield route
     finally:
         for layer in layers:
-            layer.way = None
+            layer.route = None
 
 
 def is_feedback(parameter: str) -> bool:
@@ -198,7 +181,7 @@ class Broadcast(nn.Module):
 
         return cut
 
-    def teach(self, outputs: list[Tensor], logits: Tensor, targets: Tensor, head: Linear) -> Tensor:
+    def teach(self, outputs: list[Tensor], logits: Tensor, targets: Tensor, head: FeedbackLinear) -> Tensor:
         """Zero in value; its gradient at output ℓ: (B, T, d) is e·B_ℓ, e = ∂CE/∂logits or, at hidden, ∂CE/∂(head's input)."""
         with torch.no_grad():
             hits = torch.arange(logits.shape[-1], device=logits.device) == targets.unsqueeze(-1)

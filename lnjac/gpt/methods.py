@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lnjac.gpt.credit import KINDS, Broadcast, ErrorAt, Inject, Linear, linears
+from lnjac.gpt.credit import KINDS, Broadcast, ErrorAt, FeedbackLinear, Inject, linears
 from lnjac.seeding import normal, stream, uniform
 
 
@@ -42,11 +42,6 @@ def draw(shape: tuple[int, ...], std: float, distribution: Distribution, generat
     if distribution is Distribution.normal:
         return normal(shape, generator) * std
     return (uniform(shape, generator) * 2 - 1) * (std * math.sqrt(3))
-
-
-def _scale_problems(scale: float) -> Iterator[str]:
-    if not (scale > 0 and math.isfinite(scale)):
-        yield f"method.scale={scale} must be positive and finite: it multiplies the feedback's spread"
 
 
 @dataclass
@@ -110,15 +105,17 @@ class FeedbackMethod(Method):
     scale: float
 
     can_tie: ClassVar[bool] = False
+    layerwise: ClassVar[bool] = True
+    """Whether the method is its layers' feedback alone, so that it is backprop where every transpose is true."""
 
     def rule(self, weight: Tensor, m: Tensor) -> Tensor:
         """B from W and M: (out, in)."""
         return m
 
-    def draw_feedback(self, layer: Linear, generator: np.random.Generator) -> Tensor:
+    def draw_feedback(self, layer: FeedbackLinear, generator: np.random.Generator) -> Tensor:
         return draw(tuple(layer.weight.shape), layer.init_std * self.scale, self.distribution, generator)
 
-    def chosen(self, model: nn.Module) -> list[tuple[str, Linear]]:
+    def chosen(self, model: nn.Module) -> list[tuple[str, FeedbackLinear]]:
         """The layers whose policy is random."""
         return [(n, layer) for n, layer in linears(model) if getattr(self.policy, layer.kind) is Transpose.random]
 
@@ -129,8 +126,9 @@ class FeedbackMethod(Method):
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
-        yield from _scale_problems(self.scale)
-        if all(getattr(self.policy, kind) is Transpose.true for kind in KINDS):
+        if not (self.scale > 0 and math.isfinite(self.scale)):
+            yield f"method.scale={self.scale} must be positive and finite: it multiplies the feedback's spread"
+        if self.layerwise and all(getattr(self.policy, kind) is Transpose.true for kind in KINDS):
             yield f"method={self.name} with every method.policy.* = true is backprop: use method=bp, or set one to random"
 
 
@@ -152,7 +150,7 @@ class SignSymmetric(FeedbackMethod):
     def rule(self, weight: Tensor, m: Tensor) -> Tensor:
         return m.abs() * weight.sign()
 
-    def draw_feedback(self, layer: Linear, generator: np.random.Generator) -> Tensor:
+    def draw_feedback(self, layer: FeedbackLinear, generator: np.random.Generator) -> Tensor:
         if self.uniform:
             return torch.tensor(layer.init_std * self.scale, dtype=torch.float64)
         return super().draw_feedback(layer, generator)
@@ -222,7 +220,7 @@ class KolenPollack(FeedbackMethod):
 
 
 @dataclass
-class DirectFeedback(Method):
+class DirectFeedback(FeedbackMethod):
     """dfa: each block learns from the top error through its own fixed matrix (Nøkland 2016; Launay et al. 2020).
 
     Blocks are cut from each other, the first one not from the embedding, which therefore learns through it. With
@@ -233,33 +231,21 @@ class DirectFeedback(Method):
     inject: Inject
     error: ErrorAt
     cut_head: bool
-    policy: Policy
-    distribution: Distribution
-    scale: float
 
-    can_tie: ClassVar[bool] = False
+    layerwise: ClassVar[bool] = False
 
     def install(self, model: nn.Module, seed: int) -> None:
-        within = FeedbackAlignment(self.name, self.policy, self.distribution, self.scale)
-        within.install(model, seed)
-        head: Linear = model.head  # type: ignore[assignment]
+        super().install(model, seed)
+        head: FeedbackLinear = model.head  # type: ignore[assignment]
         vocab, d = head.weight.shape
         rows, std = (vocab, head.init_std) if self.error is ErrorAt.logits else (d, 1 / math.sqrt(d))
         per_block = 1 if self.inject is Inject.block else 2
         points = per_block * len(model.blocks) - (0 if self.cut_head else 1)  # type: ignore[arg-type]
-        model.broadcast = Broadcast(
-            [
-                draw(
-                    (rows, d),
-                    std * self.scale,
-                    self.distribution,
-                    stream(seed, "feedback", "broadcast", i),
-                ).to(head.weight)
-                for i in range(points)
-            ],
-            self.inject,
-            self.error,
-        )
+        drawn = [
+            draw((rows, d), std * self.scale, self.distribution, stream(seed, "feedback", "broadcast", i))
+            for i in range(points)
+        ]
+        model.broadcast = Broadcast([matrix.to(head.weight) for matrix in drawn], self.inject, self.error)
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
@@ -270,4 +256,3 @@ class DirectFeedback(Method):
             )
         if config.model.n_layer == 1 and self.inject is Inject.block and not self.cut_head:
             yield "dfa teaches nothing in one block that gets its true gradient: set method.cut_head=true, or use method=bp"
-        yield from _scale_problems(self.scale)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lnjac.gpt.attention import Attention
-from lnjac.gpt.credit import Broadcast, Cut, Linear, is_feedback, keep
+from lnjac.gpt.credit import Broadcast, Cut, FeedbackLinear, is_feedback, keep
 from lnjac.gpt.settings import Model, NormKind, Placement, Precision
 from lnjac.norms.layers import Norm, set_backward
 from lnjac.seeding import normal, stream
@@ -25,8 +25,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         d = model.n_embd
         self.n_head, self.block_size, self.mode = model.n_head, model.block_size, mode
-        self.qkv = Linear(d, 3 * d, bias=model.bias, kind="qkv", init_std=INIT_STD)
-        self.proj = Linear(d, d, bias=model.bias, kind="attn_proj", init_std=residual_std(model))
+        self.qkv = FeedbackLinear(d, 3 * d, bias=model.bias, kind="qkv", init_std=INIT_STD)
+        self.proj = FeedbackLinear(d, d, bias=model.bias, kind="attn_proj", init_std=residual_std(model))
         self.q_norm = _norm(model, d // model.n_head) if model.qk_norm else nn.Identity()
         self.k_norm = _norm(model, d // model.n_head) if model.qk_norm else nn.Identity()
         self.drop = nn.Dropout(model.dropout)
@@ -45,8 +45,8 @@ class MLP(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         d = model.n_embd
-        self.fc = Linear(d, 4 * d, bias=model.bias, kind="fc", init_std=INIT_STD)
-        self.proj = Linear(4 * d, d, bias=model.bias, kind="mlp_proj", init_std=residual_std(model))
+        self.fc = FeedbackLinear(d, 4 * d, bias=model.bias, kind="fc", init_std=INIT_STD)
+        self.proj = FeedbackLinear(4 * d, d, bias=model.bias, kind="mlp_proj", init_std=residual_std(model))
         self.drop = nn.Dropout(model.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(model.dropout)
         self.blocks = nn.ModuleList(Block(model, mode) for _ in range(model.n_layer))
         self.ln_f = _norm(model, d) if model.placement is Placement.pre else nn.Identity()
-        self.head = Linear(d, vocab_size, bias=False, kind="head", init_std=INIT_STD)
+        self.head = FeedbackLinear(d, vocab_size, bias=False, kind="head", init_std=INIT_STD)
         if model.tie:
             self.head.weight = self.wte.weight  # type: ignore[assignment]
         self.broadcast: Broadcast | None = None
@@ -179,7 +179,7 @@ def initialise(model: GPT, seed: int) -> None:
         elif isinstance(module, Norm):
             parameter.fill_(1.0)
         else:
-            std = module.init_std if isinstance(module, Linear) else INIT_STD
+            std = module.init_std if isinstance(module, FeedbackLinear) else INIT_STD
             parameter.copy_(normal(tuple(parameter.shape), stream(seed, "init", name)) * std)
 
 

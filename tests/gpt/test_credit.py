@@ -38,10 +38,10 @@ from lnjac.training.loop import Training
 # One layer, closed form
 
 
-def layer(bias: bool, dtype: torch.dtype = torch.float64) -> tuple[credit.Linear, Tensor]:
+def layer(bias: bool, dtype: torch.dtype = torch.float64) -> tuple[credit.FeedbackLinear, Tensor]:
     """A layer (5 -> 3) of draws and a feedback matrix of its own."""
     generator = torch.Generator().manual_seed(0)
-    one = credit.Linear(5, 3, bias=bias, kind="fc", init_std=0.02)
+    one = credit.FeedbackLinear(5, 3, bias=bias, kind="fc", init_std=0.02)
     with torch.no_grad():
         for p in one.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
@@ -135,7 +135,7 @@ def test_with_b_equal_to_w_every_gradient_is_bps_bit_for_bit(method: str, precis
 def by_detaching(model: gpt.GPT, b: dict[str, Tensor]) -> None:
     """Give a bp model's layers y = linear(x detached) + (x − x detached)·Bᵀ: its value is y, its input gradient g·B."""
 
-    def forward(one: credit.Linear, matrix: Tensor) -> Callable[[Tensor], Tensor]:
+    def forward(one: credit.FeedbackLinear, matrix: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: F.linear(x.detach(), one.weight, one.bias) + F.linear(x - x.detach(), matrix)
 
     for name, one in matrices(model).items():

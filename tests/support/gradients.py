@@ -27,8 +27,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if "feedback" not in name}
 
 
-def matrices(model: nn.Module) -> dict[str, credit.Linear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, credit.Linear)}
+def matrices(model: nn.Module) -> dict[str, credit.FeedbackLinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, credit.FeedbackLinear)}
 
 
 KIND = {"attn.qkv": "qkv", "attn.proj": "attn_proj", "mlp.fc": "fc", "mlp.proj": "mlp_proj", "head": "head"}
