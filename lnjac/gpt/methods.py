@@ -1,4 +1,4 @@
-"""Methods of credit assignment: which feedback a layer gets, what is trained, what decays (conf/method/*.yaml)."""
+"""Methods of credit assignment (conf/method), which choose feedback, trained parameters and weight decay."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from lnjac.seeding import normal, stream, uniform
 
 
 class Transpose(str, Enum):
-    """What a matrix's input gradient is made with: random feedback, or the true transposed weight."""
+    """How a matrix passes the error on, by random feedback or by its true transpose."""
 
     random = "random"
     true = "true"
@@ -38,7 +38,7 @@ class Policy:
 
 
 def draw(shape: tuple[int, ...], std: float, distribution: Distribution, generator: np.random.Generator) -> Tensor:
-    """Zero-mean draws of standard deviation std, in float64."""
+    """Return draws of mean zero and standard deviation std, in float64."""
     if distribution is Distribution.normal:
         return normal(shape, generator) * std
     return (uniform(shape, generator) * 2 - 1) * (std * math.sqrt(3))
@@ -46,27 +46,28 @@ def draw(shape: tuple[int, ...], std: float, distribution: Distribution, generat
 
 @dataclass
 class Method:
-    """Base of every method (conf/method/*.yaml); by itself it is backprop."""
+    """The base of every method; by itself it is backprop."""
 
     name: str
 
     can_tie: ClassVar[bool] = True
-    """Whether embedding and head may share one matrix: only where both get gradients of one and the same kind."""
+    """Whether embedding and head may share a matrix, which takes gradients of one kind for both."""
 
     def install(self, model: nn.Module, seed: int) -> None:
-        """Give a model, already initialised, what the method needs: feedback matrices, cuts."""
+        """Give an initialised model the feedback matrices and cuts that the method needs."""
 
     def refresh(self, model: nn.Module, seed: int, step: int) -> None:
-        """Called before each update's forward pass."""
+        """Change the feedback before an update's forward pass."""
 
     def before_update(self, model: nn.Module) -> None:
-        """Called between the (clipped) gradient and the optimizer's step."""
+        """Change gradients between the clipping and the optimizer's step."""
 
     def trains(self, parameter: str) -> bool:
-        """Whether the optimizer gets this parameter."""
+        """Return whether the optimizer gets the parameter of this name."""
         return True
 
     def weight_decay(self, model: nn.Module, parameter: str, default: float) -> float:
+        """Return the weight decay of a parameter; `default` is the optimizer's."""
         return default
 
     def problems(self, config: Any) -> Iterator[str]:
@@ -86,7 +87,7 @@ class Backprop(Method):
 class Frozen(Method):
     """Blocks keep their initial weights; embeddings, ln_f and head learn by backprop through them.
 
-    The control for every claim about alignment: what it reaches is not owed to learning in the blocks.
+    It is the control for claims about alignment, because its loss owes nothing to learning in the blocks.
     """
 
     def trains(self, parameter: str) -> bool:
@@ -95,9 +96,9 @@ class Frozen(Method):
 
 @dataclass
 class FeedbackMethod(Method):
-    """Base of the methods that replace Wᵀ layer by layer: a stored matrix M per layer, and a rule B(W, M).
+    """The base of the methods that replace Wᵀ, each layer by a rule B(W, M) of its weight and a stored matrix M.
 
-    M has W's own initial spread times `scale`, so that errors keep the size they have under backprop at step 0.
+    M has W's own initial spread times `scale`, so that errors have the size of backprop's at step 0.
     """
 
     policy: Policy
@@ -106,17 +107,17 @@ class FeedbackMethod(Method):
 
     can_tie: ClassVar[bool] = False
     layerwise: ClassVar[bool] = True
-    """Whether the method is its layers' feedback alone, so that it is backprop where every transpose is true."""
+    """Whether the method is its layers' feedback alone, and so is backprop if every transpose is true."""
 
     def rule(self, weight: Tensor, m: Tensor) -> Tensor:
-        """B from W and M: (out, in)."""
+        """Return B of W and M, all (out, in)."""
         return m
 
     def draw_feedback(self, layer: FeedbackLinear, generator: np.random.Generator) -> Tensor:
         return draw(tuple(layer.weight.shape), layer.init_std * self.scale, self.distribution, generator)
 
     def chosen(self, model: nn.Module) -> list[tuple[str, FeedbackLinear]]:
-        """The layers whose policy is random."""
+        """Return the layers that use random feedback, with their names."""
         return [(n, layer) for n, layer in linears(model) if getattr(self.policy, layer.kind) is Transpose.random]
 
     def install(self, model: nn.Module, seed: int) -> None:
@@ -141,7 +142,7 @@ class FeedbackAlignment(FeedbackMethod):
 class SignSymmetric(FeedbackMethod):
     """B has W's present signs (Liao et al. 2016; Moskovitz et al. 2018, arXiv 1812.06488): B = |M|⊙sign(W).
 
-    usf: one magnitude for all, the spread of M's draw. frsf: |M| drawn once. brsf: |M| drawn anew for each update.
+    usf has one magnitude, the spread of M's draw; frsf draws |M| once; brsf draws |M| anew for each update.
     """
 
     uniform: bool
@@ -176,8 +177,8 @@ class SignSymmetric(FeedbackMethod):
 class KolenPollack(FeedbackMethod):
     """B receives W's own update, and both decay by `decay`, so W − B shrinks by 1 − lr·decay a step (Akrout et al. 2019).
 
-    So under AdamW, and under SGD without momentum; with momentum W − B is a heavy ball that decay alone drives. `decay`
-    replaces the optimizer's weight decay for these matrices: AdamW's 1e-2 would leave plain fa over short runs.
+    This holds under AdamW, and under SGD without momentum; with momentum W − B is a heavy ball that decay alone drives.
+    `decay` replaces the optimizer's weight decay for these matrices, because AdamW's 1e-2 leaves plain fa over short runs.
     """
 
     decay: float
@@ -221,11 +222,11 @@ class KolenPollack(FeedbackMethod):
 
 @dataclass
 class DirectFeedback(FeedbackMethod):
-    """dfa: each block learns from the top error through its own fixed matrix (Nøkland 2016; Launay et al. 2020).
+    """Each block learns from the top error through its own fixed matrix (dfa: Nøkland 2016; Launay et al. 2020).
 
-    Blocks are cut from each other, the first one not from the embedding, which therefore learns through it. With
-    `cut_head` the last part (block or sublayer) is taught as the others are; without it, it gets its true gradient.
-    B_ℓ has the head's initial spread times `scale` where the error is at the logits, scale/√d where it is before the head.
+    Blocks are cut from each other. The first one is not cut from the embedding, which learns through it. With `cut_head`
+    the last part (block or sublayer) is taught as the others are; without it, it gets its true gradient. B_ℓ has the
+    head's initial spread times `scale` if the error is at the logits, and scale/√d if it is before the head.
     """
 
     inject: Inject
