@@ -1,4 +1,4 @@
-"""Batches of a corpus, and the losses of its unigrams and bigrams."""
+"""Batches of a corpus, and the losses that counting its tokens and pairs reaches."""
 
 import math
 from collections.abc import Iterator
@@ -11,24 +11,24 @@ import torch
 
 from lnjac.data import tokens as tokens_module
 from lnjac.data.corpus import Corpus
-from lnjac.data.tokens import Tokens, chunks
+from lnjac.data.tokens import TokenArray, chunks
 from lnjac.errors import ConfigError
 from lnjac.progress import share
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-def gather(split: Tokens, starts: npt.NDArray[np.int64], block_size: int) -> Batch:
-    """Inputs and targets, int64 (len(starts), block_size): tokens from each start, and those one later."""
+def gather(split: TokenArray, starts: npt.NDArray[np.int64], block_size: int) -> Batch:
+    """Return inputs, int64 (len(starts), block_size), the tokens from each start on, and targets, those one later."""
     tokens = split[np.asarray(starts)[:, None] + np.arange(block_size + 1)]
     both = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
 class Batches:
-    """Random training batches: every start at which a whole block and its targets fit is equally likely."""
+    """Random training batches, in which every start of a whole block with its targets is equally likely."""
 
-    def __init__(self, split: Tokens, batch_size: int, block_size: int, rng: np.random.Generator) -> None:
+    def __init__(self, split: TokenArray, batch_size: int, block_size: int, rng: np.random.Generator) -> None:
         if len(split) <= block_size:
             raise ConfigError(
                 f"the split has {len(split)} tokens, too few for model.block_size={block_size}: "
@@ -37,18 +37,27 @@ class Batches:
         self.split, self.batch_size, self.block_size, self.rng = split, batch_size, block_size, rng
 
     def next(self) -> Batch:
-        """Inputs and targets, int64 (batch_size, block_size)."""
+        """Return the next batch's inputs and targets, int64 (batch_size, block_size)."""
         return gather(self.split, self.starts(), self.block_size)
 
     def starts(self) -> npt.NDArray[np.int64]:
-        """(batch_size,): where the next batch's sequences begin; drawn, so that it is the next batch no more."""
+        """Draw where the next batch's sequences begin, (batch_size,)."""
         return self.rng.integers(0, len(self.split) - self.block_size, size=self.batch_size)
 
 
-def windows(split: Tokens, block_size: int, batch_size: int, max_tokens: int | None) -> Iterator[Batch]:
-    """The split's tokens 1, 2, … (the first max_tokens of them) as targets, each exactly once, in order.
+def windows(split: TokenArray, block_size: int, batch_size: int, max_tokens: int | None) -> Iterator[Batch]:
+    """Yield batches whose targets are the split's tokens 1, 2, …, each exactly once and in order.
 
-    Window k has inputs [kT, kT+T) for T = block_size; a shorter last window comes as a batch of its own.
+    Window k has inputs [kT, kT+T) for T = block_size. A shorter last window is a batch of its own.
+
+    Args:
+        split: the tokens, (n,).
+        block_size: the tokens of a window.
+        batch_size: the windows of a batch.
+        max_tokens: how many targets there are at most, or None for all.
+
+    Raises:
+        ConfigError: there is no token to predict.
     """
     n_targets = count_targets(split, max_tokens)
     starts = np.arange(0, n_targets - block_size + 1, block_size)
@@ -58,8 +67,8 @@ def windows(split: Tokens, block_size: int, batch_size: int, max_tokens: int | N
         yield gather(split, np.array([n_targets - rest]), rest)
 
 
-def count_targets(split: Tokens, max_tokens: int | None) -> int:
-    """How many tokens `windows` predicts."""
+def count_targets(split: TokenArray, max_tokens: int | None) -> int:
+    """Return how many tokens `windows` predicts."""
     if len(split) < 2 or (max_tokens is not None and max_tokens < 1):
         raise ConfigError(f"nothing to predict in {len(split)} tokens with max_tokens={max_tokens}: allow at least one")
     return len(split) - 1 if max_tokens is None else min(len(split) - 1, max_tokens)
@@ -75,9 +84,13 @@ class Baselines:
 
 @cache
 def baselines(corpus: Corpus, max_tokens: int | None) -> Baselines:
-    """What counting on train reaches: p(b) = (#b + 1) / (N + V) and p(b | a) = (#ab + 1) / (#a· + V).
+    """Return the validation losses of counts on train, p(b) = (#b + 1) / (N + V) and p(b | a) = (#ab + 1) / (#a· + V).
 
-    Only the pairs that validation asks for are counted: a vocabulary of 50,000 needs no table of its square.
+    Only the pairs of the validation split are counted, so a vocabulary of 50,000 needs no table of its square.
+
+    Args:
+        corpus: the corpus, whose train split is counted.
+        max_tokens: how many tokens of the validation split are predicted, or None for all.
     """
     vocab_size = corpus.vocab_size
     n_targets = count_targets(corpus.val, max_tokens)

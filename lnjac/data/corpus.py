@@ -1,8 +1,8 @@
-"""Corpora: token folders in nanoGPT's format, verified before anything trains on them.
+"""Corpora, each a folder of tokens in nanoGPT's format that is verified before anything trains on it.
 
-A prepared folder holds `train.bin` and `val.bin` (raw little-endian uint16 tokens) and `meta.pkl`
-(vocab_size, itos, stoi), so nanoGPT reads what is written here and the other way round. Our own meta.pkl adds
-the content hash and is written last: a folder without it is not prepared yet.
+A prepared folder holds `train.bin` and `val.bin` (raw little-endian uint16 tokens) and `meta.pkl` (vocab_size, itos, stoi),
+so nanoGPT reads a folder that is written here, and the other way round. Our own meta.pkl adds the content hash. It is
+written last, so a folder without it is not prepared yet.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import pickle
 import urllib.error
 import urllib.request
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -21,89 +21,72 @@ from typing import Protocol
 
 import numpy as np
 
-from lnjac.data import synthetic as play
+from lnjac.data import synthetic
 from lnjac.data.inputs import decode, read_file
 from lnjac.data.nanogpt_format import Meta, is_prepared, read_meta, require_uint16
-from lnjac.data.tokens import DTYPE, MOST_TOKENS, Tokens, chunks
+from lnjac.data.tokens import DTYPE, MOST_TOKENS, TokenArray, chunks
 from lnjac.errors import ConfigError
 from lnjac.files import write_atomically
 from lnjac.progress import share
 
 SPLITS = ("train", "val")
-
-
 MARKER = ".lnjac"  # written first into a folder that is prepared here, and so may be written again
-
-
 PLAY_TEXT_SHA256 = "4036b0bdedb46cde0fc76085bc130558b7307a4ec8f538aae8821dec808f2d97"
-
-
 PLAY_SHA256 = "9d1ca2dc03bad2c025d8a50bea414fecc336b74e73def9b57c16174dff229e96"
-
-
 SHAKESPEARE_TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-
 SHAKESPEARE_SHA256 = "9674184e6c81e3d472f323ef4dff0b6d34a328b0f7d8fabdb6f2228598d8cba0"
-
-
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """A verified corpus: train and val are 1-D uint16 memory maps, every token below vocab_size.
+    """A verified corpus, whose splits are 1-D uint16 memory maps with every token below vocab_size.
 
-    sha256 covers vocab_size, the vocabulary and both splits' tokens, but no path: equal hashes, equal data.
+    sha256 covers vocab_size, the vocabulary and both splits' tokens, but no path, so equal hashes mean equal data.
     """
 
     name: str
-    train: Tokens
-    val: Tokens
+    train: TokenArray
+    val: TokenArray
     vocab_size: int
     sha256: str
     vocabulary: tuple[str, ...] | None
 
 
 class Source(Protocol):
-    """Where a corpus comes from, as conf/data/*.yaml has it; one with `resolve` may put another in its place."""
+    """The origin of a corpus (conf/data)."""
 
     name: str
 
     @abstractmethod
     def load(self) -> Corpus:
-        """The corpus, verified; raises ConfigError where it cannot be had."""
+        """Return the corpus, verified. Raises ConfigError if it cannot be had."""
 
 
 @dataclass
 class Play:
-    """The embedded corpus of lnjac.data.synthetic: generated once, then read from the cache `dir`."""
+    """The embedded corpus of lnjac.data.synthetic, generated once and cached in `dir`."""
 
     name: str
     dir: str = "data/play"
 
     def load(self) -> Corpus:
-        folder = Path(self.dir)
-        if is_prepared(folder):
-            try:
-                return _expect(PLAY_SHA256, open_folder(self.name, folder))
-            except ConfigError as error:
-                log.warning("generating the play again: %s", error)
-        text = play.generate()
+        return _cached(self.name, Path(self.dir), self._text, sha256=PLAY_SHA256)
+
+    def _text(self) -> str:
+        text = synthetic.generate()
         if _sha256(text.encode()) != PLAY_TEXT_SHA256:
             raise ConfigError(
                 "lnjac/data/synthetic.py no longer writes the text it used to: restore it, or pick another data="
             )
-        prepare(folder, text)
-        return _expect(PLAY_SHA256, open_folder(self.name, folder))
+        return text
 
 
 @dataclass
 class ShakespeareChar:
-    """Tiny Shakespeare by characters, split as by nanoGPT: from `dir`, else `source`, else downloaded."""
+    """Tiny Shakespeare by characters, split as by nanoGPT, from `dir`, else from `source`, else downloaded."""
 
     name: str
     dir: str = "data/shakespeare_char"
@@ -130,7 +113,7 @@ class ShakespeareChar:
 
 @dataclass
 class NanoGPT:
-    """Any folder in nanoGPT's format; its meta.pkl says the vocabulary's size, unless `vocab_size` does."""
+    """Any folder in nanoGPT's format; `vocab_size` takes precedence over its meta.pkl."""
 
     name: str
     dir: str
@@ -142,7 +125,7 @@ class NanoGPT:
 
 @dataclass
 class TextFiles:
-    """One's own UTF-8 files, concatenated in their order, by characters; cached under `dir` by content."""
+    """A user's UTF-8 files by characters, concatenated in their order and cached in `dir` by content."""
 
     name: str
     files: list[str] = field(default_factory=list)
@@ -160,17 +143,33 @@ class TextFiles:
             raise ConfigError(problem)
         text = "".join(map(decode, self.files))
         folder = Path(self.dir) / _sha256(f"{self.val_fraction}\n{text}".encode())[:16]
-        if is_prepared(folder):
-            try:
-                return open_folder(self.name, folder)
-            except ConfigError as error:
-                log.warning("preparing data.files again: %s", error)
-        prepare(folder, text, self.val_fraction)
-        return open_folder(self.name, folder)
+        return _cached(self.name, folder, lambda: text, self.val_fraction)
+
+
+def _cached(
+    name: str, folder: Path, text: Callable[[], str], val_fraction: float = 0.1, sha256: str | None = None
+) -> Corpus:
+    """Open the folder, which is prepared anew if it is not there or damaged."""
+    if is_prepared(folder):
+        try:
+            return _expect(sha256, open_folder(name, folder))
+        except ConfigError as error:
+            log.warning("preparing %s again: %s", folder, error)
+    prepare(folder, text(), val_fraction)
+    return _expect(sha256, open_folder(name, folder))
 
 
 def open_folder(name: str, folder: Path, vocab_size: int | None = None) -> Corpus:
-    """The folder as a Corpus, read and verified once per process for as long as its files stay the same."""
+    """Return a folder in nanoGPT's format as a corpus, verified once per process unless its files change.
+
+    Args:
+        name: the corpus's label.
+        folder: holds train.bin, val.bin and perhaps meta.pkl.
+        vocab_size: the number of distinct tokens; None to take it from meta.pkl.
+
+    Raises:
+        ConfigError: the folder or a file is missing, damaged, hostile or of another format.
+    """
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise ConfigError(f"{folder} {what}: set data.dir to a folder with train.bin and val.bin")
@@ -179,7 +178,7 @@ def open_folder(name: str, folder: Path, vocab_size: int | None = None) -> Corpu
 
 @cache
 def _open(name: str, folder: Path, vocab_size: int | None, stamps: tuple[tuple[int, ...] | None, ...]) -> Corpus:
-    """`stamps` tell one state of the folder's files from the next."""
+    """Open the folder whose files have these stamps, which change with the files."""
     meta = read_meta(folder / "meta.pkl") if is_prepared(folder) else Meta(None, None, None)
     splits = {split: _map(folder / f"{split}.bin") for split in SPLITS}
     if meta.sha256 is None:  # not prepared here
@@ -205,8 +204,8 @@ def _open(name: str, folder: Path, vocab_size: int | None, stamps: tuple[tuple[i
     return Corpus(name, splits["train"], splits["val"], size, sha256, meta.vocabulary)
 
 
-def _verify(folder: Path, vocab_size: int, vocabulary: tuple[str, ...] | None, splits: Mapping[str, Tokens]) -> str:
-    """The content hash, from one pass over all tokens that also finds any the vocabulary cannot hold."""
+def _verify(folder: Path, vocab_size: int, vocabulary: tuple[str, ...] | None, splits: Mapping[str, TokenArray]) -> str:
+    """Return the content hash, from one pass that also finds any token outside the vocabulary."""
     lengths = [len(splits[split]) for split in SPLITS]
     digest = hashlib.sha256(json.dumps([vocab_size, vocabulary, lengths]).encode())
     done = 0
@@ -223,7 +222,7 @@ def _verify(folder: Path, vocab_size: int, vocabulary: tuple[str, ...] | None, s
     return digest.hexdigest()
 
 
-def _map(file: Path) -> Tokens:
+def _map(file: Path) -> TokenArray:
     if not file.is_file():
         raise ConfigError(f"{file} is missing: prepare the folder again, or set data.dir to another one")
     size = file.stat().st_size
@@ -237,9 +236,15 @@ def _map(file: Path) -> Tokens:
 
 
 def prepare(folder: Path, text: str, val_fraction: float = 0.1) -> None:
-    """Write text, by characters, as a folder that nanoGPT can read; two processes may do so at once.
+    """Write a text, by characters, as a folder that nanoGPT can read. Two processes may do so at once.
 
-    Raises ConfigError for a folder that holds tokens and was not prepared here: nobody's data is written over.
+    Args:
+        folder: made if it is missing.
+        text: the whole corpus.
+        val_fraction: the part at the end of the text that is held out for validation.
+
+    Raises:
+        ConfigError: the folder holds tokens of another program, the text is too short, or the disk cannot be written.
     """
     if not (folder / MARKER).exists() and any(file.exists() for file in _files(folder)):
         raise ConfigError(
@@ -271,8 +276,8 @@ def prepare(folder: Path, text: str, val_fraction: float = 0.1) -> None:
         ) from None
 
 
-def encode(text: str) -> tuple[Tokens, tuple[str, ...]]:
-    """Tokens (n,) and the vocabulary they index: the text's distinct characters, sorted."""
+def encode(text: str) -> tuple[TokenArray, tuple[str, ...]]:
+    """Return tokens, (n,), and the vocabulary that they index, which is the text's distinct characters, sorted."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     used = np.flatnonzero(np.bincount(codes))
     if len(used) > MOST_TOKENS:
@@ -301,8 +306,8 @@ def _download(url: str, timeout_s: float, most: int = 2**24) -> bytes:
     return bytes(received)
 
 
-def _expect(sha256: str, corpus: Corpus) -> Corpus:
-    if corpus.sha256 != sha256:
+def _expect(sha256: str | None, corpus: Corpus) -> Corpus:
+    if sha256 not in (None, corpus.sha256):
         raise ConfigError(
             f"the folder of data={corpus.name} holds tokens it should not: delete it, set another data.dir, "
             "or read it as it is with data=nanogpt data.dir=..."

@@ -1,4 +1,4 @@
-"""Input files of a user, read with an error that names the setting."""
+"""Reading of a user's files, with errors that name the setting."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,7 @@ from lnjac.errors import ConfigError
 
 
 def read_file(file: Path | str, setting: str, most: int | None = None) -> bytes:
+    """Return a regular file's content. Raises ConfigError, which names the setting, if it has more bytes than `most`."""
     if os.path.exists(file) and not os.path.isfile(file):  # a pipe would be waited for, and can be read but once
         what = "is a folder" if os.path.isdir(file) else "is a pipe or a device"
         raise ConfigError(f"cannot read {file}, which {what} and no regular file: check {setting}")
@@ -21,6 +22,7 @@ def read_file(file: Path | str, setting: str, most: int | None = None) -> bytes:
 
 
 def decode(file: str) -> str:
+    """Return the text of one of `data.files`. Raises ConfigError if it is empty or not UTF-8."""
     content = read_file(file, "data.files")
     if not content:
         raise ConfigError(f"{file} is empty: drop it from data.files")

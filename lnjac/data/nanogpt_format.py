@@ -1,4 +1,4 @@
-"""nanoGPT's folders: uint16 bins and meta.pkl, which is read without running anything in it."""
+"""Files of a folder in nanoGPT's format, whose meta.pkl is read without running anything in it."""
 
 import io
 import json
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from lnjac.data.inputs import read_file
-from lnjac.data.tokens import CHUNK, MOST_TOKENS, Tokens
+from lnjac.data.tokens import CHUNK, MOST_TOKENS, TokenArray
 from lnjac.errors import ConfigError
 
 
 class Format(NamedTuple):
-    """How a .bin file holds its tokens: bytes before the first one, their numpy type, and a name for both."""
+    """A format of tokens in a .bin file, by the bytes before the first one, their numpy type, and its name."""
 
     offset: int
     dtype: str
@@ -31,11 +31,11 @@ LLM_C = {
     20240520: Format(1024, "<u2", "llm.c's header before uint16 tokens"),
     20240801: Format(1024, "<u4", "llm.c's header before uint32 tokens"),
 }
-"""llm.c's formats by the first number of their header: 256 int32, namely this number, a version, how many tokens, zeros."""
+"""llm.c's formats by their number, the first of a header of 256 int32: it, a version, a count of tokens, zeros."""
 
 
-def require_uint16(folder: Path, splits: Mapping[str, Tokens]) -> None:
-    """Raise ConfigError, with the command that converts it, for a folder of tokens in another format."""
+def require_uint16(folder: Path, splits: Mapping[str, TokenArray]) -> None:
+    """Raise ConfigError, with the command that converts the folder, if its tokens have another format."""
     formats = {split: _format(tokens) for split, tokens in splits.items()}
     if not (other := [split for split, found in formats.items() if found != UINT16]):
         return
@@ -58,8 +58,8 @@ def require_uint16(folder: Path, splits: Mapping[str, Tokens]) -> None:
     raise ConfigError(f"{said}convert it by `python -c {shlex.quote(program)}`, then set data.dir={new}")
 
 
-def _format(tokens: Tokens) -> Format:
-    """Recognise how a file that was read as uint16 was written, by its header or by what lies at every second place."""
+def _format(tokens: TokenArray) -> Format:
+    """Recognise the format of a file that was read as uint16, by its header or by every second value."""
     if len(tokens) > 512:
         header = np.frombuffer(tokens[:512].tobytes(), "<i4")
         if (known := LLM_C.get(int(header[0]))) and not header[3:].any():
@@ -74,12 +74,12 @@ def _format(tokens: Tokens) -> Format:
 
 
 def _are_halves(low: int, high: int) -> bool:
-    """Tell from their largest values whether these are the lower and upper halves of tokens below a million."""
+    """Return whether values up to these may be the lower and upper halves of tokens below a million."""
     return low > 0 and (high == 0 or (high < 16 and low >= 256))
 
 
 class Meta(NamedTuple):
-    """What a meta.pkl tells; sha256 is there only when the folder was prepared here."""
+    """The content of a meta.pkl; sha256 is None if the folder was not prepared here."""
 
     vocab_size: int | None
     vocabulary: tuple[str, ...] | None
@@ -87,7 +87,7 @@ class Meta(NamedTuple):
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Refuses every global, so that nothing in a pickle can name code, let alone run it."""
+    """An unpickler that refuses every global, so that a pickle can name no code."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it names {module}.{name}")
@@ -101,17 +101,14 @@ PLAIN_OPCODES = frozenset([
     "BININT", "BININT1", "BININT2", "SHORT_BINUNICODE", "BINUNICODE",
     "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET",
 ])  # fmt: skip
-"""They build dicts, lists, strings and 32-bit integers only: a deep tuple as a key would crash hash()."""
-
+"""They build dicts, lists, strings and 32-bit integers only; a deep tuple as a key would crash hash()."""
 
 MOST_OPCODES = 10**6  # a vocabulary of 65,536 takes about 400,000
-
-
 MOST_META_BYTES = 2**23
 
 
 def read_meta(file: Path) -> Meta:
-    """A nanoGPT meta.pkl, read without trusting it."""
+    """Return the content of a meta.pkl without trusting it. Raises ConfigError if it is no plain vocabulary."""
     raw = read_file(file, "data.dir", most=MOST_META_BYTES)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(raw)):
@@ -147,5 +144,5 @@ def _meta(meta: Any) -> Meta:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether the folder holds a meta.pkl: the last file that `prepare` writes."""
+    """Return whether the folder holds a meta.pkl, the last file that `prepare` writes."""
     return (folder / "meta.pkl").exists()

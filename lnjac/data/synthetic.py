@@ -1,12 +1,11 @@
-"""The embedded corpus: plays in an invented tongue, written wholly by this module.
+"""The embedded corpus, plays in an invented language that this module writes.
 
-English function words hold up a lexicon of made-up nouns, verbs and adjectives, so that there is something to
-learn at every scale: spelling (syllables), words (a Zipfian lexicon), agreement (number, person, `a` or `an`,
-a preposition for each verb), company (nouns draw their adjectives, verbs their objects), rhyme (couplets),
-voices (oaths, favourites, `thou` or `you`), turns (a reply takes up the last noun or name) and scenes
-(a cast, a topic).
+English function words hold a lexicon of invented nouns, verbs and adjectives together. A model can learn regularities at
+every scale: syllables, a Zipfian lexicon, agreement (number, person, `a` or `an`, a preposition for each verb), collocation
+(nouns choose adjectives, verbs choose objects), rhyme (couplets), speakers (oaths, favourite nouns, `thou` or `you`),
+replies (to the last noun or name) and scenes (a cast, a topic).
 
-All randomness is `Random(SEED).random()` and no order comes from a hash: every machine writes the same bytes.
+All randomness is `Random(SEED).random()`, and no order comes from a hash, so every machine writes the same bytes.
 """
 
 from bisect import bisect
@@ -14,19 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from random import Random
+from textwrap import wrap
 from typing import NamedTuple, TypeVar
 
 SEED = 1682
 LENGTH = 1_115_000  # characters, about as many as tiny Shakespeare has
 
 T = TypeVar("T")
+words = str.split
 
-
-def words(line: str) -> list[str]:
-    return line.split()
-
-
-# Each list is ordered from common to rare: `Dice.zipf` draws from its head most often.
+# Each list is ordered from common to rare, because `Dice.zipf` draws the first most often.
 ONSETS = words("t s m b w d f h br l st r g n c gr p th tr fl k sh dr cr bl sp v sk pl gl wh sw fr qu j y sn thr z")
 NUCLEI = words("a e i o u ea oo ai ee oa ou")
 CODAS = words("n r l t ck nd m s rn st d sh lm ng th p lk mp x ft zz")
@@ -56,17 +52,17 @@ NUMERALS = words("I II III IV V VI VII")
 class Verb(NamedTuple):
     stem: str
     preposition: str  # with its space; "" where the verb takes a plain object
-    objects: tuple[str, ...]  # the nouns it keeps company with
+    objects: tuple[str, ...]  # the nouns that often follow
 
 
 @dataclass(frozen=True)
 class Voice:
-    """One speaker and what gives them away."""
+    """A speaker and their habits."""
 
     name: str
     oath: str
     nouns: tuple[str, ...]  # favourites
-    thou: bool  # says `thou stavest`, not `you stave`
+    thou: bool  # `thou stavest`, not `you stave`
     rhymes: bool  # speaks in couplets
     asks: float  # how often a sentence is a question
 
@@ -85,7 +81,7 @@ class Dice:
         return items[int(self.random() * len(items))]
 
     def zipf(self, items: Sequence[T]) -> T:
-        """Item number r with probability proportional to 1 / (r + 4)."""
+        """Return item number r with probability proportional to 1 / (r + 4)."""
         n = len(items)
         if n not in self._cumulative:
             self._cumulative[n] = list(accumulate(1 / (rank + 4) for rank in range(n)))
@@ -97,7 +93,7 @@ class Dice:
 
 
 class Lexicon:
-    """The invented words, commonest first, and the company they keep."""
+    """The invented words, commonest first, and the words that go with them."""
 
     def __init__(self, dice: Dice) -> None:
         self._dice, self._taken = dice, set(FUNCTION_WORDS)
@@ -135,7 +131,7 @@ class Lexicon:
 
 
 class Playwright:
-    """Writes plays; the state is the scene's topic, the voice that speaks and the noun last spoken of."""
+    """A writer of plays, whose state is the scene's topic, the present speaker and the last noun."""
 
     def __init__(self, seed: int) -> None:
         self.dice = dice = Dice(seed)
@@ -160,7 +156,7 @@ class Playwright:
         return THOU.get(word, word) if self.voice.thou else word
 
     def described(self, noun: str, determiner: str, many: bool = False) -> str:
-        """A noun with its determiner, such as `an ulmy mool` or `these stary brens`."""
+        """Return a noun with its determiner, such as `an ulmy mool` or `these stary brens`."""
         dice, phrase = self.dice, plural(noun) if many else noun
         if dice.chance(0.35):
             pool = self.lexicon.company[noun] if dice.chance(0.6) else self.lexicon.adjectives
@@ -187,7 +183,7 @@ class Playwright:
         return self.noun_phrase(dice.chance(0.3), dice.zipf(verb.objects) if dice.chance(0.4) else "")
 
     def predicate(self, be: str, final: str = "") -> str:
-        """A verb phrase whose subject takes the form `be` of to be; it ends on the noun `final`, if given."""
+        """Return a verb phrase whose subject takes the form `be` of to be, and which ends on the noun `final` if given."""
         dice, draw = self.dice, self.dice.random()
         if draw < 0.15:
             noun = final or (self.noun() if dice.chance(0.5) else "")
@@ -205,7 +201,7 @@ class Playwright:
         return f"{form}{verb.preposition} {self.object_of(verb)}"
 
     def clause(self, final: str = "") -> str:
-        """Subject and predicate, agreeing in number and person."""
+        """Return a subject and a predicate that agree in number and person."""
         draw = self.dice.random()
         if draw < 0.5:
             many = draw < 0.2
@@ -243,14 +239,15 @@ class Playwright:
         return [capital(self.clause(first)) + ",", f"{link} {self.clause(second)}{self.dice.pick('..!')}"]
 
     def speech(self, to: str) -> list[str]:
-        """The lines of one turn; its opening often takes up the noun or the name that it answers."""
+        """Return the lines of one turn, which often opens with the last noun or the other's name."""
         dice, draw = self.dice, self.dice.random()
         opening = [f"{capital(self.described(self.spoken_of, 'the'))}?"] if draw < 0.2 else []
         if 0.2 <= draw < 0.5:
             opening = [f"{dice.zipf(REPLIES)}, {to}!"]
         if self.voice.rhymes:
             return opening + [line for _ in range(1 + int(3 * dice.random())) for line in self.couplet()]
-        return wrapped(" ".join(opening + [self.sentence(to) for _ in range(1 + int(4 * dice.random()))]))
+        sentences = [self.sentence(to) for _ in range(1 + int(4 * dice.random()))]
+        return wrap(" ".join(opening + sentences), 60, break_long_words=False, break_on_hyphens=False)
 
     def scene(self, heading: str, company: Sequence[Voice]) -> str:
         dice = self.dice
@@ -270,7 +267,7 @@ class Playwright:
         return "\n\n".join([*blocks, "[Exeunt.]"])
 
     def play(self) -> str:
-        """Five acts of a few scenes for one company of players."""
+        """Return a play of five acts of a few scenes each, for one company of players."""
         company = list(dict.fromkeys(self.dice.pick(self.voices) for _ in range(10)))
         scenes = [f"THE {self.dice.pick(('TRAGEDY', 'COMEDY', 'HISTORY'))} OF {company[0].name}"]
         for act in NUMERALS[:5]:
@@ -287,17 +284,8 @@ def capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def wrapped(text: str, width: int = 60) -> list[str]:
-    lines = [""]
-    for word in text.split(" "):
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append("")
-        lines[-1] += f" {word}" if lines[-1] else word
-    return lines
-
-
 def generate() -> str:
-    """The whole corpus: plays one after another, ended at the first line that completes LENGTH characters."""
+    """Return the whole corpus, plays one after another up to the end of the line that holds character number LENGTH."""
     playwright, text = Playwright(SEED), ""
     while len(text) < LENGTH:
         text += playwright.play() + "\n\n"

@@ -1,1 +1,1 @@
-"""The model under study: a GPT, its attention, its credit assignment, its optimizers."""
+"""The model under study, with its attention, credit assignment and optimizers."""

@@ -1,6 +1,6 @@
-"""Attention modes: how scores QKᵀ/√d_h become weights. All are causal; n is the configured block size, not the current T.
+"""Attention modes, which turn scores QKᵀ/√d_h into causal weights; n is the configured block size, not the current T.
 
-A mode is a dataclass with `weights`; conf/attn_mode/*.yaml names it and gives its fields.
+A mode is a dataclass with a method `weights`. A file conf/attn_mode/NAME.yaml names it and gives its fields.
 """
 
 import math
@@ -16,29 +16,43 @@ from torch import Tensor
 
 @dataclass
 class Attention(ABC):
-    """Base of every mode: o = weights(QKᵀ/√d_h)·V."""
+    """The base of every mode, o = weights(QKᵀ/√d_h)·V."""
 
     name: str
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, block_size: int, dropout: float = 0.0) -> Tensor:
-        """q, k, v: (B, heads, T, d_h) -> (B, heads, T, d_h); `dropout` is the share of weights dropped."""
+        """Return the attention's output, (B, heads, T, d_h).
+
+        Args:
+            q: queries, (B, heads, T, d_h).
+            k: keys, of the same shape.
+            v: values, of the same shape.
+            block_size: the configured number of positions, n.
+            dropout: the share of weights that is dropped.
+        """
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         weights = self.weights(scores, causal_mask(scores), block_size)
         return F.dropout(weights, dropout) @ v
 
     @abstractmethod
     def weights(self, scores: Tensor, mask: Tensor, block_size: int) -> Tensor:
-        """scores: (B, heads, T, T), mask: (T, T), true where a query may look -> weights, zero where it may not."""
+        """Return the weights, (B, heads, T, T), which are zero where a query may not look.
+
+        Args:
+            scores: QKᵀ/√d_h, (B, heads, T, T).
+            mask: (T, T), true where a query may look.
+            block_size: the configured number of positions, n.
+        """
 
 
 def causal_mask(scores: Tensor) -> Tensor:
-    """(T, T) bool: true on and below the diagonal."""
+    """Return a (T, T) mask that is true on and below the diagonal."""
     t = scores.shape[-1]
     return torch.ones(t, t, dtype=torch.bool, device=scores.device).tril()
 
 
 def barrier(scores: Tensor, mask: Tensor, bias: float = 0.0) -> Tensor:
-    """(T, T) to add to scores: `bias` where a query may look, −∞ where it may not. It costs no pass in the backward."""
+    """Return (T, T) terms to add to scores, `bias` where a query may look, else −∞: the backward has no pass for a sum."""
     return scores.new_full(mask.shape, bias).masked_fill(~mask, -math.inf)
 
 
@@ -46,8 +60,8 @@ def barrier(scores: Tensor, mask: Tensor, bias: float = 0.0) -> Tensor:
 class Softmax(Attention):
     """softmax(QKᵀ/√d_h) over the keys (Vaswani et al. 2017).
 
-    The fused kernel is used where it was measured to be faster (benchmarks/README.md): everywhere but on a CPU in bf16,
-    whose backward is slow at short blocks, and for heads narrower than 16.
+    The fused kernel serves everywhere but on a CPU in bf16, where its backward is slow at short blocks, and on a CPU for
+    heads narrower than 16 (benchmarks/README.md).
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, block_size: int, dropout: float = 0.0) -> Tensor:
@@ -61,9 +75,9 @@ class Softmax(Attention):
 
 @dataclass
 class Sigmoid(Attention):
-    """sigmoid(QKᵀ/√d_h + b) (Ramapuram et al. 2024, arXiv 2409.04431), b fixed; null means −log(block_size).
+    """sigmoid(QKᵀ/√d_h + b) (Ramapuram et al. 2024, arXiv 2409.04431), with a fixed bias b; null means −log(block_size).
 
-    With that b, row i's total mass at initialisation is about i/n.
+    With that bias the weights of row i add up to about i/n at initialisation.
     """
 
     bias: float | None
@@ -91,7 +105,7 @@ class Relu(Attention):
 
 @dataclass
 class Linear(Attention):
-    """QKᵀ/(√d_h·n): attention without a nonlinearity (von Oswald et al. 2023, arXiv 2212.07677)."""
+    """QKᵀ/(√d_h·n), attention without a nonlinearity (von Oswald et al. 2023, arXiv 2212.07677)."""
 
     def weights(self, scores: Tensor, mask: Tensor, block_size: int) -> Tensor:
         return scores.masked_fill(~mask, 0.0) / block_size

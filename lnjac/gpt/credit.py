@@ -1,8 +1,8 @@
-"""Credit assignment: what stands in for the transposed weights when an error travels back.
+"""Layers and feedback of credit assignment, by which an error travels back through other matrices than the weights.
 
-A method changes only gradients, never a forward value: `loss.backward()` leaves its update in `.grad` and the loss stays
-the true cross-entropy. Weight and bias gradients are always true given the error that arrives at a layer; the attention
-product, the norms' γ and the residual stream stay exact.
+A method changes gradients and no forward value. `loss.backward()` leaves the method's gradient in `.grad`, and the loss stays
+the true cross-entropy. Weight and bias gradients are true given the error that arrives at a layer. The attention product,
+the norms' γ and the residual stream stay exact.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,10 +33,15 @@ ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-c
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a·b + bias: (…, n), (n, m), (m,) -> (…, m).
+    """Return a·b + bias, (…, m).
 
-    In fp32 on a CPU, where no graph is wanted, it is oneDNN's, which uses AVX-512 wherever the CPU has it: MKL, torch's
-    choice, on Intel's alone.
+    In fp32 on a CPU, and where no graph is recorded, oneDNN computes it. oneDNN uses AVX-512 on any CPU that has it; MKL,
+    which torch would choose, on Intel's alone.
+
+    Args:
+        a: (…, n).
+        b: (n, m).
+        bias: (m,), or None for none.
     """
     if _by_onednn(a):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
@@ -49,60 +54,47 @@ def _by_onednn(a: Tensor) -> bool:
     return ONEDNN and plain and not torch.compiler.is_compiling()
 
 
-class _Linear(torch.autograd.Function):
-    """y = x·Wᵀ + b, whose input gradient is g·B (Lillicrap et al. 2016); x: (…, in), W and B: (out, in).
-
-    It does without `needs_input_grad`, which under torch.compile silently gave plain backprop.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, back: Tensor) -> Tensor:
-        return product(x, weight.t(), bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], output: Tensor) -> None:
-        x, _, bias, back = inputs
-        ctx.save_for_backward(x, back)
-        ctx.has_bias = bias is not None
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        x, back = ctx.saved_tensors
-        g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        return product(g, back).view(x.shape), _outer(g, flat), g.sum(0) if ctx.has_bias else None, None
-
-
 @dataclass
-class Way:
-    """How errors go back through a graph that allows both: by the method's feedback, or by W."""
+class Route:
+    """How errors pass a layer on their way back: through the method's feedback B, or through W if `true` is set."""
 
     true: bool = False
 
 
-class _Either(torch.autograd.Function):
-    """_Linear whose backward decides between B and W when it runs, so that one forward pass serves both."""
+class _Product(torch.autograd.Function):
+    """y = x·Wᵀ + b, whose input gradient is g·B (Lillicrap et al. 2016); x: (…, in), W and B: (out, in).
+
+    A route may send the error through W instead; it is asked as the error passes, so that one forward pass serves both.
+    `needs_input_grad` is not consulted: under torch.compile that silently gave plain backprop.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, back: Tensor, way: Way) -> Tensor:
-        ctx.save_for_backward(x, weight, back)
-        ctx.has_bias, ctx.way = bias is not None, way
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, back: Tensor, route: Route | None) -> Tensor:
         return product(x, weight.t(), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
-        x, weight, back = ctx.saved_tensors
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, back, ctx.route = inputs
+        ctx.save_for_backward(x, back, *([weight] if ctx.route else []))
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, back, *true = ctx.saved_tensors
+        if true and ctx.route.true:
+            (back,) = true
         g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        below = product(g, weight if ctx.way.true else back).view(x.shape)
-        return below, _outer(g, flat), g.sum(0) if ctx.has_bias else None, None, None
+        return product(g, back).view(x.shape), _outer(g, flat), g.sum(0) if ctx.has_bias else None, None, None
 
 
 def _outer(g: Tensor, x: Tensor) -> Tensor:
-    """gᵀ·x: (n, out), (n, in) -> (out, in). oneDNN copies a transposed first operand: let it be the smaller one."""
+    """Return gᵀ·x, (out, in), of g: (n, out) and x: (n, in)."""
+    # oneDNN copies a transposed first operand: let it be the smaller one
     return product(g.t(), x) if g.shape[1] <= x.shape[1] else product(x.t(), g).t()
 
 
-class Linear(nn.Module):
-    """A linear layer that a method may give a feedback matrix. `kind` is one of KINDS, `init_std` W's initial spread."""
+class FeedbackLinear(nn.Module):
+    """A linear layer that a method may give feedback; `kind` is one of KINDS, `init_std` the spread of W as it is drawn."""
 
     bias: nn.Parameter | None
     feedback: Tensor | None
@@ -114,37 +106,34 @@ class Linear(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(d_out)) if bias else None)
         self.register_buffer("feedback", None)
         self.feedback_rule: Callable[[Tensor, Tensor], Tensor] | None = None
-        self.way: Way | None = None
+        self.route: Route | None = None
 
     def backward_matrix(self) -> Tensor:
-        """B: (out, in), the matrix whose product with the output's gradient is the input's gradient."""
+        """Return B, (out, in), by which the output's gradient is multiplied to give the input's."""
         if self.feedback_rule is None or self.feedback is None:
             return self.weight.detach()
         return self.feedback_rule(self.weight.detach(), self.feedback.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (…, in) -> (…, out)."""
+        """Return x·Wᵀ + b, (…, out), of x: (…, in)."""
         if self.feedback_rule is None and torch._C._are_functorch_transforms_active():
             return F.linear(x, self.weight, self.bias)  # any transform of torch.func, jvp included
-        back = self.weight if self.feedback_rule is None else self.backward_matrix()
-        operands: list[Tensor | None] = [x, self.weight, self.bias, back]
+        operands = [x, self.weight, self.bias, self.backward_matrix()]
         if torch.is_autocast_enabled(x.device.type):  # a Function's backward runs outside autocast: cast here
             dtype = torch.get_autocast_dtype(x.device.type)
             operands = [None if operand is None else operand.to(dtype) for operand in operands]
-        out: Tensor = (
-            _Linear.apply(*operands) if self.way is None else _Either.apply(*operands, self.way)  # type: ignore[no-untyped-call]
-        )
+        out: Tensor = _Product.apply(*operands, self.route)  # type: ignore[no-untyped-call]
         return out
 
 
-def linears(model: nn.Module) -> list[tuple[str, Linear]]:
-    """The model's linear layers of this class with their dotted names."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+def linears(model: nn.Module) -> list[tuple[str, FeedbackLinear]]:
+    """Return the model's layers of this class with their dotted names."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, FeedbackLinear)]
 
 
 @contextmanager
 def backprop(model: nn.Module) -> Iterator[None]:
-    """Within the context the model's gradients are the true ones, whatever its method: no feedback, no cuts."""
+    """Make the model's gradients the true ones within the context, whatever its method."""
     layers = [layer for _, layer in linears(model)]
     rules, broadcast = [layer.feedback_rule for layer in layers], getattr(model, "broadcast", None)
     try:
@@ -161,25 +150,25 @@ def backprop(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def both_ways(model: nn.Module) -> Iterator[Way]:
-    """Within the context a graph can be gone back through by the feedback, and by W once `true` is set on what is yielded."""
-    layers, way = [layer for _, layer in linears(model) if layer.feedback_rule is not None], Way()
+def both_ways(model: nn.Module) -> Iterator[Route]:
+    """Let a graph made within the context serve a pass back through the feedback, and one through W if `true` is set."""
+    layers, route = [layer for _, layer in linears(model) if layer.feedback_rule is not None], Route()
     try:
         for layer in layers:
-            layer.way = way
-        yield way
+            layer.route = route
+        yield route
     finally:
         for layer in layers:
-            layer.way = None
+            layer.route = None
 
 
 def is_feedback(parameter: str) -> bool:
-    """Whether a parameter's or buffer's dotted name is that of a feedback matrix."""
+    """Return whether a parameter or buffer of this dotted name is a feedback matrix."""
     return parameter.rpartition(".")[2].startswith("feedback")
 
 
 class Broadcast(nn.Module):
-    """Direct feedback: cuts a model at chosen points and hands each part's output e·B, e the error at the top."""
+    """Direct feedback, which cuts a model at chosen points and gives each part's output e·B, e the error at the top."""
 
     def __init__(self, feedback: list[Tensor], inject: Inject, error: ErrorAt) -> None:
         super().__init__()
@@ -188,7 +177,7 @@ class Broadcast(nn.Module):
             self.register_buffer(f"feedback_{i}", matrix)
 
     def cutter(self, outputs: list[Tensor]) -> "Cut":
-        """A cut for one forward pass: appends each output to be taught to `outputs` and goes on from its detached value."""
+        """Return the cut of one forward pass, which adds each output to `outputs` and returns its detached value."""
 
         def cut(h: Tensor, point: str) -> Tensor:
             if len(outputs) == self.n_points or (point == "sublayer" and self.inject is Inject.block):
@@ -198,8 +187,15 @@ class Broadcast(nn.Module):
 
         return cut
 
-    def teach(self, outputs: list[Tensor], logits: Tensor, targets: Tensor, head: Linear) -> Tensor:
-        """Zero in value; its gradient at output ℓ: (B, T, d) is e·B_ℓ, e = ∂CE/∂logits or, at hidden, ∂CE/∂(head's input)."""
+    def teach(self, outputs: list[Tensor], logits: Tensor, targets: Tensor, head: FeedbackLinear) -> Tensor:
+        """Return a scalar of value zero whose gradient at output ℓ is e·B_ℓ.
+
+        Args:
+            outputs: the parts' outputs, each (B, T, d).
+            logits: (B, T, vocab); e is the cross-entropy's derivative by them, or by the head's input if `error` is hidden.
+            targets: (B, T) int64.
+            head: the last layer, which is not taught.
+        """
         with torch.no_grad():
             hits = torch.arange(logits.shape[-1], device=logits.device) == targets.unsqueeze(-1)
             e = (logits.softmax(-1) - hits.to(logits.dtype)) / targets.numel()
@@ -214,5 +210,5 @@ Cut = Callable[[Tensor, str], Tensor]
 
 
 def keep(h: Tensor, point: str) -> Tensor:
-    """The cut of every method but dfa: none."""
+    """Return the output itself, as every method but dfa does."""
     return h

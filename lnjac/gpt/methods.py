@@ -1,4 +1,4 @@
-"""Methods of credit assignment: which feedback a layer gets, what is trained, what decays (conf/method/*.yaml)."""
+"""Methods of credit assignment (conf/method), which choose feedback, trained parameters and weight decay."""
 
 import math
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lnjac.gpt.credit import KINDS, Broadcast, ErrorAt, Inject, Linear, linears
+from lnjac.gpt.credit import KINDS, Broadcast, ErrorAt, FeedbackLinear, Inject, linears
 from lnjac.seeding import normal, stream, uniform
 
 
 class Transpose(str, Enum):
-    """What a matrix's input gradient is made with: random feedback, or the true transposed weight."""
+    """How a matrix passes the error on, by random feedback or by its true transpose."""
 
     random = "random"
     true = "true"
@@ -38,40 +38,36 @@ class Policy:
 
 
 def draw(shape: tuple[int, ...], std: float, distribution: Distribution, generator: np.random.Generator) -> Tensor:
-    """Zero-mean draws of standard deviation std, in float64."""
+    """Return draws of mean zero and standard deviation std, in float64."""
     if distribution is Distribution.normal:
         return normal(shape, generator) * std
     return (uniform(shape, generator) * 2 - 1) * (std * math.sqrt(3))
 
 
-def _scale_problems(scale: float) -> Iterator[str]:
-    if not (scale > 0 and math.isfinite(scale)):
-        yield f"method.scale={scale} must be positive and finite: it multiplies the feedback's spread"
-
-
 @dataclass
 class Method:
-    """Base of every method (conf/method/*.yaml); by itself it is backprop."""
+    """The base of every method; by itself it is backprop."""
 
     name: str
 
     can_tie: ClassVar[bool] = True
-    """Whether embedding and head may share one matrix: only where both get gradients of one and the same kind."""
+    """Whether embedding and head may share a matrix, which takes gradients of one kind for both."""
 
     def install(self, model: nn.Module, seed: int) -> None:
-        """Give a model, already initialised, what the method needs: feedback matrices, cuts."""
+        """Give an initialised model the feedback matrices and cuts that the method needs."""
 
     def refresh(self, model: nn.Module, seed: int, step: int) -> None:
-        """Called before each update's forward pass."""
+        """Change the feedback before an update's forward pass."""
 
     def before_update(self, model: nn.Module) -> None:
-        """Called between the (clipped) gradient and the optimizer's step."""
+        """Change gradients between the clipping and the optimizer's step."""
 
     def trains(self, parameter: str) -> bool:
-        """Whether the optimizer gets this parameter."""
+        """Return whether the optimizer gets the parameter of this name."""
         return True
 
     def weight_decay(self, model: nn.Module, parameter: str, default: float) -> float:
+        """Return the weight decay of a parameter; `default` is the optimizer's."""
         return default
 
     def problems(self, config: Any) -> Iterator[str]:
@@ -91,7 +87,7 @@ class Backprop(Method):
 class Frozen(Method):
     """Blocks keep their initial weights; embeddings, ln_f and head learn by backprop through them.
 
-    The control for every claim about alignment: what it reaches is not owed to learning in the blocks.
+    It is the control for claims about alignment, because its loss owes nothing to learning in the blocks.
     """
 
     def trains(self, parameter: str) -> bool:
@@ -100,9 +96,9 @@ class Frozen(Method):
 
 @dataclass
 class FeedbackMethod(Method):
-    """Base of the methods that replace Wᵀ layer by layer: a stored matrix M per layer, and a rule B(W, M).
+    """The base of the methods that replace Wᵀ, each layer by a rule B(W, M) of its weight and a stored matrix M.
 
-    M has W's own initial spread times `scale`, so that errors keep the size they have under backprop at step 0.
+    M has W's own initial spread times `scale`, so that errors have the size of backprop's at step 0.
     """
 
     policy: Policy
@@ -110,16 +106,18 @@ class FeedbackMethod(Method):
     scale: float
 
     can_tie: ClassVar[bool] = False
+    layerwise: ClassVar[bool] = True
+    """Whether the method is its layers' feedback alone, and so is backprop if every transpose is true."""
 
     def rule(self, weight: Tensor, m: Tensor) -> Tensor:
-        """B from W and M: (out, in)."""
+        """Return B of W and M, all (out, in)."""
         return m
 
-    def draw_feedback(self, layer: Linear, generator: np.random.Generator) -> Tensor:
+    def draw_feedback(self, layer: FeedbackLinear, generator: np.random.Generator) -> Tensor:
         return draw(tuple(layer.weight.shape), layer.init_std * self.scale, self.distribution, generator)
 
-    def chosen(self, model: nn.Module) -> list[tuple[str, Linear]]:
-        """The layers whose policy is random."""
+    def chosen(self, model: nn.Module) -> list[tuple[str, FeedbackLinear]]:
+        """Return the layers that use random feedback, with their names."""
         return [(n, layer) for n, layer in linears(model) if getattr(self.policy, layer.kind) is Transpose.random]
 
     def install(self, model: nn.Module, seed: int) -> None:
@@ -129,8 +127,9 @@ class FeedbackMethod(Method):
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
-        yield from _scale_problems(self.scale)
-        if all(getattr(self.policy, kind) is Transpose.true for kind in KINDS):
+        if not (self.scale > 0 and math.isfinite(self.scale)):
+            yield f"method.scale={self.scale} must be positive and finite: it multiplies the feedback's spread"
+        if self.layerwise and all(getattr(self.policy, kind) is Transpose.true for kind in KINDS):
             yield f"method={self.name} with every method.policy.* = true is backprop: use method=bp, or set one to random"
 
 
@@ -143,7 +142,7 @@ class FeedbackAlignment(FeedbackMethod):
 class SignSymmetric(FeedbackMethod):
     """B has W's present signs (Liao et al. 2016; Moskovitz et al. 2018, arXiv 1812.06488): B = |M|⊙sign(W).
 
-    usf: one magnitude for all, the spread of M's draw. frsf: |M| drawn once. brsf: |M| drawn anew for each update.
+    usf has one magnitude, the spread of M's draw; frsf draws |M| once; brsf draws |M| anew for each update.
     """
 
     uniform: bool
@@ -152,7 +151,7 @@ class SignSymmetric(FeedbackMethod):
     def rule(self, weight: Tensor, m: Tensor) -> Tensor:
         return m.abs() * weight.sign()
 
-    def draw_feedback(self, layer: Linear, generator: np.random.Generator) -> Tensor:
+    def draw_feedback(self, layer: FeedbackLinear, generator: np.random.Generator) -> Tensor:
         if self.uniform:
             return torch.tensor(layer.init_std * self.scale, dtype=torch.float64)
         return super().draw_feedback(layer, generator)
@@ -178,8 +177,8 @@ class SignSymmetric(FeedbackMethod):
 class KolenPollack(FeedbackMethod):
     """B receives W's own update, and both decay by `decay`, so W − B shrinks by 1 − lr·decay a step (Akrout et al. 2019).
 
-    So under AdamW, and under SGD without momentum; with momentum W − B is a heavy ball that decay alone drives. `decay`
-    replaces the optimizer's weight decay for these matrices: AdamW's 1e-2 would leave plain fa over short runs.
+    This holds under AdamW, and under SGD without momentum; with momentum W − B is a heavy ball that decay alone drives.
+    `decay` replaces the optimizer's weight decay for these matrices, because AdamW's 1e-2 leaves plain fa over short runs.
     """
 
     decay: float
@@ -222,44 +221,32 @@ class KolenPollack(FeedbackMethod):
 
 
 @dataclass
-class DirectFeedback(Method):
-    """dfa: each block learns from the top error through its own fixed matrix (Nøkland 2016; Launay et al. 2020).
+class DirectFeedback(FeedbackMethod):
+    """Each block learns from the top error through its own fixed matrix (dfa: Nøkland 2016; Launay et al. 2020).
 
-    Blocks are cut from each other, the first one not from the embedding, which therefore learns through it. With
-    `cut_head` the last part (block or sublayer) is taught as the others are; without it, it gets its true gradient.
-    B_ℓ has the head's initial spread times `scale` where the error is at the logits, scale/√d where it is before the head.
+    Blocks are cut from each other. The first one is not cut from the embedding, which learns through it. With `cut_head`
+    the last part (block or sublayer) is taught as the others are; without it, it gets its true gradient. B_ℓ has the
+    head's initial spread times `scale` if the error is at the logits, and scale/√d if it is before the head.
     """
 
     inject: Inject
     error: ErrorAt
     cut_head: bool
-    policy: Policy
-    distribution: Distribution
-    scale: float
 
-    can_tie: ClassVar[bool] = False
+    layerwise: ClassVar[bool] = False
 
     def install(self, model: nn.Module, seed: int) -> None:
-        within = FeedbackAlignment(self.name, self.policy, self.distribution, self.scale)
-        within.install(model, seed)
-        head: Linear = model.head  # type: ignore[assignment]
+        super().install(model, seed)
+        head: FeedbackLinear = model.head  # type: ignore[assignment]
         vocab, d = head.weight.shape
         rows, std = (vocab, head.init_std) if self.error is ErrorAt.logits else (d, 1 / math.sqrt(d))
         per_block = 1 if self.inject is Inject.block else 2
         points = per_block * len(model.blocks) - (0 if self.cut_head else 1)  # type: ignore[arg-type]
-        model.broadcast = Broadcast(
-            [
-                draw(
-                    (rows, d),
-                    std * self.scale,
-                    self.distribution,
-                    stream(seed, "feedback", "broadcast", i),
-                ).to(head.weight)
-                for i in range(points)
-            ],
-            self.inject,
-            self.error,
-        )
+        drawn = [
+            draw((rows, d), std * self.scale, self.distribution, stream(seed, "feedback", "broadcast", i))
+            for i in range(points)
+        ]
+        model.broadcast = Broadcast([matrix.to(head.weight) for matrix in drawn], self.inject, self.error)
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
@@ -270,4 +257,3 @@ class DirectFeedback(Method):
             )
         if config.model.n_layer == 1 and self.inject is Inject.block and not self.cut_head:
             yield "dfa teaches nothing in one block that gets its true gradient: set method.cut_head=true, or use method=bp"
-        yield from _scale_problems(self.scale)

@@ -1,4 +1,4 @@
-"""A character GPT in nanoGPT's shape: pre-LN blocks, learned positions, N(0, 0.02) initialisation."""
+"""The GPT under study, in nanoGPT's shape, with learned positions and N(0, 0.02²) initialisation."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lnjac.gpt.attention import Attention
-from lnjac.gpt.credit import Broadcast, Cut, Linear, is_feedback, keep
+from lnjac.gpt.credit import Broadcast, Cut, FeedbackLinear, is_feedback, keep
 from lnjac.gpt.settings import Model, NormKind, Placement, Precision
 from lnjac.norms.layers import Norm, set_backward
 from lnjac.seeding import normal, stream
@@ -19,20 +19,20 @@ INIT_STD = 0.02
 
 
 class SelfAttention(nn.Module):
-    """Causal multi-head attention; what turns scores into weights is the mode's affair."""
+    """Causal multi-head attention, whose mode turns scores into weights."""
 
     def __init__(self, model: Model, mode: Attention) -> None:
         super().__init__()
         d = model.n_embd
         self.n_head, self.block_size, self.mode = model.n_head, model.block_size, mode
-        self.qkv = Linear(d, 3 * d, bias=model.bias, kind="qkv", init_std=INIT_STD)
-        self.proj = Linear(d, d, bias=model.bias, kind="attn_proj", init_std=residual_std(model))
+        self.qkv = FeedbackLinear(d, 3 * d, bias=model.bias, kind="qkv", init_std=INIT_STD)
+        self.proj = FeedbackLinear(d, d, bias=model.bias, kind="attn_proj", init_std=residual_std(model))
         self.q_norm = _norm(model, d // model.n_head) if model.qk_norm else nn.Identity()
         self.k_norm = _norm(model, d // model.n_head) if model.qk_norm else nn.Identity()
         self.drop = nn.Dropout(model.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, d) -> (B, T, d)."""
+        """Map x: (B, T, d) to (B, T, d)."""
         b, t, d = x.shape
         q, k, v = (part.view(b, t, self.n_head, -1).transpose(1, 2) for part in self.qkv(x).split(d, dim=-1))
         dropout = self.drop.p if self.training else 0.0
@@ -45,18 +45,18 @@ class MLP(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         d = model.n_embd
-        self.fc = Linear(d, 4 * d, bias=model.bias, kind="fc", init_std=INIT_STD)
-        self.proj = Linear(4 * d, d, bias=model.bias, kind="mlp_proj", init_std=residual_std(model))
+        self.fc = FeedbackLinear(d, 4 * d, bias=model.bias, kind="fc", init_std=INIT_STD)
+        self.proj = FeedbackLinear(4 * d, d, bias=model.bias, kind="mlp_proj", init_std=residual_std(model))
         self.drop = nn.Dropout(model.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, d) -> (B, T, d)."""
+        """Map x: (B, T, d) to (B, T, d)."""
         out: Tensor = self.drop(self.proj(F.gelu(self.fc(x))))
         return out
 
 
 class Block(nn.Module):
-    """Pre-LN: h + f(norm(h)); post-LN: norm(h + f(h))."""
+    """A block of h + f(norm(h)) (pre-LN) or norm(h + f(h)) (post-LN), for attention and then the MLP as f."""
 
     def __init__(self, model: Model, mode: Attention) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Block(nn.Module):
         self.ln_2, self.mlp = _norm(model, model.n_embd), MLP(model)
 
     def forward(self, h: Tensor, cut: Cut = keep) -> Tensor:
-        """h: (B, T, d) -> (B, T, d); `cut` is called on each sublayer's output."""
+        """Map h: (B, T, d) to (B, T, d); `cut` is called on each sublayer's output."""
         if self.pre:
             h = cut(h + self.attn(self.ln_1(h)), "sublayer")
             return cut(h + self.mlp(self.ln_2(h)), "block")
@@ -74,7 +74,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """`logits, loss = model(idx, targets)`; loss is the mean cross-entropy in nats. Untied head unless `model.tie`."""
+    """The model; `logits, loss = model(idx, targets)`. The head has a matrix of its own unless `model.tie`."""
 
     def __init__(self, model: Model, mode: Attention, vocab_size: int) -> None:
         super().__init__()
@@ -85,13 +85,18 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(model.dropout)
         self.blocks = nn.ModuleList(Block(model, mode) for _ in range(model.n_layer))
         self.ln_f = _norm(model, d) if model.placement is Placement.pre else nn.Identity()
-        self.head = Linear(d, vocab_size, bias=False, kind="head", init_std=INIT_STD)
+        self.head = FeedbackLinear(d, vocab_size, bias=False, kind="head", init_std=INIT_STD)
         if model.tie:
             self.head.weight = self.wte.weight  # type: ignore[assignment]
         self.broadcast: Broadcast | None = None
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """idx, targets: (B, T) int64 -> logits: (B, T, vocab), loss: () or None without targets."""
+        """Return the logits, (B, T, vocab), and the mean cross-entropy in nats, () or None without targets.
+
+        Args:
+            idx: tokens, (B, T) int64.
+            targets: the tokens to predict, (B, T) int64, or None.
+        """
         taught: list[Tensor] = []
         broadcast = self.broadcast if torch.is_grad_enabled() else None
         cut = keep if broadcast is None else broadcast.cutter(taught)
@@ -109,9 +114,13 @@ class GPT(nn.Module):
 
 
 def build(config: Any, vocab_size: int) -> GPT:
-    """The config's model on the CPU, initialised from its seed, with its method's feedback and its norms' backward.
+    """Return the config's model on the CPU, initialised, with its method's feedback and its norms' backward.
 
-    Each parameter draws from a stream of its own name: models that share a parameter start it alike.
+    Each parameter draws from a stream of its own name, so models that share a parameter start it alike.
+
+    Args:
+        config: a run's config; its model, attn_mode, method, ln_backward, precision and seed are used.
+        vocab_size: the number of distinct tokens.
     """
     model = GPT(config.model, config.attn_mode, vocab_size)
     if config.precision is Precision.fp64:
@@ -123,13 +132,13 @@ def build(config: Any, vocab_size: int) -> GPT:
 
 
 def feedback(config: Any, vocab_size: int) -> dict[str, Tensor]:
-    """Every feedback matrix by name as the run's seed draws it."""
+    """Return every feedback matrix by name, as the run's seed draws it."""
     state = build(config, vocab_size).state_dict()
     return {name: value for name, value in state.items() if is_feedback(name)}
 
 
 def block_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the blocks' parameters by name, feedback left out."""
+    """Return a copy of the blocks' parameters by name, without feedback."""
     return {
         name: p.detach().clone()
         for name, p in model.named_parameters()
@@ -139,9 +148,9 @@ def block_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def replaced(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the context, parameters and buffers of these names hold these values; afterwards their own, bit for bit.
+    """Give parameters and buffers of these names other values within the context, and their own afterwards, bit for bit.
 
-    They are written into, so that tensors which share their memory see it too.
+    The tensors are written into, so that others which share their memory change too.
     """
     state = model.state_dict()
     own = {name: state[name].clone() for name in values}
@@ -155,7 +164,7 @@ def replaced(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def saved(model: GPT) -> dict[str, Tensor]:
-    """Weights and feedback by name, as they are kept in files: safetensors refuses two names for a tied matrix."""
+    """Return weights and feedback by name, a tied matrix under one name, because safetensors refuses two."""
     state = model.state_dict()
     if model.head.weight is model.wte.weight:
         del state["head.weight"]
@@ -163,7 +172,7 @@ def saved(model: GPT) -> dict[str, Tensor]:
 
 
 def load_saved(model: GPT, state: dict[str, Tensor]) -> None:
-    """Put what `saved` gave into a model of the same config."""
+    """Load the tensors that `saved` returned into a model of the same config."""
     if model.head.weight is model.wte.weight:
         state = {**state, "head.weight": state["wte.weight"]}
     model.load_state_dict(state)
@@ -171,7 +180,7 @@ def load_saved(model: GPT, state: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def initialise(model: GPT, seed: int) -> None:
-    """Linear and embedding weights N(0, 0.02²), residual projections by 1/√(2·n_layer) smaller; biases 0, γ = 1."""
+    """Draw weights from N(0, 0.02²), residual projections' smaller by 1/√(2·n_layer); set biases to 0 and γ to 1."""
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
         if name.endswith("bias"):
@@ -179,7 +188,7 @@ def initialise(model: GPT, seed: int) -> None:
         elif isinstance(module, Norm):
             parameter.fill_(1.0)
         else:
-            std = module.init_std if isinstance(module, Linear) else INIT_STD
+            std = module.init_std if isinstance(module, FeedbackLinear) else INIT_STD
             parameter.copy_(normal(tuple(parameter.shape), stream(seed, "init", name)) * std)
 
 
@@ -188,7 +197,7 @@ def residual_std(model: Model) -> float:
 
 
 def _embedding(n: int, d: int) -> nn.Embedding:
-    """As yet without values: `initialise` gives them, and torch's own draw would import its compiler on the meta device."""
+    """Return an embedding without values, because torch's own draw imports its compiler on the meta device."""
     made: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(n, d), freeze=False)  # type: ignore[no-untyped-call]
     return made
 

@@ -21,7 +21,7 @@ class Decay(str, Enum):
 
 @dataclass
 class Optimizer(ABC):
-    """Base of every optimizer: lr rises over `warmup_steps`, then decays to lr·final_lr_ratio at the last update."""
+    """The base of every optimizer, whose lr rises over `warmup_steps` and decays to lr·final_lr_ratio at the last update."""
 
     name: str
     lr: float
@@ -33,17 +33,17 @@ class Optimizer(ABC):
 
     @abstractmethod
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """A torch optimizer of these parameter groups."""
+        """Return a torch optimizer of these parameter groups."""
 
     def preconditioner(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor | None:
-        """P, of the parameter's shape: without momentum the optimizer, in its present state, would step by −lr·P⊙g.
+        """Return P, of the parameter's shape, such that without momentum the optimizer would now step by −lr·P⊙g.
 
-        None where there is no such thing, or no state yet.
+        Return None if the optimizer has no such factor, or no state yet.
         """
         return None
 
     def lr_at(self, update: int, updates: int) -> float:
-        """Learning rate of update number `update` (from 0) of `updates`."""
+        """Return the learning rate of update number `update` (from 0) of `updates`."""
         if update < self.warmup_steps:
             return self.lr * (update + 1) / self.warmup_steps
         done = (update - self.warmup_steps) / max(1, updates - 1 - self.warmup_steps)
@@ -71,7 +71,7 @@ class Optimizer(ABC):
 
 @dataclass
 class AdamW(Optimizer):
-    """Loshchilov & Hutter 2019, arXiv 1711.05101."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
 
     beta1: float
     beta2: float
@@ -81,7 +81,7 @@ class AdamW(Optimizer):
         return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
     def preconditioner(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor | None:
-        """1/(√v̂ + ε); 0 for an entry that has had no gradient yet, whose scale is not known."""
+        """Return 1/(√v̂ + ε), and 0 for an entry that has had no gradient yet."""
         if not (state := optimizer.state.get(parameter)):
             return None
         v = state["exp_avg_sq"]
@@ -99,7 +99,7 @@ class AdamW(Optimizer):
 
 @dataclass
 class SGD(Optimizer):
-    """Stochastic gradient descent, with momentum where it is not 0; weight decay is coupled (added to the gradient)."""
+    """Stochastic gradient descent; weight decay is coupled (added to the gradient)."""
 
     momentum: float
     nesterov: bool
@@ -119,12 +119,12 @@ class SGD(Optimizer):
 
 
 def trained(model: nn.Module, method: Method) -> dict[str, nn.Parameter]:
-    """The parameters the optimizer gets, by name."""
+    """Return the parameters that the optimizer gets, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if method.trains(name)}
 
 
 def groups(model: nn.Module, method: Method, weight_decay: float) -> list[dict[str, Any]]:
-    """The trained parameters in groups of one weight decay each: the method may set its own for some."""
+    """Return the trained parameters in groups of one weight decay each, which the method may set for some."""
     by_decay: dict[float, list[nn.Parameter]] = {}
     for name, parameter in trained(model, method).items():
         by_decay.setdefault(method.weight_decay(model, name, weight_decay), []).append(parameter)
@@ -132,11 +132,11 @@ def groups(model: nn.Module, method: Method, weight_decay: float) -> list[dict[s
 
 
 class Rehearsal:
-    """What a run's optimizer would do with one gradient or another, all from its present state; the run is left alone.
+    """A copy of a run's optimizer that computes its update by any gradient from its present state.
 
-    It steps from parameters put to zero, where weight decay has nothing to decay and a small update loses no digits: what
-    they become is the update by the gradient (and by the momentum of earlier ones). So an optimizer whose update depends
-    on the parameters otherwise than by decay is not served. The learning rate is the configured one, before any schedule.
+    It steps from parameters at zero, where weight decay has nothing to decay and a small update loses no digits. Their values
+    after the step are the update. An optimizer whose update depends on the parameters other than by decay is not served.
+    The learning rate is the configured one, before any schedule.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Rehearsal:
 
     @torch.no_grad()
     def update(self, gradient: Sequence[Tensor | None]) -> list[Tensor]:
-        """The update of each parameter by its gradient, 0 where that is None. The next call overwrites what this one gave."""
+        """Return each parameter's update by its gradient, 0 if that is None. The next call overwrites the tensors."""
         for mine, grad, state in zip(self.parameters, gradient, self.states, strict=True):
             mine.zero_()
             if grad is not None:

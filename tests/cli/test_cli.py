@@ -9,44 +9,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.folders import make_run
 from support.paths import ROOT
 
 import lnjac as package
 from lnjac.columns import Column
 from lnjac.runs import folder as runs
 from lnjac.runs import merge as sweep
-from lnjac.runs import schema as tables
-
-FILL = {"int64": 7, "float64": 0.25, "string": "x", "bool": False}
 
 
-def make_run(folder: Path, seed: int = 1, *, steps: tuple[int, ...] = (0, 100), **run: Any) -> Path:
-    ids = {"run_id": f"abc{seed}", "diag_id": run.pop("diag_id", "d")}
-    config = [(Column("seed", "int64", "", ""), seed), (Column("attn_mode.bias", "bool", "", ""), True)]
+def numbered(step: int, site: str) -> dict[str, float]:
+    """A norm's row: r_mean is a thousandth of the step, and a tenth more at the last norm."""
+    return {"r_mean": step / 1000 + 0.1 * (site == "ln_f"), "r_radial": math.nan}
 
-    def row(table: str, **given: Any) -> dict[str, Any]:
-        return {
-            c.name: given.get(c.name, FILL[c.dtype]) for c in (tables.RUNS if table == "runs" else tables.TABLES[table])
-        }
 
-    out = runs.RunFolder(folder, ids)
-    layers = [
-        row("layers", **ids, step=step, site=site, r_mean=step / 1000 + i / 10, r_radial=math.nan)
-        for step in steps
-        for i, site in enumerate(("blocks.0.ln_1", "ln_f"))
-    ]
-    out.write("layers", tables.TABLES["layers"], layers, config, {})
-    known = {
-        "status": "done",
-        "diverged_step": None,
-        "val_loss_nats": 1.5,
-        "unigram_nats": 3.0,
-        "bigram_nats": 2.0,
-    }
-    out.write("runs", tables.RUNS, [row("runs", **(ids | known | run))], config, {})
-    out.write("curves", tables.TABLES["curves"], [row("curves", run_id=ids["run_id"], step=0)], config, {})
-    out.status(run.get("status", "done"))
-    return folder
+def numbered_run(folder: Path, seed: int = 1, **more: Any) -> Path:
+    """A run of two norms, run_id abc1, whose printed numbers are round."""
+    losses = {"val_loss_nats": 1.5, "unigram_nats": 3.0, "bigram_nats": 2.0}
+    return make_run(
+        folder,
+        seed=seed,
+        run_id=f"abc{seed}",
+        sites=("blocks.0.ln_1", "ln_f"),
+        config=[(Column("attn_mode.bias", "bool", "", ""), True)],
+        layers=numbered,
+        run=losses | more.pop("run", {}),
+        **more,
+    )
 
 
 # Starting
@@ -84,7 +73,7 @@ def test_a_user_error_is_one_line_and_exit_code_1(tmp_path: Path):
         ["--help"], ["show", "run"], ["merge", "run", "-o", "all.parquet"], ["compare", "one.parquet", "--by", "seed"]))
 ])  # fmt: skip
 def test_a_reader_that_leaves_ends_no_command_with_a_traceback(tmp_path: Path, words: list[str]):
-    sweep.merge([make_run(tmp_path / "run"), make_run(tmp_path / "other", 2)], tmp_path / "one.parquet")
+    sweep.merge([numbered_run(tmp_path / "run"), numbered_run(tmp_path / "other", 2)], tmp_path / "one.parquet")
     line = [sys.executable, "-m", "lnjac", *words]
     whole = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -96,7 +85,7 @@ def test_a_reader_that_leaves_ends_no_command_with_a_traceback(tmp_path: Path, w
 
 
 def test_an_output_of_another_encoding_keeps_numbers_and_json_whole(tmp_path: Path):
-    make_run(tmp_path / "σ−run")
+    numbered_run(tmp_path / "σ−run")
 
     def show(*more: str) -> str:
         line = [sys.executable, "-m", "lnjac", "show", "σ−run", *more]
@@ -133,13 +122,13 @@ def test_columns_prints_the_reference(lnjac: Any):
 
 
 def test_merge_says_what_it_did(lnjac: Any, tmp_path: Path):
-    make_run(tmp_path / "s" / "0", 1)
-    make_run(tmp_path / "s" / "1", 2, status="running")
+    numbered_run(tmp_path / "s" / "0", 1)
+    numbered_run(tmp_path / "s" / "1", 2, status="running")
     out = tmp_path / "all.parquet"
     code, text, err = lnjac("merge", tmp_path / "s", "-o", out)
     assert (code, err) == (0, "")
     assert text.splitlines() == [
-        f"{out}: 1 of 2 runs found, 4 rows of layers, 1 rows of runs, 1 rows of curves",
+        f"{out}: 1 of 2 runs found, 4 rows of layers, 1 rows of runs, 3 rows of curves",
         f"skipped {tmp_path / 's' / '1'}: running",
     ]
     code, text, err = lnjac("merge", tmp_path / "s", out, "-o", out, "--json")
@@ -148,14 +137,14 @@ def test_merge_says_what_it_did(lnjac: Any, tmp_path: Path):
 
 
 def test_merge_strict_and_rtol(lnjac: Any, tmp_path: Path):
-    make_run(tmp_path / "s" / "0", 1)
-    make_run(tmp_path / "s" / "1", 1, val_loss_nats=1.5001)
+    numbered_run(tmp_path / "s" / "0", 1)
+    numbered_run(tmp_path / "s" / "1", 1, run={"val_loss_nats": 1.5001})
     out = tmp_path / "all.parquet"
     code, text, err = lnjac("merge", tmp_path / "s", "-o", out)
     assert (code, text) == (1, "")
     assert err.startswith(f"lnjac: {tmp_path / 's' / '0'} and {tmp_path / 's' / '1'} both hold")
     assert lnjac("merge", tmp_path / "s", "-o", out, "--rtol", 0.01)[0] == 0
-    make_run(tmp_path / "s" / "2", 2, status="running")
+    numbered_run(tmp_path / "s" / "2", 2, status="running")
     code, text, err = lnjac("merge", tmp_path / "s", "-o", tmp_path / "strict.parquet", "--rtol", 0.01, "--strict")
     assert (code, text) == (1, "")
     assert err.splitlines() == [
@@ -166,7 +155,7 @@ def test_merge_strict_and_rtol(lnjac: Any, tmp_path: Path):
 
 
 def test_merge_refuses_a_bad_output_name(lnjac: Any, tmp_path: Path):
-    code, _, err = lnjac("merge", make_run(tmp_path / "0"), "-o", tmp_path / "all.csv")
+    code, _, err = lnjac("merge", numbered_run(tmp_path / "0"), "-o", tmp_path / "all.csv")
     assert code == 1
     assert err.count("\n") == 1
     assert "must end in .parquet" in err
@@ -183,14 +172,14 @@ def test_a_bar_is_drawn_on_a_terminal_only(lnjac: Any, tmp_path: Path, monkeypat
         real(self, task, completed=completed, total=total)
 
     monkeypatch.setattr(rich.progress.Progress, "update", spy)
-    words = ("merge", make_run(tmp_path / "0"), "-o", tmp_path / "all.parquet")
+    words = ("merge", numbered_run(tmp_path / "0"), "-o", tmp_path / "all.parquet")
     assert lnjac(*words)[0] == 0
     assert seen == []
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     code, text, _ = lnjac(*words)
     assert (code, seen) == (0, [(1, 1)])
     assert len(text.splitlines()) == 1
-    make_run(tmp_path / "1", seed=2)
+    numbered_run(tmp_path / "1", seed=2)
     assert lnjac("compare", tmp_path / "0", tmp_path / "1", "--by", "seed")[0] == 1  # once both are read
     assert seen[1:] == [(2, 2)]
 
@@ -199,10 +188,13 @@ def test_a_bar_is_drawn_on_a_terminal_only(lnjac: Any, tmp_path: Path, monkeypat
 
 
 def test_show_prints_the_last_step(lnjac: Any, tmp_path: Path):
-    code, text, err = lnjac("show", make_run(tmp_path / "0"))
+    code, text, err = lnjac("show", numbered_run(tmp_path / "0"))
     assert (code, err) == (0, "")
     lines = text.splitlines()
-    assert lines[0] == "seed=1 | done | val loss 1.5000, unigram 3.0000, bigram 2.0000 nats/token"
+    assert (
+        lines[0]
+        == "seed=1 attn_mode=softmax data=play | done | val loss 1.5000, unigram 3.0000, bigram 2.0000 nats/token"
+    )
     assert [line.split()[:3] for line in lines[1:-1]] == [
         ["name", "r_mean", "r_rad"],
         ["blocks.0.ln_1", "0.1000", "-"],
@@ -213,14 +205,14 @@ def test_show_prints_the_last_step(lnjac: Any, tmp_path: Path):
 
 
 def test_show_another_step(lnjac: Any, tmp_path: Path):
-    folder = make_run(tmp_path / "0")
+    folder = numbered_run(tmp_path / "0")
     assert "ln_f           0.1000" in lnjac("show", folder, "--step", 0)[1]
     code, _, err = lnjac("show", folder, "--step", 5)
     assert (code, err) == (1, f"lnjac: {folder} was not measured at step 5: choose one of 0, 100\n")
 
 
 def test_show_as_json(lnjac: Any, tmp_path: Path):
-    folder = make_run(tmp_path / "0", status="diverged", diverged_step=9, val_loss_nats=math.inf)
+    folder = numbered_run(tmp_path / "0", status="diverged", run={"diverged_step": 9, "val_loss_nats": math.inf})
     code, text, _ = lnjac("show", folder, "--json", "--step", 100)
     found = json.loads(text, parse_constant=pytest.fail)
     assert code == 0
@@ -237,7 +229,9 @@ def test_show_as_json(lnjac: Any, tmp_path: Path):
 
 
 def test_show_a_diverged_run_and_one_without_diagnostics(lnjac: Any, tmp_path: Path):
-    folder = make_run(tmp_path / "0", status="diverged", diverged_step=9, val_loss_nats=math.nan, steps=())
+    folder = numbered_run(
+        tmp_path / "0", status="diverged", run={"diverged_step": 9, "val_loss_nats": math.nan}, steps=()
+    )
     code, text, _ = lnjac("show", folder)
     assert code == 0
     assert "| diverged at step 9 | val loss -," in text
@@ -249,15 +243,15 @@ def test_show_a_diverged_run_and_one_without_diagnostics(lnjac: Any, tmp_path: P
     [("running", {}, "running"), ("failed", {"error": "out of\nmemory"}, "failed: out of memory")],
 )
 def test_show_an_unfinished_run_says_why(lnjac: Any, tmp_path: Path, state: str, more: dict[str, str], said: str):
-    folder = make_run(tmp_path / "0")
+    folder = numbered_run(tmp_path / "0")
     runs.RunFolder(folder, {}).status(state, **more)
     assert lnjac("show", folder) == (1, "", f"lnjac: {folder}: {said}\n")
 
 
 def test_show_a_sweep_lists_the_runs_to_choose_from(lnjac: Any, tmp_path: Path):
-    make_run(tmp_path / "0", 1)
+    numbered_run(tmp_path / "0", 1)
     assert lnjac("show", tmp_path)[0] == 0  # the only run in there
-    make_run(tmp_path / "1", 2)
+    numbered_run(tmp_path / "1", 2)
     code, _, err = lnjac("show", tmp_path)
     assert code == 1
     assert err == f"lnjac: {tmp_path} holds 2 runs: choose one by --run from abc1, abc2\n"
@@ -269,8 +263,8 @@ def test_show_a_sweep_lists_the_runs_to_choose_from(lnjac: Any, tmp_path: Path):
 
 
 def test_show_tells_one_runs_diagnostics_apart(lnjac: Any, tmp_path: Path):
-    make_run(tmp_path / "0", diag_id="final", steps=(100,))
-    make_run(tmp_path / "1", diag_id="often")
+    numbered_run(tmp_path / "0", diag_id="final", steps=(100,))
+    numbered_run(tmp_path / "1", diag_id="often")
     out = tmp_path / "all.parquet"
     lnjac("merge", tmp_path, "-o", out)
     assert lnjac("show", out)[2].endswith("from abc1/final, abc1/often\n")
@@ -279,8 +273,8 @@ def test_show_tells_one_runs_diagnostics_apart(lnjac: Any, tmp_path: Path):
 
 
 def test_show_a_merged_file_asks_for_one_of_its_runs(lnjac: Any, tmp_path: Path):
-    make_run(tmp_path / "0", 1)
-    make_run(tmp_path / "1", 2)
+    numbered_run(tmp_path / "0", 1)
+    numbered_run(tmp_path / "1", 2)
     out = tmp_path / "all.parquet"
     lnjac("merge", tmp_path, "-o", out)
     assert lnjac("show", out) == (1, "", f"lnjac: {out} holds 2 runs: choose one by --run from abc1, abc2\n")
@@ -292,7 +286,7 @@ def test_show_a_merged_file_asks_for_one_of_its_runs(lnjac: Any, tmp_path: Path)
 
 def test_show_a_folder_brought_home_is_its_merged_table(lnjac: Any, tmp_path: Path):
     out = tmp_path / "home" / "all.parquet"
-    lnjac("merge", make_run(tmp_path / "0"), "-o", out)
+    lnjac("merge", numbered_run(tmp_path / "0"), "-o", out)
     code, text, err = lnjac("show", out.parent)
     assert (code, err) == (0, f"lnjac: {out.parent} holds no run folders: its merged table {out} is read\n")
     assert text == lnjac("show", tmp_path / "0")[1]

@@ -3,6 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
@@ -373,16 +374,25 @@ def test_batches_add() -> None:
     model = made("method=fa", "attn_mode=relu")
     parts = [batch(3), batch(1, seed=1)]
     both, singles = rows_of(model, *parts), [rows_of(model, part) for part in parts]
+    sizes = [
+        {
+            row["place"]: math.sqrt(row["value"] * other["value"])
+            for row, other in product(rows, rows)
+            if (row["quantity"], other["quantity"]) == ("branch_sq", "residual_sq") and row["place"] == other["place"]
+        }
+        for rows in (both, *singles)
+    ]
     for row, *one in zip(both, *singles, strict=True):
         assert row["n"] == sum(single["n"] for single in one)
         if row["quantity"] in mechanism.MEANS:
             expected = sum(single["value"] * single["n"] for single in one) / row["n"]
         elif row["quantity"] == "branch_residual_cos":
-            assert -1 <= row["value"] <= 1 or row["place"] == "ln_f"
-            continue
+            of_both, *of_one = (size[row["place"]] for size in sizes)
+            dots = [single["value"] * size if size else 0.0 for single, size in zip(one, of_one, strict=True)]
+            expected = sum(dots) / of_both if of_both else math.nan
         else:
             expected = sum(single["value"] for single in one)
-        assert row["value"] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        assert row["value"] == pytest.approx(expected, rel=1e-9, abs=1e-12, nan_ok=True)
 
 
 def test_hooks_go_also_after_an_error() -> None:

@@ -2,23 +2,24 @@
 
 import importlib.util
 import re
+import shutil
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
+import pyarrow as pa
 import pytest
-from support.paths import ROOT
+from support.folders import with_column
+from support.paths import STUDY, STUDY_PAGE
 
 from lnjac.comparing import intervals as stats
 from lnjac.comparing.compare import compare
 from lnjac.comparing.cost import cost
-
-STUDY = ROOT / "studies" / "cost"
-PAGE = ROOT / "docs" / "study.md"
+from lnjac.runs.folder import read_metadata, read_table, write_table
 
 
-@pytest.fixture(scope="module")
-def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("study", STUDY / "study.py")
+def script_of(folder: Path) -> Any:
+    """The study's script as a module; it reads the tables beside it."""
+    spec = importlib.util.spec_from_file_location("study", folder / "study.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -26,31 +27,54 @@ def study() -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def study() -> Any:
+    return script_of(STUDY)
+
+
 @pytest.mark.slow
-def test_every_number_is_the_scripts(study: ModuleType) -> None:
-    text = PAGE.read_text()
+def test_every_number_is_the_scripts(study: Any) -> None:
+    text = STUDY_PAGE.read_text()
     assert study.filled(text) == text
 
 
-def test_prose_has_no_measured_number(study: ModuleType) -> None:
-    text = PAGE.read_text()
+def test_prose_has_no_measured_number(study: Any) -> None:
+    text = STUDY_PAGE.read_text()
     for name in study.BLOCKS:
         text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", "", text, flags=re.DOTALL)
     assert "-->" not in text
     assert not re.findall(r"\d+\.\d+", text)
 
 
-def test_an_altered_table_or_page_is_noticed(study: ModuleType, tmp_path: Path) -> None:
-    text = PAGE.read_text()
-    assert study.filled(text.replace("| 1 | ", "| 1 | 9", 1)) == text
-    with pytest.raises(KeyError, match="primary"):
-        study.filled(text.replace("<!-- primary -->", ""))
+def test_an_altered_table_is_noticed(tmp_path: Path) -> None:
+    """One run's loss, by a hundredth of a nat: the block of the primary comparison is no more the page's, and it alone."""
+    study = script_of(shutil.copytree(STUDY, tmp_path / "study"))
+    file = tmp_path / "study" / f"{study.SHORT}.runs.parquet"
+    table, text = read_table(file), STUDY_PAGE.read_text()
+    losses = table["val_loss_nats"].to_pylist()
+    cell = zip(*(table[name].to_pylist() for name in ("method", "ln_backward", "attn_mode", "seed")), strict=True)
+    losses[[*cell].index(("fa", "exact", "softmax", 1))] += 0.01
+    write_table(file, with_column("val_loss_nats", pa.array(losses))(table), read_metadata(file))
+    study.BLOCKS = {name: study.BLOCKS[name] for name in ("provenance", "primary")}
+    before, after = (re.split(r"(<!-- /?primary -->)", page) for page in (text, study.filled(text)))
+    assert len(before) == len(after) == 5
+    assert [part for part, other in zip(before, after, strict=True) if part != other] == [before[2]]
+
+
+def test_an_altered_page_is_noticed(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = STUDY_PAGE.read_text()
+    monkeypatch.setattr(study, "BLOCKS", {"provenance": study.BLOCKS["provenance"]})
+    altered = text.replace(f"| `{study.SHORT}` | 1", f"| `{study.SHORT}` | 91", 1)
+    assert altered != text
+    assert study.filled(altered) == text
+    with pytest.raises(KeyError, match="provenance"):
+        study.filled(text.replace("<!-- provenance -->", ""))
 
 
 STE = "method == 'fa' and ln_backward == 'ste'"
 
 
-def test_pooled_energies_differ_where_no_norm_does(study: ModuleType) -> None:
+def test_pooled_energies_differ_where_no_norm_does(study: Any) -> None:
     """docs/reading.md's example: pooled over norms, a share measures where the energy lies. compare does not pool."""
     layers = study.table(study.SHORT, "layers").query(f"{STE} and step == steps")
     layers["energy"] = layers["sum_B"] + layers["sum_C"]
@@ -66,7 +90,7 @@ def test_pooled_energies_differ_where_no_norm_does(study: ModuleType) -> None:
     assert rows["p_adjusted"].min() > 0.1
 
 
-def test_one_difference_has_one_adjusted_p(study: ModuleType) -> None:
+def test_one_difference_has_one_adjusted_p(study: Any) -> None:
     """It was 0.22, 0.24 and 0.57, by what else the command showed."""
     both = study.study(study.SHORT, study.METHODS)
     found = [

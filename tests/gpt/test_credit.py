@@ -1,16 +1,33 @@
 """Credit assignment in float64: closed forms for one layer, independent pullbacks for whole models, laws over updates."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.trained import BLOCK, N_LAYER, TINY, VOCAB, D, config_of, corpus, perturb, tokens, trained
+from support.gradients import (
+    IDX,
+    IN_A_BLOCK,
+    KIND,
+    LAYERWISE,
+    METHODS,
+    SIGNED,
+    TARGETS,
+    assert_close,
+    assert_equal,
+    build,
+    feedback,
+    gradients,
+    kind_of,
+    matrices,
+    policy,
+    problems,
+)
+from support.trained import N_LAYER, TINY, VOCAB, config_of, corpus, perturb, trained
 from torch import Tensor, nn
 
 from lnjac.config.compose import compose
-from lnjac.config.schema import check
 from lnjac.gpt import credit, methods
 from lnjac.gpt import model as gpt
 from lnjac.gpt import optimizers as optim
@@ -18,58 +35,13 @@ from lnjac.gpt.settings import Precision
 from lnjac.norms.analyse import analyse
 from lnjac.training.loop import Training
 
-METHODS = ("bp", "fa", "usf", "frsf", "brsf", "kp", "frozen", "dfa")
-LAYERWISE = ("fa", "usf", "frsf", "brsf", "kp")
-SIGNED = ("usf", "frsf", "brsf")
-
-
-def build(*overrides: str) -> gpt.GPT:
-    return gpt.build(config_of(*overrides), VOCAB)
-
-
-IDX, TARGETS = tokens(3, BLOCK), tokens(3, BLOCK, seed=1)
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The loss's gradients by name, feedback left out; they are taken anew."""
-    model.zero_grad()
-    model(IDX, TARGETS)[1].backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if "feedback" not in name}
-
-
-def matrices(model: nn.Module) -> dict[str, credit.Linear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, credit.Linear)}
-
-
-KIND = {"attn.qkv": "qkv", "attn.proj": "attn_proj", "mlp.fc": "fc", "mlp.proj": "mlp_proj", "head": "head"}
-
-
-def kind_of(name: str) -> str:
-    return KIND[name.rpartition("blocks.")[2].partition(".")[2] or name]
-
-
-def policy(**kinds: str) -> list[str]:
-    return [f"method.policy.{kind}={kinds.get(kind, 'true')}" for kind in KIND.values()]
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tol: float = 1e-10) -> None:
-    assert found.keys() == expected.keys()
-    for name in found:
-        torch.testing.assert_close(found[name], expected[name], rtol=tol, atol=tol * 1e-3, msg=name)
-
-
 # One layer, closed form
 
 
-def layer(bias: bool, dtype: torch.dtype = torch.float64) -> tuple[credit.Linear, Tensor]:
+def layer(bias: bool, dtype: torch.dtype = torch.float64) -> tuple[credit.FeedbackLinear, Tensor]:
     """A layer (5 -> 3) of draws and a feedback matrix of its own."""
     generator = torch.Generator().manual_seed(0)
-    one = credit.Linear(5, 3, bias=bias, kind="fc", init_std=0.02)
+    one = credit.FeedbackLinear(5, 3, bias=bias, kind="fc", init_std=0.02)
     with torch.no_grad():
         for p in one.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
@@ -163,7 +135,7 @@ def test_with_b_equal_to_w_every_gradient_is_bps_bit_for_bit(method: str, precis
 def by_detaching(model: gpt.GPT, b: dict[str, Tensor]) -> None:
     """Give a bp model's layers y = linear(x detached) + (x − x detached)·Bᵀ: its value is y, its input gradient g·B."""
 
-    def forward(one: credit.Linear, matrix: Tensor) -> Callable[[Tensor], Tensor]:
+    def forward(one: credit.FeedbackLinear, matrix: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: F.linear(x.detach(), one.weight, one.bias) + F.linear(x - x.detach(), matrix)
 
     for name, one in matrices(model).items():
@@ -180,7 +152,6 @@ def test_every_method_puts_its_b_where_backprop_has_the_weight(method: str) -> N
     assert_close(gradients(ours), gradients(twin))
 
 
-IN_A_BLOCK = ("ln_1", "attn.qkv", "attn.proj", "ln_2", "mlp.fc", "mlp.proj")
 ORDER = [
     *("wte.weight", "wpe.weight"),
     *(f"blocks.{i}.{module}.{leaf}" for i in range(N_LAYER) for module in IN_A_BLOCK for leaf in ("weight", "bias")),
@@ -291,11 +262,6 @@ def test_feedback_follows_the_seed() -> None:
         assert not any(torch.equal(one[name], other[name]) for name in one), method
 
 
-def feedback(model: nn.Module) -> dict[str, Tensor]:
-    """What is stored with the run: every feedback matrix in its state_dict."""
-    return {name: t.clone() for name, t in model.state_dict().items() if "feedback" in name}
-
-
 @pytest.mark.parametrize("method", ["fa", "dfa", "usf", "frsf"])
 def test_stored_feedback_is_stable_over_updates(method: str) -> None:
     training = Training(config_of(f"method={method}"), corpus())
@@ -381,121 +347,6 @@ def test_sign_symmetric_feedback_has_ws_signs(method: str) -> None:
         assert torch.equal(one.backward_matrix().sign(), one.weight.detach().sign())
 
 
-# Kolen–Pollack
-
-OPTIMIZERS = {
-    "adamw": ["optimizer=adamw", "optimizer.lr=0.01"],
-    "sgd": ["optimizer=sgd", "optimizer.lr=0.01", "optimizer.momentum=0"],
-}
-
-
-def gaps(model: nn.Module) -> dict[str, Tensor]:
-    """W − B by layer."""
-    return {n: (one.weight - one.feedback).detach() for n, one in matrices(model).items() if one.feedback is not None}
-
-
-@pytest.mark.parametrize("clip", [None, 0.1])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_kp_moves_b_by_ws_own_update(optimizer: str, clip: float | None) -> None:
-    config = config_of("method=kp", *OPTIMIZERS[optimizer], f"optimizer.grad_clip={'null' if clip is None else clip}")
-    training = trained(config, 2)
-    lr, decay = 0.01, config.method.decay
-    before = {n: (one.weight.clone(), one.feedback.clone()) for n, one in matrices(training.model).items()}
-    training.update()
-    for name, one in matrices(training.model).items():
-        w, b = before[name]
-        moved = one.weight - (1 - lr * decay) * w
-        assert moved.norm() > 0
-        torch.testing.assert_close(one.feedback - (1 - lr * decay) * b, moved, rtol=1e-9, atol=1e-15, msg=name)
-
-
-@pytest.mark.parametrize("decay", [2.5, 10.0])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_kp_shrinks_w_minus_b_in_closed_form(optimizer: str, decay: float) -> None:
-    """By 1 − lr·decay an update, whatever the gradients were."""
-    training = Training(config_of("method=kp", *OPTIMIZERS[optimizer], f"method.decay={decay}"), corpus())
-    start = gaps(training.model)
-    for n in range(1, 8):
-        training.update()
-        expected = {name: gap * (1 - 0.01 * decay) ** n for name, gap in start.items()}
-        assert_close(gaps(training.model), expected, tol=1e-9)
-
-
-def test_kp_under_momentum_follows_the_heavy_ball() -> None:
-    """SGD's coupled decay goes through the momentum: u ← μu + decay·(W − B), W − B ← W − B − lr·u."""
-    config = config_of("method=kp", "optimizer=sgd", "optimizer.lr=0.01", "optimizer.momentum=0.5")
-    training = Training(config, corpus())
-    gap = gaps(training.model)
-    u = {name: torch.zeros_like(g) for name, g in gap.items()}
-    for _ in range(6):
-        training.update()
-        u = {name: 0.5 * u[name] + config.method.decay * gap[name] for name in gap}
-        gap = {name: gap[name] - 0.01 * u[name] for name in gap}
-    assert_close(gaps(training.model), gap, tol=1e-9)
-
-
-def test_kp_shrinks_by_the_scheduled_rate() -> None:
-    schedule = ["steps=6", "optimizer.warmup_steps=2", "optimizer.decay=cosine"]
-    config = config_of("method=kp", *OPTIMIZERS["adamw"], *schedule)
-    training = Training(config, corpus())
-    start = gaps(training.model)
-    factor = 1.0
-    for n in range(6):
-        training.update()
-        factor *= 1 - config.optimizer.lr_at(n, 6) * config.method.decay
-    assert_close(gaps(training.model), {name: gap * factor for name, gap in start.items()}, tol=1e-9)
-
-
-def assert_b_reaches_w(method: str) -> None:
-    """‖W − B‖ falls to 1 % of its start."""
-    training = Training(config_of(f"method={method}", *OPTIMIZERS["adamw"]), corpus())
-    start = gaps(training.model)
-    for _ in range(44):  # 0.9^44 = 0.0097
-        training.update()
-    for name, gap in gaps(training.model).items():
-        assert gap.norm() <= 0.01 * start[name].norm(), name
-
-
-def test_kp_reaches_w_and_fa_does_not() -> None:
-    assert_b_reaches_w("kp")
-    with pytest.raises(AssertionError, match=r"blocks|head"):
-        assert_b_reaches_w("fa")
-
-
-def test_kp_decays_its_own_matrices_alone() -> None:
-    """A head with a true transpose, embeddings, norms and biases keep the optimizer's decay."""
-    config = config_of("method=kp", "method.policy.head=true", "optimizer.weight_decay=0.25", "method.decay=4")
-    model = gpt.build(config, VOCAB)
-    decays = {n: config.method.weight_decay(model, n, 0.25) for n, _ in model.named_parameters()}
-    mine = {f"{n}.{leaf}" for n in matrices(model) if n != "head" for leaf in ("weight", "feedback")}
-    assert {n for n, decay in decays.items() if decay == 4} == mine
-    assert {decays[n] for n in decays.keys() - mine} == {0.25}
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_clipping_does_not_count_feedback(optimizer: str) -> None:
-    """kp and fa share W and B at the start, so under one clip all but kp's own matrices make one and the same update."""
-    clip = ["optimizer.grad_clip=0.05", *OPTIMIZERS[optimizer]]
-    kp, fa = (Training(config_of(f"method={m}", *clip), corpus()) for m in ("kp", "fa"))
-    assert_equal({f"{k}": v for k, v in feedback(kp.model).items()}, feedback(fa.model))
-    for training in (kp, fa):
-        training.update()
-    found = {n: p.grad for n, p in kp.model.named_parameters() if "feedback" not in n}
-    assert_equal(found, {n: p.grad for n, p in fa.model.named_parameters()})
-    total = torch.stack([g.norm() for g in found.values()]).norm()
-    assert total.item() == pytest.approx(0.05, rel=1e-3)  # the clip did bite
-    assert torch.equal(kp.model.wte.weight, fa.model.wte.weight)
-
-
-def test_kp_warns_when_its_decay_cannot_bite() -> None:
-    def warned(*overrides: str) -> list[str]:
-        config = config_of("method=kp", *overrides)
-        return list(config.method.warnings(config))
-
-    assert len(warned("steps=250", "method.decay=0.01")) == 1  # AdamW's own decay: 0.9975 of W − B is left
-    assert warned("steps=250", "method.decay=10.0") == []
-
-
 # frozen
 
 
@@ -529,165 +380,7 @@ def test_frozen_clips_what_it_trains() -> None:
     assert torch.stack(norms).norm().item() == pytest.approx(0.05, rel=1e-3)
 
 
-# Direct feedback
-
-
-def errors(logits: Tensor, head: Tensor, error: str) -> Tensor:
-    """e at each token: (softmax − onehot)/N, or that pulled through the head."""
-    e = (logits.softmax(-1) - F.one_hot(TARGETS, VOCAB)) / TARGETS.numel()
-    return e if error == "logits" else e @ head
-
-
-def parts_of(model: gpt.GPT, inject: str) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """The taught parts in order, each with its parameters' prefix or prefixes."""
-    for i, block in enumerate(model.blocks):
-        if inject == "block":
-            yield (f"blocks.{i}.",), block
-        elif block.pre:
-            yield (f"blocks.{i}.ln_1.", f"blocks.{i}.attn."), lambda h, b=block: h + b.attn(b.ln_1(h))
-            yield (f"blocks.{i}.ln_2.", f"blocks.{i}.mlp."), lambda h, b=block: h + b.mlp(b.ln_2(h))
-        else:
-            yield (f"blocks.{i}.ln_1.", f"blocks.{i}.attn."), lambda h, b=block: b.ln_1(h + b.attn(h))
-            yield (f"blocks.{i}.ln_2.", f"blocks.{i}.mlp."), lambda h, b=block: b.ln_2(h + b.mlp(h))
-
-
-def pulled_back(model: gpt.GPT, bp: gpt.GPT, inject: str, error: str, cut_head: bool) -> dict[str, Tensor]:
-    """dfa's gradients part by part: each part's own pullback of e·B; the rest by true backprop of what is left.
-
-    `bp` is a backprop model of the same weights; B_ℓ is read from the dfa model.
-    """
-    p = dict(bp.named_parameters())
-    found: dict[str, Tensor] = {}
-    h = bp.wte(IDX) + bp.wpe(torch.arange(BLOCK))
-    top = errors(bp(IDX)[0], bp.head.weight, error).detach()
-    parts = list(parts_of(bp, inject))
-    for i, (prefixes, part) in enumerate(parts):
-        names = [n for n in p if n.startswith(tuple(prefixes))] + (["wte.weight", "wpe.weight"] if i == 0 else [])
-        out = part(h)
-        if i == len(parts) - 1 and not cut_head:
-            loss = F.cross_entropy(bp.head(bp.ln_f(out)).view(-1, VOCAB), TARGETS.view(-1))
-            grads = torch.autograd.grad(loss, [p[n] for n in names])
-        else:
-            b = model.state_dict()[f"broadcast.feedback_{i}"]
-            grads = torch.autograd.grad(out, [p[n] for n in names], top @ b)
-        found |= dict(zip(names, grads, strict=True))
-        h = out.detach()
-    loss = F.cross_entropy(bp.head(bp.ln_f(h)).view(-1, VOCAB), TARGETS.view(-1))
-    above = [n for n in p if n.startswith(("ln_f", "head"))]
-    return found | dict(zip(above, torch.autograd.grad(loss, [p[n] for n in above]), strict=True))
-
-
-@pytest.mark.parametrize("placement", ["pre", "post"])
-@pytest.mark.parametrize("cut_head", [True, False])
-@pytest.mark.parametrize("error", ["logits", "hidden"])
-@pytest.mark.parametrize("inject", ["block", "sublayer"])
-def test_dfa_is_the_pullback_of_each_part(inject: str, error: str, cut_head: bool, placement: str) -> None:
-    options = [f"method.inject={inject}", f"method.error={error}", f"method.cut_head={cut_head}"]
-    shape = f"model.placement={placement}"
-    ours = perturb(build("method=dfa", *options, shape))
-    bp = perturb(build("method=bp", shape))
-    points = N_LAYER * (1 if inject == "block" else 2) - (not cut_head)
-    b = feedback(ours)
-    assert len(b) == points
-    assert {tuple(m.shape) for m in b.values()} == {(VOCAB if error == "logits" else D, D)}
-    found = gradients(ours)
-    assert_close(found, pulled_back(ours, bp, inject, error, cut_head))
-    truth = gradients(bp)
-    above = [n for n in found if n.startswith(("ln_f", "head"))]
-    assert above
-    assert_equal({n: found[n] for n in above}, {n: truth[n] for n in above})
-
-
-def test_a_surrogate_at_ln_f_reaches_no_block_under_dfa() -> None:
-    """Only the rounding of ln_f's own gradient differs, by which docs/study.md judges the costs of so unstable a method."""
-    exact = gradients(perturb(build("method=dfa")))
-    found = gradients(perturb(build("method=dfa", "ln_backward=center_scale", "ln_backward.sites=[ln_f]")))
-    assert_close(found, exact)
-    others = [name for name in found if not name.startswith("ln_f")]
-    assert_equal({n: found[n] for n in others}, {n: exact[n] for n in others})
-
-
-def test_dfa_error_is_the_derivative_of_the_loss_by_the_logits() -> None:
-    logits = build("method=bp")(IDX)[0].detach().requires_grad_()
-    F.cross_entropy(logits.view(-1, VOCAB), TARGETS.view(-1)).backward()
-    torch.testing.assert_close(errors(logits, None, "logits"), logits.grad, rtol=1e-12, atol=1e-16)
-
-
-@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
-def test_dfas_loss_is_the_cross_entropy_bit_for_bit(precision: str) -> None:
-    for options in ([], ["method.inject=sublayer", "method.error=hidden"], ["method.cut_head=false"]):
-        model = build("method=dfa", f"precision={precision}", *options)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-            logits, loss = model(IDX, TARGETS)
-            with torch.autocast("cpu", enabled=False):
-                top = logits if precision == "fp64" else logits.float()
-                assert torch.equal(loss, F.cross_entropy(top.view(-1, VOCAB), TARGETS.view(-1)))
-        loss.backward()
-        assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
-
-
-def test_bf16_dfa_is_near_fp32_dfa() -> None:
-    found = []
-    for precision in ("fp32", "bf16"):
-        model = perturb(build("method=dfa", f"precision={precision}"))
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-            found.append(torch.cat([g.flatten() for g in gradients(model).values()]))
-    assert (found[0] - found[1]).norm() / found[0].norm() < 0.05
-
-
-@pytest.mark.parametrize(("error", "std"), [("logits", 0.02), ("hidden", 1 / math.sqrt(64))])
-def test_dfas_matrices_have_the_stated_spread(error: str, std: float) -> None:
-    b = feedback(build("method=dfa", "model.n_embd=64", f"method.error={error}", "method.scale=2"))
-    for m in b.values():
-        assert m.std().item() == pytest.approx(2 * std, rel=5 / math.sqrt(2 * m.numel()))
-    one, two = b.values()
-    assert abs(torch.corrcoef(torch.stack([one.flatten(), two.flatten()]))[0, 1]) < 5 / math.sqrt(one.numel())
-
-
-def test_dfa_outputs_reach_no_earlier_block() -> None:
-    model = perturb(build("method=dfa"))
-    taught: list[Tensor] = []
-    model.broadcast.teach = lambda outputs, *_: taught.extend(outputs) or torch.zeros(())
-    model(IDX, TARGETS)
-    assert len(taught) == N_LAYER
-    for out, block in zip(taught, model.blocks, strict=True):
-        reached = torch.autograd.grad(out.sin().sum(), list(model.parameters()), allow_unused=True, retain_graph=True)
-        names = {
-            n.rpartition(".")[0] for (n, _), g in zip(model.named_parameters(), reached, strict=True) if g is not None
-        }
-        embeddings = {"wte", "wpe"} if block is model.blocks[0] else set()
-        assert {n for n in names if not n.startswith("blocks.")} == embeddings
-        own = next(f"blocks.{i}." for i in range(N_LAYER) if model.blocks[i] is block)
-        assert {n for n in names if n.startswith("blocks.")} == {own + m for m in IN_A_BLOCK}
-
-
-def test_dfa_policy_acts_inside_a_block() -> None:
-    """fc random: in each block what lies before fc changes, the rest and the other blocks' errors do not."""
-    ours, plain = (gradients(perturb(build("method=dfa", *more))) for more in (["method.policy.fc=random"], []))
-    changed = {n for n in ours if not torch.equal(ours[n], plain[n])}
-    modules = ("ln_1", "attn.qkv", "attn.proj", "ln_2")
-    before = {f"blocks.{i}.{m}.{leaf}" for i in range(N_LAYER) for m in modules for leaf in ("weight", "bias")}
-    assert changed == before | {"wte.weight", "wpe.weight"}
-
-
-def test_dfa_with_nothing_to_teach_is_refused() -> None:
-    """One block, left to its true gradient: no point is taught, and what remains is backprop."""
-    (said,) = problems("method=dfa", "model.n_layer=1", "method.cut_head=false", "method.inject=block")
-    assert "use method=bp" in said
-    assert not problems("method=dfa", "model.n_layer=1", "method.cut_head=false", "method.inject=sublayer")
-
-
-def test_dfa_without_targets_gives_the_logits() -> None:
-    logits, loss = build("method=dfa")(IDX)
-    assert loss is None
-    assert torch.equal(logits, build("method=bp")(IDX)[0])
-
-
 # What is refused
-
-
-def problems(*overrides: str) -> list[str]:
-    return check(config_of(*overrides))
 
 
 @pytest.mark.parametrize("method", METHODS)

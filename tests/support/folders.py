@@ -14,11 +14,7 @@ from lnjac.runs import folder as runs
 from lnjac.runs.merged import companions
 from lnjac.runs.schema import CURVES, RUNS, TABLES
 
-SITES = (
-    "blocks.0.ln_1",
-    "blocks.0.ln_2",
-    "ln_f",
-)  # not in alphabetical order of role: the run's own order must stay
+SITES = ("blocks.0.ln_1", "blocks.0.ln_2", "ln_f")  # a run's own order of roles, which is not the alphabet's
 
 
 def noise(*key: object) -> float:
@@ -48,7 +44,7 @@ def make_run(
     steps: Sequence[int] = (0, 100),
     sites: Sequence[str] = SITES,
     config: Sequence[tuple[Column, Any]] = (),
-    layers: Mapping[str, Any] | None = None,
+    layers: Mapping[str, Any] | Callable[[int, str], Mapping[str, Any]] | None = None,
     run: Mapping[str, Any] | None = None,
     curves: Mapping[str, Any] | None = None,
     long: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
@@ -56,7 +52,8 @@ def make_run(
 ) -> Path:
     """A run's folder as the trainer would write it; equal arguments give equal science.
 
-    `long` holds for each table in long form what is said of its rows.
+    Values that are not given depend on the run, the step and the norm alone. `layers` gives values of every norm's row,
+    or is a function of step and norm; `long` gives those of each row of each table in long form.
     """
     run_id = run_id or f"{attn_mode}-{seed}"
     ids = {"run_id": run_id, "diag_id": diag_id}
@@ -66,38 +63,26 @@ def make_run(
         (Column("data", "string", "", ""), "play"),
         *config,
     ]
-    out = runs.RunFolder(folder, ids)
+    of_norm = layers if callable(layers) else lambda step, site: layers or {}
+    known = {"status": status, "diverged_step": None, "started_at": f"2024-01-01T00:00:{seed:02}+00:00"}
     rows = {
         "layers": [
             row(
                 TABLES["layers"],
                 (run_id, step, site),
-                **(ids | {"step": step, "site": site, "call": 0, "block": None} | (layers or {})),
+                **(ids | {"step": step, "site": site, "call": 0, "block": None} | of_norm(step, site)),
             )
             for step in steps
             for site in sites
         ],
-        "runs": [
-            row(
-                RUNS,
-                run_id,
-                **(
-                    ids
-                    | {
-                        "status": status,
-                        "diverged_step": None,
-                        "started_at": f"2024-01-01T00:00:{seed:02}+00:00",
-                    }
-                    | (run or {})
-                ),
-            )
-        ],
+        "runs": [row(RUNS, run_id, **(ids | known | (run or {})))],
         "curves": [
             row(CURVES, (run_id, step), **({"run_id": run_id, "step": step} | (curves or {}))) for step in (0, 50, 100)
         ],
     }
     for name, said in (long or {}).items():
         rows[name] = [row(TABLES[name], (run_id, name, i), **(ids | {"step": 0} | more)) for i, more in enumerate(said)]
+    out = runs.RunFolder(folder, ids)
     for name, content in rows.items():
         out.write(name, RUNS if name == "runs" else TABLES[name], content, columns, note or {})
     out.status(status)
