@@ -18,10 +18,10 @@ from lnjac.text import aligned
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lnjac.comparing.compare import Comparison
+    from lnjac.comparing.compare import Differences
     from lnjac.comparing.intervals import Inference
     from lnjac.comparing.scaling import Scaling
-    from lnjac.comparing.study import Study
+    from lnjac.comparing.tables import MergedTables
 
 commands = typer.Typer(rich_markup_mode=None)
 
@@ -32,13 +32,13 @@ SEED = 0
 EXPORTS = (".csv", ".md", ".tex", ".parquet")
 
 
-def study(sources: Sequence[Path]) -> "Study":
+def study(sources: Sequence[Path]) -> "MergedTables":
     """What the sources hold, with a bar while runs are read."""
-    from lnjac.comparing import study as design
+    from lnjac.comparing.tables import open_tables
     from lnjac.progress import bar
 
     with bar("reading runs") as progress:
-        return design.read(sources, progress)
+        return open_tables(sources, progress)
 
 
 class IntervalKind(str, Enum):
@@ -110,7 +110,7 @@ def compare(
         how=_inference(interval, confidence),
     )
     parts: list[str | Grid] = [*_grids(found, confidence, seeds), *_notes(found.notes)]
-    _write(found.seeds() if seeds else found.rows, parts, output)
+    _write(found.seeds if seeds else found.rows, parts, output)
     if as_json:
         print(ascii_json(_plain_comparison(found, seeds)))
     else:
@@ -148,7 +148,7 @@ def cost(
     compared = {"cost": found.costs}
     if found.differences is not None:
         compared["difference of costs"] = found.differences
-    frames = [(one.seeds() if seeds else one.rows).assign(what=what) for what, one in compared.items()]
+    frames = [(one.seeds if seeds else one.rows).assign(what=what) for what, one in compared.items()]
     parts: list[str | Grid] = []
     for what, one in compared.items():
         none = f"no {what}: no ln_backward ran at two levels of {found.by} with its exact twin"
@@ -278,7 +278,7 @@ class Grid(NamedTuple):
         return self._replace(title=escape(self.title), heads=list(map(escape, self.heads)), lines=lines)
 
 
-def _grids(found: "Comparison", confidence: float, seeds: bool, what: str = "difference") -> Iterator[Grid]:
+def _grids(found: "Differences", confidence: float, seeds: bool, what: str = "difference") -> Iterator[Grid]:
     """One for each metric, of norms also for each cell: a line for each comparison, and under it one for each seed."""
     rows, headline = found.rows, found.headline()
     apart, labels = _layout(rows, found.cells, "a")
@@ -314,9 +314,9 @@ def _grids(found: "Comparison", confidence: float, seeds: bool, what: str = "dif
             lines[-1] += [_p(row["p_adjusted"]), str(row["n"])]
             if diverged:
                 lines[-1].append(" ".join(f"{row[f'diverged_{side}']}/{row[f'runs_{side}']}" for side in "ab"))
-            for seed, a, b in zip(found.seed, found.a[at], found.b[at], strict=True) if seeds else ():
-                if not (math.isnan(a) and math.isnan(b)):
-                    lines.append(_of_seed(seed, len(names), [a, b, a - b], heads))
+            of_row = found.seeds[found.seeds.index == at] if seeds else found.seeds[:0]
+            for seed, a, b in of_row[["seed", "value_a", "value_b"]].itertuples(index=False, name=None):
+                lines.append(_of_seed(seed, len(names), [a, b, a - b], heads))
         yield Grid(title, heads, len(labels) + bool(pair), lines, strong)
 
 
@@ -411,9 +411,9 @@ def ascii_json(found: Any) -> str:
     return json.dumps(found, indent=1, allow_nan=False)
 
 
-def _plain_comparison(found: "Comparison", seeds: bool) -> dict[str, Any]:
+def _plain_comparison(found: "Differences", seeds: bool) -> dict[str, Any]:
     plain: dict[str, Any] = {"rows": _records(found.rows), "notes": found.notes}
-    return plain | ({"seeds": _records(found.seeds())} if seeds else {})
+    return plain | ({"seeds": _records(found.seeds)} if seeds else {})
 
 
 def _records(frame: "pd.DataFrame") -> Any:
@@ -508,7 +508,7 @@ def _label(row: Mapping[Any, Any], name: str) -> str:
 
 
 def _text(value: Any) -> str:
-    from lnjac.comparing.study import word
+    from lnjac.comparing.design import word
 
     return word(value)
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lnjac.comparing import compare, pooling
+from lnjac.comparing import compare, design, pooling
 from lnjac.comparing import cost as comparing_cost
 from lnjac.comparing import intervals as stats
 from lnjac.comparing import scaling as comparing_scaling
-from lnjac.comparing import study as design
-from lnjac.comparing.filter import Where, known_column
-from lnjac.comparing.study import LAST_NORM, RUN, Study
+from lnjac.comparing.design import LAST_NORM, RUN
+from lnjac.comparing.filter import Where, require_column
+from lnjac.comparing.tables import MergedTables
 from lnjac.errors import ConfigError
 from lnjac.reporting import charts as figures
 from lnjac.runs import folder as runs
@@ -67,7 +67,7 @@ def choices(frame: "pd.DataFrame", *names: str) -> dict[str, list[str]]:
 class View:
     """A study's runs arranged by the levels of one column; `by` is None where nothing varies but the seed."""
 
-    study: Study
+    study: MergedTables
     by: str | None
     where: str | None = None
     metrics: Sequence[str] = field(default=METRICS)
@@ -84,10 +84,10 @@ class View:
         if "seed" not in every:
             raise ConfigError(f"{self.study.path} has no column seed, the unit of every interval")
         for name in by:
-            known_column(name, design.factors(every), "runs are not told apart by")
+            require_column(name, design.factors(every), "runs are not told apart by")
         vary = [name for name in design.varying(every) if name != "ln_backward.sites"]
         every = every.assign(**{name: design.labelled(every, name) for name in {"ln_backward", *by} & set(every)})
-        cells = design.strata(every, by, vary) if by else vary
+        cells = design.cell_columns(every, by, vary) if by else vary
         every = _by_cell(every, cells)
         return every.assign(level=every[self.by].map(word) if self.by else ONE, cell=cell_names(every, cells))
 
@@ -122,12 +122,12 @@ class View:
         return Drawing(chart.properties(description=said), caption, table, notes, choices, seeds)
 
     @cached_property
-    def layers_compared(self) -> compare.Comparison:
+    def layers_compared(self) -> compare.Differences:
         """Every metric of a layer, compared once."""
         return compare.compare(self.study, _required(self), metrics=_tested(self), where=self.where)
 
 
-def view(study: Study, by: str | None = None, where: str | None = None, metrics: Sequence[str] = METRICS) -> View:
+def view(study: MergedTables, by: str | None = None, where: str | None = None, metrics: Sequence[str] = METRICS) -> View:
     """By attn_mode where that varies, else by the first column that does, unless `by` is given."""
     if by is None:
         every = study.frame("runs")
@@ -169,7 +169,7 @@ def layer_values(view: View, metrics: Sequence[str], *, last: bool) -> "pd.DataF
 
     At the last step of each run, or at all of them. Diverged runs have no numbers here.
     """
-    design.require_metrics(view.study, "layers", metrics)
+    view.study.require_metrics("layers", metrics)
     done = view.runs[view.runs["status"] == runs.DONE]
     context = done[[*RUN, "cell", "level", "seed"]]
     known = [*dict.fromkeys([*RUN, "step", "site", "call", *metrics])]
@@ -251,7 +251,7 @@ def headline(view: View, metric: str | None = None) -> Drawing:
     by = _required(view)
     found = _compared(view, metric)
     rows = found.rows.assign(headline=found.headline())
-    rows, seeds = (_by_cell(part[part["metric"] == metric], found.cells) for part in (rows, found.seeds()))
+    rows, seeds = (_by_cell(part[part["metric"] == metric], found.cells) for part in (rows, found.seeds))
     if rows["difference"].isna().all():
         raise ConfigError(NO_PAIRS)
     by_site = "site" in rows
@@ -287,7 +287,7 @@ def headline(view: View, metric: str | None = None) -> Drawing:
     return view.drawing(chart, caption, table, notes, seeds=each)
 
 
-def _compared(view: View, metric: str) -> compare.Comparison:
+def _compared(view: View, metric: str) -> compare.Differences:
     """The comparison that the metric is part of: that of all metrics shown of a layer, or one of its own."""
     if metric in _tested(view):
         return view.layers_compared
@@ -321,7 +321,7 @@ def heatmap(view: View, metric: str | None = None) -> Drawing:
     """The difference of every metric at every norm, shaded against the metric's largest."""
     by = _required(view)
     if metric:
-        design.require_metrics(view.study, "layers", [metric])
+        view.study.require_metrics("layers", [metric])
     found = _compared(view, metric) if metric else view.layers_compared
     rows = _by_cell(found.rows[found.rows["metric"] == metric] if metric else found.rows, found.cells)
     rows = rows.assign(
@@ -434,7 +434,7 @@ def cost(view: View, metric: str | None = None) -> Drawing:
     by = None if view.by == "ln_backward" else view.by
     found = comparing_cost.cost(view.study, by=by, metric=metric or LOSS, where=view.where)
     others = [name for name in found.costs.cells if name != found.by]
-    rows, seeds = (_by_cell(part, others) for part in (found.costs.rows, found.costs.seeds()))
+    rows, seeds = (_by_cell(part, others) for part in (found.costs.rows, found.costs.seeds))
     for frame in (rows, seeds):
         frame["cell"] = cell_names(frame, others)
         frame["level"] = frame[found.by].map(word) if found.by else ONE

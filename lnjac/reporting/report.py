@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lnjac.comparing.study import IDENTITY, RUN, Study, varying
+from lnjac.comparing.design import IDENTITY, RUN, varying
+from lnjac.comparing.tables import MergedTables
 from lnjac.errors import ConfigError
 from lnjac.files import write_atomically
 from lnjac.reporting import frames as views
@@ -47,7 +48,7 @@ class Report:
         write_atomically(path, lambda temporary: temporary.write_text(self.html, encoding="utf-8"))
 
 
-def make(study: Study, *, title: str, by: str | None = None, where: str | None = None) -> Report:
+def make(study: MergedTables, *, title: str, by: str | None = None, where: str | None = None) -> Report:
     """All sections of one study; what cannot be shown is a line that says what to run for it."""
     view = views.view(study, by, where)
     view.runs  # noqa: B018  what is wrong with --by or --where is said before anything else
@@ -68,8 +69,8 @@ def _what(view: View, charts: Charts) -> str:
     """Runs and their provenance, what was skipped, what diverged, what makes a comparison doubtful."""
     merge = _merge(view.study)
     body = page.definitions(_provenance(view.runs, merge))
-    if view.study.doubts:
-        body += page.heading("What makes a comparison doubtful") + page.items(view.study.doubts, "warn")
+    if view.study.warnings:
+        body += page.heading("What makes a comparison doubtful") + page.items(view.study.warnings, "warn")
     if skipped := [f"{skip['path']}: {skip['reason']}" for skip in merge.get("skipped", [])]:
         body += page.folded(f"{len(skipped)} skipped runs", page.items(skipped[:MOST_SKIPPED]))
     diverged = view.runs["status"] == DIVERGED
@@ -103,7 +104,7 @@ def _headline(view: View, charts: Charts) -> str:
     return _shown(charts, [partial(views.headline, view, metric) for metric in (views.LOSS, *views.HEADLINE)])
 
 
-def _merge(study: Study) -> dict[str, Any]:
+def _merge(study: MergedTables) -> dict[str, Any]:
     """What the merge said of itself; {} where that is lost."""
     said = study.path.with_suffix(".merge.json")
     return dict(json.loads(said.read_text(encoding="utf-8"))) if said.exists() else {}

@@ -426,11 +426,11 @@ def _report(folder: Path) -> None:
     """Write the report of the merged table, where what draws it is installed: no sweep fails for want of a report."""
     if not (find_spec("altair") and find_spec("vl_convert")):
         return
-    from lnjac.comparing import study as design
+    from lnjac.comparing.tables import open_tables
     from lnjac.reporting import report
 
     try:
-        report.make(design.read([folder / "all.parquet"]), title=folder.name).write(folder / REPORT)
+        report.make(open_tables(folder / "all.parquet"), title=folder.name).write(folder / REPORT)
     except Exception as error:
         log.warning("no report: %s", f"{type(error).__name__}: {error}".splitlines()[0])
         return
