@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from lnjac.comparing.study import IDENTITY, RUN, Study, read, varying, word
+from lnjac.comparing.design import IDENTITY, RUN, varying, word
+from lnjac.comparing.tables import MergedTables, open_tables
 from lnjac.errors import ConfigError
 from lnjac.files import write_atomically
 from lnjac.reporting.charts import CHARTS, Drawing
@@ -45,7 +46,7 @@ class Report:
 
 
 def report(
-    source: "str | Path | Sequence[str | Path] | Study",
+    source: "str | Path | Sequence[str | Path] | MergedTables",
     *,
     output: str | Path,
     by: str | None = None,
@@ -68,11 +69,11 @@ def report(
         ConfigError: If a source, the condition or the column is not right, or the report extra is not installed.
     """
     path = require_page(output)
-    if isinstance(source, Study):
+    if isinstance(source, MergedTables):
         made = make(source, title or source.path.name, by, where)
     else:
         paths = [Path(one) for one in ([source] if isinstance(source, str | Path) else source)]
-        made = make(read(paths), title or ", ".join(one.name or str(one) for one in paths), by, where)
+        made = make(open_tables(paths), title or ", ".join(one.name or str(one) for one in paths), by, where)
     made.write(path)
     return made
 
@@ -85,7 +86,7 @@ def require_page(output: str | Path) -> Path:
     return path
 
 
-def make(study: Study, title: str, by: str | None = None, where: str | None = None) -> Report:
+def make(study: MergedTables, title: str, by: str | None = None, where: str | None = None) -> Report:
     """Return the page of a study. For a chart that cannot be drawn it has a line with what is lacking."""
     shown, charts, sections = view(study, by, where), Charts(), []
     absent: dict[str, Sequence[str]] = {}
@@ -105,7 +106,7 @@ def make(study: Study, title: str, by: str | None = None, where: str | None = No
         title=title,
         lead=f"{len(shown.runs)} runs" + f", by {shown.by}" * bool(shown.by) + (f", where {where}" if where else ""),
         facts=_facts(shown.runs, merge),
-        doubts=study.doubts,
+        doubts=study.warnings,
         skipped=skipped[:MOST_SKIPPED],
         n_skipped=len(skipped),
         diverged=_diverged(shown),
@@ -117,7 +118,7 @@ def make(study: Study, title: str, by: str | None = None, where: str | None = No
     return Report(html, title, contents)
 
 
-def _merge(study: Study) -> dict[str, Any]:
+def _merge(study: MergedTables) -> dict[str, Any]:
     """Return the report of the merge; {} if that is lost."""
     file = report_file(study.path)
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}

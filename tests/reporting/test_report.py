@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.studies import write_study
 
-from lnjac.comparing import study as design
+from lnjac.comparing.tables import open_tables
 from lnjac.errors import ConfigError
 from lnjac.reporting import charts as figures
 from lnjac.reporting import frames as views
@@ -81,7 +81,7 @@ class Page(HTMLParser):
 
 
 def made(path: Path, **more: Any) -> report.Report:
-    return report.make(design.read([path]), title=more.pop("title", "a study"), **more)
+    return report.make(open_tables([path]), title=more.pop("title", "a study"), **more)
 
 
 # What is in it
@@ -181,7 +181,7 @@ def test_what_was_run_tells_sizes_baselines_and_whether_the_tree_was_clean(tmp_p
 def test_the_comparison_that_is_shown_is_the_one_of_compare(tmp_path: Path):
     from lnjac.comparing import compare
 
-    study = design.read([write_study(tmp_path, TWO)])
+    study = open_tables([write_study(tmp_path, TWO)])
     found = compare.compare(study, "attn_mode", metrics=["radial_share"]).rows.set_index("site")
     drawing = views.headline(views.view(study), "radial_share")
     shown = drawing.table.set_index("site")
@@ -195,7 +195,7 @@ def test_the_comparison_that_is_shown_is_the_one_of_compare(tmp_path: Path):
 def test_each_number_of_a_layer_is_of_one_norm(tmp_path: Path):
     """No row, choice or caption is of norms together."""
     path = write_study(tmp_path, TWO | {"model.n_embd": [32, 64], "method": ["bp", "fa", "dfa"]})
-    view = views.view(design.read([path]))
+    view = views.view(open_tables([path]))
     sites = set(pd.read_parquet(path)["site"])
     drawn = [views.headline(view), views.heatmap(view), views.enrichment(view), views.curves(view), views.depth(view)]
     for drawing in (*drawn, views.scaling(view)):
@@ -212,7 +212,7 @@ def test_each_number_of_a_layer_is_of_one_norm(tmp_path: Path):
 
 
 def test_a_headline_of_many_comparisons_draws_the_norms_that_it_names(tmp_path: Path):
-    study = design.read([write_study(tmp_path, TWO | {"model.n_embd": [32, 64], "method": ["bp", "fa", "dfa"]})])
+    study = open_tables([write_study(tmp_path, TWO | {"model.n_embd": [32, 64], "method": ["bp", "fa", "dfa"]})])
     drawing = views.headline(views.view(study))
     datasets = drawing.chart.to_dict()["datasets"].values()
     (bars,) = [rows for rows in datasets if "low" in rows[0]]
@@ -233,7 +233,7 @@ def test_bands_are_t_intervals_of_seeds_and_diverged_runs_are_in_none(tmp_path: 
     from scipy import stats
 
     path = write_study(tmp_path, TWO, seeds=4, diverged=(1,))
-    view = views.view(design.read([path]))
+    view = views.view(open_tables([path]))
     lines = views.depth(view, "radial_share").table
     layers = pd.read_parquet(path).query("step == 100 and site == 'ln_f'")
     for level, n in (("sigmoid", 3), ("softmax", 4)):
@@ -246,9 +246,9 @@ def test_bands_are_t_intervals_of_seeds_and_diverged_runs_are_in_none(tmp_path: 
 
 def test_levels_are_those_of_attn_mode_else_of_the_first_that_varies(tmp_path: Path):
     widths = {"model.n_embd": [100, 32], "steps": [10]}
-    study = design.read([write_study(tmp_path, widths)])
+    study = open_tables([write_study(tmp_path, widths)])
     assert (views.view(study).by, views.view(study).levels) == ("model.n_embd", ["32", "100"])
-    both = design.read([write_study(tmp_path, widths | TWO)])
+    both = open_tables([write_study(tmp_path, widths | TWO)])
     assert (views.view(both).by, views.view(both).cells) == ("attn_mode", ["n_embd=32", "n_embd=100"])
     assert views.view(both, "model.n_embd", "attn_mode == 'softmax'").cells == ["all runs"]
 
@@ -256,7 +256,7 @@ def test_levels_are_those_of_attn_mode_else_of_the_first_that_varies(tmp_path: P
 def test_curves_stay_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(views, "MOST_ROWS", 2000)
     factors = TWO | {"method": ["bp", "fa", "dfa"]}
-    drawing = views.curves(views.view(design.read([write_study(tmp_path, factors, steps=range(100))])))
+    drawing = views.curves(views.view(open_tables([write_study(tmp_path, factors, steps=range(100))])))
     assert 1000 < len(drawing.table) <= 2000
     assert set(drawing.table["step"]) >= {0, 99}
     thinned, left_out = drawing.notes
@@ -265,7 +265,7 @@ def test_curves_stay_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_trajectory_says_how_many_steps_it_leaves_out(tmp_path: Path):
-    view = views.view(design.read([write_study(tmp_path, TWO, steps=range(1, 61))]))
+    view = views.view(open_tables([write_study(tmp_path, TWO, steps=range(1, 61))]))
     drawing = views.trajectory(view, "val_loss_nats")
     assert drawing.table["step"].nunique() == 40
     assert [note.startswith("40 of the 60 measured steps are shown") for note in drawing.notes] == [True]
@@ -278,7 +278,7 @@ def test_infinite_values_are_left_out_of_charts_and_said(tmp_path: Path):
     layers.loc[(layers["site"] == "ln_f") & (layers["run_id"] == "run0002"), "sigma_mean"] = np.nan
     table = sources.conform(pa.Table.from_pandas(layers, preserve_index=False), pq.read_schema(path))
     runs.write_table(path, table.replace_schema_metadata(), runs.read_metadata(path))
-    view = views.view(design.read([path]))
+    view = views.view(open_tables([path]))
     drawing = views.depth(view)
     assert np.isfinite(drawing.table[["mean", "low", "high"]]).all(axis=None)
     assert drawing.notes == ["2 of 40 values of sigma_mean are infinite, NaN or null: left out"]
@@ -288,7 +288,7 @@ def test_infinite_values_are_left_out_of_charts_and_said(tmp_path: Path):
 
 
 def test_a_missing_level_is_drawn_as_null(tmp_path: Path):
-    view = views.view(design.read([write_study(tmp_path, {"method.scale": [0.5, None]})]), "method.scale")
+    view = views.view(open_tables([write_study(tmp_path, {"method.scale": [0.5, None]})]), "method.scale")
     assert view.levels == ["0.5", "null"]
     assert views.depth(view).table["level"].drop_duplicates().tolist() == ["0.5", "null"]
     assert set(views.headline(view, "sigma_mean").table["b"]) == {0.5}
@@ -296,7 +296,7 @@ def test_a_missing_level_is_drawn_as_null(tmp_path: Path):
 
 def test_losses_are_seen_against_bigrams_and_shares_against_chance(tmp_path: Path):
     path = write_study(tmp_path, TWO)
-    view = views.view(design.read([path]))
+    view = views.view(open_tables([path]))
     assert (views.trajectory(view, "val_loss_nats").table["reference"] == 0.25).all()
     layers = pd.read_parquet(path).query("step == 100").groupby(["attn_mode", "site"])
     layers = layers[["radial_share", "enrichment_radial_share"]].mean()
@@ -308,7 +308,7 @@ def test_losses_are_seen_against_bigrams_and_shares_against_chance(tmp_path: Pat
 
 def test_numbers_that_differ_late_are_two_levels_and_two_cells(tmp_path: Path):
     lr = [0.00012345678, 0.00012345679]
-    view = views.view(design.read([write_study(tmp_path, TWO | {"optimizer.lr": lr}, blocks=0, steps=(100,))]))
+    view = views.view(open_tables([write_study(tmp_path, TWO | {"optimizer.lr": lr}, blocks=0, steps=(100,))]))
     assert view.cells == ["lr=0.00012345678", "lr=0.00012345679"]
     view = views.view(view.study, "optimizer.lr")
     assert view.levels == ["0.00012345678", "0.00012345679"]
@@ -321,7 +321,7 @@ def test_a_list_offers_what_the_charts_hold_to_the_last_blank():
 
 def test_cells_are_in_the_order_of_their_numbers_exact_runs_first(tmp_path: Path):
     factors = TWO | {"ln_backward": ["center_scale", "exact"], "steps": [1000, 250], "model.n_embd": [128, 64, 256]}
-    view = views.view(design.read([write_study(tmp_path, factors, blocks=0, steps=(100,))]))
+    view = views.view(open_tables([write_study(tmp_path, factors, blocks=0, steps=(100,))]))
     assert view.cells == [
         f"ln_backward={name}, steps={steps}, n_embd={width}"
         for name in ("exact", "center_scale")
@@ -337,7 +337,7 @@ def test_cells_are_in_the_order_of_their_numbers_exact_runs_first(tmp_path: Path
 def test_an_effect_has_one_adjusted_p_wherever_it_is_shown(tmp_path: Path):
     from lnjac.comparing import compare
 
-    view = views.view(design.read([write_study(tmp_path, TWO)]))
+    view = views.view(open_tables([write_study(tmp_path, TWO)]))
     drawn = views.heatmap(view)
     (cells,) = drawn.chart.to_dict()["datasets"].values()
     of_map = {(row["metric"], row["site"]): row["p_adjusted"] for row in cells}
@@ -358,7 +358,7 @@ def test_tables_have_p_effect_and_every_seed(tmp_path: Path):
     path = write_study(tmp_path, TWO | {"ln_backward": ["exact", "ste"]})
     runs_of = pd.read_parquet(sources.companion(path, "runs")).query("ln_backward == 'exact'")
     a, b = (runs_of[runs_of["attn_mode"] == level]["val_loss_nats"].to_numpy() for level in ("softmax", "sigmoid"))
-    view = views.view(design.read([path]))
+    view = views.view(open_tables([path]))
     drawing = views.headline(view, "val_loss_nats")
     row = drawing.table.query("ln_backward == 'exact'").iloc[0]
     assert row["p"] == pytest.approx(stats.ttest_rel(a, b).pvalue)
@@ -517,7 +517,7 @@ def test_help_has_an_example(lnjac: Any, name: str):
 
 
 def test_an_unknown_metric_of_a_view_is_named(tmp_path: Path):
-    view = views.view(design.read([write_study(tmp_path, TWO)]))
+    view = views.view(open_tables([write_study(tmp_path, TWO)]))
     with pytest.raises(ConfigError, match="no_such"):
         views.trajectory(view, "no_such")
     with pytest.raises(ConfigError, match="--metric val_loss_nats is a column of runs"):

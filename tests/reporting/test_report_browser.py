@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.studies import write_study
 
-from lnjac.comparing import study as design
+from lnjac.comparing.tables import open_tables
 from lnjac.reporting import report
 
 pytest.importorskip("altair", reason="the extra [report] is not installed")
@@ -65,7 +65,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    made = report.make(design.read([write_study(folder, FACTORS, blocks=1)]), title=f"sweep {EVIL}")
+    made = report.make(open_tables(write_study(folder, FACTORS, blocks=1)), title=f"sweep {EVIL}")
     made.write(folder / "report.html")
     return folder / "report.html"
 
