@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import lnjac
-from lnjac.comparing import study as design
+from lnjac.comparing import design
 from lnjac.runs.merge import load
 from lnjac.runs.merged import companions
 from lnjac.runs.schema import FROZEN
@@ -34,7 +34,7 @@ print(f"{len(runs)} runs, {len(layers)} layer rows; status: {runs['status'].valu
 
 # %%
 swept = [name for name in runs if name not in FROZEN["runs"] and runs[name].nunique(dropna=False) > 1]
-levels = design.strata(runs, ["ln_backward"], design.varying(runs))  # the fewest columns that tell the rest apart
+levels = design.cell_columns(runs, ["ln_backward"], design.varying(runs))  # the fewest columns that tell the rest apart
 print("swept:", ", ".join(swept), "| beside ln_backward and the seed, runs are told apart by:", ", ".join(levels))
 
 # %% [markdown]
@@ -53,9 +53,9 @@ print(exact.pivot_table("enrichment_radial_share", "site", levels, sort=False).r
 
 # %%
 if {"exact"} < set(runs["ln_backward"]):
-    costs = lnjac.cost(design.read([folder]))
+    costs = lnjac.cost(folder)
     for part in filter(None, (costs.costs, costs.differences)):
-        print(part.seeds().round(4).to_string(index=False), *part.notes, sep="\n")
+        print(part.seeds.round(4).to_string(index=False), *part.notes, sep="\n")
 else:
     print("one backward alone: nothing to compare with exact")
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from lnjac.comparing.compare import Comparison
+    from lnjac.comparing.compare import Differences
     from lnjac.comparing.scaling import Scaling
 
 commands = typer.Typer(rich_markup_mode=None)
@@ -49,7 +49,7 @@ def compare(
         options.study(sources), by, metrics=metrics, table=table, at=at, where=where, reference=reference, how=how
     )
     parts = [*_differences(found, confidence, seeds), *_notes(found.notes)]
-    _answer(found.seeds() if seeds else found.rows, parts, _plain(found, seeds), output, as_json)
+    _answer(found.seeds if seeds else found.rows, parts, _plain(found, seeds), output, as_json)
 
 
 @commands.command()
@@ -90,7 +90,7 @@ def cost(
         none = f"no {what}: no ln_backward ran at two levels of {found.by} with its exact twin"
         parts += _differences(one, confidence, seeds, what) or [none]
         parts += [*_notes(one.notes), ""]
-    frames = [(one.seeds() if seeds else one.rows).assign(what=what) for what, one in compared.items()]
+    frames = [(one.seeds if seeds else one.rows).assign(what=what) for what, one in compared.items()]
     plain = {what.replace(" ", "_"): _plain(one, seeds) for what, one in compared.items()}
     _answer(pd.concat(frames, ignore_index=True), parts, plain, output, as_json)
 
@@ -140,8 +140,8 @@ def _answer(
         tables.show(parts)
 
 
-def _plain(found: "Comparison", seeds: bool) -> dict[str, Any]:
-    return {"rows": found.rows, "notes": found.notes} | ({"seeds": found.seeds()} if seeds else {})
+def _plain(found: "Differences", seeds: bool) -> dict[str, Any]:
+    return {"rows": found.rows, "notes": found.notes} | ({"seeds": found.seeds} if seeds else {})
 
 
 def _notes(notes: Sequence[str]) -> list[Part]:
@@ -155,7 +155,7 @@ Column = tuple[str, str, int]
 """The head of a column, the name of its values in rows, and the digits of those that are numbers."""
 
 
-def _differences(found: "Comparison", confidence: float, seeds: bool, what: str = "difference") -> list[Grid]:
+def _differences(found: "Differences", confidence: float, seeds: bool, what: str = "difference") -> list[Grid]:
     rows, key = found.rows, _key(found.rows, "a")
     a, b = (rows[side].map(_word).unique() for side in "ab")
     head_a, head_b, pair = "a", "b", "a − b"
@@ -176,7 +176,7 @@ def _differences(found: "Comparison", confidence: float, seeds: bool, what: str 
     columns += [(_percent(confidence), "interval", 0), ("effect", "effect", 2), ("p adj.", "p", 2), ("n", "n", 0)]
     if rows[["diverged_a", "diverged_b"]].to_numpy().any():
         columns.append(("diverged", "diverged", 0))
-    each = found.seeds().rename(columns={"value_a": "mean_a", "value_b": "mean_b"}) if seeds else None
+    each = found.seeds.rename(columns={"value_a": "mean_a", "value_b": "mean_b"}) if seeds else None
     return _grids(lines, apart, labels, columns, each, set(rows.index[found.headline()]) if "site" in key else ())
 
 
@@ -251,7 +251,7 @@ def _level(row: Row, name: str) -> str:
 
 
 def _word(level: Any) -> str:
-    from lnjac.comparing.study import word
+    from lnjac.comparing.design import word
 
     return word(level)
 

@@ -10,7 +10,7 @@ from lnjac.cli.tables import require_format
 
 if TYPE_CHECKING:
     from lnjac.comparing.intervals import Inference
-    from lnjac.comparing.study import Study
+    from lnjac.comparing.tables import MergedTables
 
 IntervalKind = Literal["t", "signflip"]
 
@@ -41,13 +41,13 @@ SEED = 0
 """Seed of the draws of a sign-flip p, so that the same table gives the same numbers."""
 
 
-def study(sources: Sequence[Path]) -> "Study":
+def study(sources: Sequence[Path]) -> "MergedTables":
     """Return the tables of the sources; a bar shows while runs are read."""
-    from lnjac.comparing import study as comparing
+    from lnjac.comparing.tables import open_tables
     from lnjac.progress import bar
 
     with bar("reading runs") as progress:
-        return comparing.read(sources, progress)
+        return open_tables(sources, progress)
 
 
 def names(text: str) -> list[str]:

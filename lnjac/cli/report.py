@@ -72,7 +72,7 @@ def plot(
         lnjac plot multirun/A --figure headline --metric radial_share -o headline.svg
         lnjac plot all.parquet --figure cost --where "method == 'fa'" -o cost.pdf
     """
-    from lnjac.comparing.filter import known_column
+    from lnjac.comparing.filter import require_column
     from lnjac.reporting import charts, marks
     from lnjac.reporting.view import view
 
@@ -81,7 +81,7 @@ def plot(
             raise ConfigError(f"--figure is missing, the chart to draw: choose one of {', '.join(charts.CHARTS)}")
         _list(view(study(sources), by, where), as_json)
         return
-    known_column(figure, list(charts.CHARTS), "no chart for --figure is called")
+    require_column(figure, list(charts.CHARTS), "no chart for --figure is called")
     if output is None or output.suffix not in marks.FORMATS:
         raise ConfigError(f"the output {output or ''} must end in {', '.join(marks.FORMATS)}: try -o {figure}.svg")
     drawing = charts.CHARTS[figure].draw(view(study(sources), by, where), metric)

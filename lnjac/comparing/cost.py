@@ -1,28 +1,32 @@
-"""The cost of each backward: loss above the exact one's, and differences of costs between levels."""
+"""Compute the cost of each backward, which is its loss minus the exact one's, and how costs differ between levels."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from lnjac.comparing.compare import EXACT, LOSS, Comparison, Contrast, compare, compared_rows, pairs_of
+from lnjac.comparing.compare import EXACT, LOSS, Differences, compare, differences, pairs_of
+from lnjac.comparing.design import arrange
 from lnjac.comparing.intervals import STUDENT, Inference
-from lnjac.comparing.study import Study, gather
+from lnjac.comparing.pairing import Contrast
+from lnjac.comparing.tables import Sources, open_tables
 from lnjac.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The cost of each backward (loss minus the exact one's), and how it differs between the levels of `by`."""
+    """The cost of each backward, and how it differs between the levels of `by`.
+
+    Attributes:
+        by: The column between whose levels costs are compared; None if there is none.
+        costs: A row for each backward in each cell: its loss minus the exact one's, in the loss's unit.
+        differences: A row for each backward and pair of levels: the difference of its costs; None without `by`.
+    """
 
     by: str | None
-    costs: Comparison
-    differences: Comparison | None
+    costs: Differences
+    differences: Differences | None
 
 
 def cost(
-    study: Study,
+    sources: Sources,
     *,
     by: str | None = None,
     metric: str = LOSS,
@@ -30,28 +34,45 @@ def cost(
     reference: str | None = None,
     how: Inference = STUDENT,
 ) -> Costs:
-    """What each backward costs: its runs' loss minus the exact one's, paired by seed, within each cell of all else.
+    """Return the cost of each backward: its runs' loss minus the exact one's, paired by seed, within each cell.
 
-    And the differences of these costs between the levels of `by` (attn_mode where that varies, unless given): softmax −
-    sigmoid. Within a cell the costs of all backwards are one family of Holm's adjustment, the differences another.
+    Within a cell the costs of all backwards are one family of Holm's adjustment, their differences another.
+
+    Args:
+        sources: A path, or several: of merged tables, sweeps and runs; or tables opened by `open_tables`.
+        by: The column between whose levels costs are compared; attn_mode, if that varies, unless given.
+        metric: The loss, a column of runs.
+        where: Only runs for which this holds, such as `"method == 'fa'"`.
+        reference: The level of `by` that each other is compared with, instead of all pairs.
+        how: The kind of interval and its confidence.
+
+    Returns:
+        The costs, and their differences between the levels of `by` (softmax − sigmoid).
+
+    Raises:
+        ConfigError: A source, column or level does not exist, or no run has the exact backward.
+
+    Example:
+        >>> found = lnjac.cost("all.parquet", where="method == 'fa'")
+        >>> found.costs.rows[["attn_mode", "a", "difference", "low", "high", "n"]]
     """
     if by == "ln_backward":
         raise ConfigError(
             "--by ln_backward: each has its cost already; give the factor to compare costs by, as attn_mode"
         )
-    costs = compare(study, "ln_backward", metrics=[metric], table="runs", where=where, reference=EXACT, how=how)
+    tables = open_tables(sources)
+    costs = compare(tables, "ln_backward", metrics=[metric], table="runs", where=where, reference=EXACT, how=how)
     if by is None and "attn_mode" in costs.cells:
         by = "attn_mode"
     if by is None:
         return Costs(None, costs, None)
-    values = gather(study, ["ln_backward", by], [metric], table="runs", where=where)
-    backwards, levels = values.levels
+    found = arrange(tables, ["ln_backward", by], [metric], table="runs", where=where)
+    backwards, levels = found.levels.values()
     exact = backwards.index(EXACT)
-
     contrasts = [
-        Contrast({"ln_backward": name}, *((levels[k], [(backward, k), (exact, k)]) for k in pair))
-        for backward, name in enumerate(backwards)
-        if backward != exact
-        for pair in pairs_of(levels, by, reference)
+        Contrast(levels[a], levels[b], [(number, a), (number, b), (exact, a), (exact, b)], {"ln_backward": backward})
+        for number, backward in enumerate(backwards)
+        if number != exact
+        for a, b in pairs_of(levels, by, reference)
     ]
-    return Costs(by, costs, compared_rows(values, contrasts, how))
+    return Costs(by, costs, differences(found, contrasts, how))

@@ -1,11 +1,10 @@
-"""Intervals and paired comparison: pure functions of arrays whose last axis is the seed, NaN where a seed is missing.
+"""Compute intervals and tests of numbers by seed: arrays whose last axis is the seed, NaN where a seed is missing.
 
-The unit is the seed: what is nested in it (layers, tokens, steps) is reduced to one number per seed beforehand. scipy and
-statsmodels are imported where they are used, since together they take longer to start than a comparison to compute.
+The seed is the unit. What is nested in it (layers, tokens, steps) is reduced to one number per seed beforehand.
 """
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 METHODS = ("t", "signflip")
-"""Of an interval: Student's t; t with the p value of a sign-flip permutation test."""
+"""Student's t; and t with the p value of a sign-flip permutation test."""
 
 RESAMPLES = 9999
 
@@ -25,12 +24,28 @@ IDENTICAL = "identical"
 SAME = "the same in every seed"
 
 
-class Inference(NamedTuple):
-    """How intervals are made: one of METHODS, the confidence, and the randomness of what is resampled."""
+@dataclass(frozen=True)
+class Inference:
+    """How intervals are made.
+
+    Attributes:
+        method: One of METHODS.
+        confidence: The probability with which an interval holds the true mean.
+        rng: The randomness of the permutations that are drawn where there are too many to count them all.
+    """
 
     method: str = "t"
     confidence: float = 0.95
     rng: np.random.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"{self.method} is no interval: choose one of {', '.join(METHODS)}")
+
+    @property
+    def name(self) -> str:
+        """The interval in words: `95% t interval`."""
+        return f"{100 * self.confidence:g}% t interval" + " and sign-flip p" * (self.method == "signflip")
 
 
 STUDENT = Inference()
@@ -39,8 +54,8 @@ STUDENT = Inference()
 class Interval(NamedTuple):
     """Estimates with their intervals: arrays of one shape, the axis of seeds gone.
 
-    `p` is two-sided against 0. `effect` is in standard deviations: d_z of
-    paired differences, Hedges' g of two groups. With one seed all but the estimate are NaN.
+    `p` is two-sided against 0. `effect` is in standard deviations: d_z of paired differences, Hedges' g of two groups. With
+    one seed all but the estimate are NaN.
 
     `agreement` is IDENTICAL where no seed's difference is larger than rounding, SAME where the differences of two or more
     seeds spread no wider than rounding, else "". Such rows have no `p` and no `effect`, since a spread of rounding errors
@@ -54,13 +69,12 @@ class Interval(NamedTuple):
     effect: Array
     n: npt.NDArray[np.int64]
     agreement: npt.NDArray[np.str_]
-    method: str
 
 
 def paired(differences: npt.ArrayLike, how: Inference = STUDENT, size: npt.ArrayLike | None = None) -> Interval:
-    """Return the mean of (…, seeds) values: of differences within a seed, or of one level's values.
+    """Return the mean over seeds of differences within a seed, or of one level's values, with its t interval.
 
-    d_z = mean/sd. A sign-flip test of n seeds cannot give a p below 2^(1−n): 0.0625 at n = 5.
+    The effect is d_z = mean / sd. A sign-flip test of n seeds cannot give a p below 2^(1−n): 0.0625 at n = 5.
 
     Args:
         differences: (…, seeds), NaN where a seed is missing.
@@ -69,9 +83,14 @@ def paired(differences: npt.ArrayLike, how: Inference = STUDENT, size: npt.Array
             differences' own magnitude unless given.
     """
     values = np.asarray(differences, dtype=np.float64)
+    n, mean, sd = _moments(values)
+    with np.errstate(all="ignore"):  # where all seeds agree, or there are too few
+        low, high, p = _t(mean, sd / np.sqrt(n), n - 1, how.confidence)
+        effect = mean / sd
+    if how.method == "signflip":
+        p = _permuted([values], lambda x, axis: x.mean(axis), "samples", how)
     bound = _bound(values, size)
-    found = _by_size([values], lambda parts: _one_sample(parts[0], how), how)
-    return _agreeing(found, _within(values, bound, 0.0), _constant(values, bound))
+    return _agreeing([mean, low, high, p, effect, n], _within(values, bound), _constant(values, bound))
 
 
 def unpaired(
@@ -80,53 +99,98 @@ def unpaired(
     how: Inference = STUDENT,
     sizes: tuple[npt.ArrayLike | None, npt.ArrayLike | None] = (None, None),
 ) -> Interval:
-    """Return mean(a) − mean(b) of (…, seeds) values of different seeds: Welch's t, unequal variances.
+    """Return mean(a) − mean(b) of values of different seeds, with Welch's t interval for unequal variances.
 
-    `n` counts the seeds of the side that has fewer. `sizes` are as in `paired`, of each side.
+    The effect is Hedges' g = (mean(a) − mean(b)) / pooled sd · (1 − 3 / (4 (n + m) − 9)).
+
+    Args:
+        a: (…, seeds), NaN where a seed is missing.
+        b: (…, seeds of b).
+        how: The kind of interval.
+        sizes: As in `paired`, of each side.
+
+    Returns:
+        The differences. Their `n` counts the seeds of the side that has fewer.
     """
     one, other = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    bounds = _bound(one, sizes[0]), _bound(other, sizes[1])
-    found = _by_size([one, other], lambda parts: _two_samples(parts[0], parts[1], how), how)
-    identical = _constant(np.concatenate([one, other], -1), np.concatenate(bounds, -1)) & (found.n > 0)
-    return _agreeing(found, identical, _constant(one, bounds[0]) & _constant(other, bounds[1]))
+    (n, mean_a, sd_a), (m, mean_b, sd_b) = _moments(one), _moments(other)
+    difference = mean_a - mean_b
+    with np.errstate(all="ignore"):  # where all seeds agree, or there are too few
+        var_a, var_b = sd_a**2 / n, sd_b**2 / m
+        df = (var_a + var_b) ** 2 / (var_a**2 / (n - 1) + var_b**2 / (m - 1))
+        low, high, p = _t(difference, np.sqrt(var_a + var_b), df, how.confidence)
+        pooled = np.sqrt(((n - 1) * sd_a**2 + (m - 1) * sd_b**2) / (n + m - 2))
+        effect = difference / pooled * (1 - 3 / (4 * (n + m) - 9))
+    if how.method == "signflip":
+        p = _permuted([one, other], lambda x, y, axis: x.mean(axis) - y.mean(axis), "independent", how)
+    fewer, bounds = np.minimum(n, m), (_bound(one, sizes[0]), _bound(other, sizes[1]))
+    identical = _constant(np.concatenate([one, other], -1), np.concatenate(bounds, -1)) & (fewer > 0)
+    same = _constant(one, bounds[0]) & _constant(other, bounds[1])
+    return _agreeing([difference, low, high, p, effect, fewer], identical, same)
 
 
-def either(first: npt.NDArray[np.bool_], one: Interval, other: Interval) -> Interval:
-    """The one where `first` holds, elsewhere the other."""
-    estimate, low, high, p, effect, n = (np.where(first, *two) for two in zip(one[:6], other[:6], strict=True))
-    agreement = np.where(first, one.agreement, other.agreement)
-    return Interval(estimate, low, high, p, effect, n, agreement, one.method)
+def _moments(values: Array) -> tuple[npt.NDArray[np.int64], Array, Array]:
+    """Return the number of known values along the last axis, their mean, and their standard deviation."""
+    known = ~np.isnan(values)
+    n = known.sum(-1)
+    with np.errstate(all="ignore"):
+        mean = np.where(known, values, 0.0).sum(-1) / n
+        away = np.where(known, values - mean[..., None], 0.0)
+        return n, mean, np.sqrt((away**2).sum(-1) / (n - 1))
+
+
+def _t(estimate: Array, error: Array, df: npt.ArrayLike, confidence: float) -> tuple[Array, Array, Array]:
+    """Return low, high and two-sided p of an estimate with this standard error, by Student's distribution."""
+    from scipy import special  # not scipy.stats, which takes longer to import than most comparisons to compute
+
+    width = special.stdtrit(df, 0.5 + confidence / 2) * error
+    return estimate - width, estimate + width, 2 * special.stdtr(df, -np.abs(estimate / error))
+
+
+def _permuted(parts: Sequence[Array], statistic: Callable[..., Any], kind: str, how: Inference) -> Array:
+    """Return the two-sided p of every row, over all sign flips or splits where these are no more than RESAMPLES."""
+    from scipy import stats
+
+    def p(*row: Array) -> float:
+        known = [part[~np.isnan(part)] for part in row]
+        if min(map(len, known)) < 2:
+            return np.nan
+        test = stats.permutation_test(known, statistic, permutation_type=kind, n_resamples=RESAMPLES, rng=how.rng)
+        return float(test.pvalue)
+
+    rows = [part.reshape(-1, part.shape[-1]) for part in parts]
+    return np.array([p(*row) for row in zip(*rows, strict=True)]).reshape(parts[0].shape[:-1])
 
 
 def _bound(values: Array, size: npt.ArrayLike | None) -> Array:
-    """The largest difference that rounding may make, of each seed; NaN, within which nothing is, where that is infinite."""
+    """Return the largest difference that rounding may make, of each seed; NaN, within which nothing is, if it is infinite."""
     size = np.abs(values if size is None else np.asarray(size, dtype=np.float64))
     return np.where(np.isfinite(size), ROUNDING * size, np.nan)
 
 
-def _within(values: Array, bound: Array, center: float) -> npt.NDArray[np.bool_]:
-    """Whether every known value of a row, and at least one, is no further than its bound from the center."""
+def _within(values: Array, bound: Array) -> npt.NDArray[np.bool_]:
+    """Return whether a row has a known value, and each is no further than its bound from 0."""
     known = ~np.isnan(values)
-    near = ~known | (np.abs(values - center) <= bound)
-    return np.asarray(near.all(-1) & known.any(-1))
+    return np.asarray((~known | (np.abs(values) <= bound)).all(-1) & known.any(-1))
 
 
 def _constant(values: Array, bound: Array) -> npt.NDArray[np.bool_]:
-    """Whether two or more values are known, no two of them further apart than the mean of their bounds."""
+    """Return whether a row has two or more known values, no two of them further apart than the mean of their bounds."""
     known = ~np.isnan(values)
     lowest = np.where(known, values + bound / 2, np.inf).min(-1, initial=np.inf)
     highest = np.where(known, values - bound / 2, -np.inf).max(-1, initial=-np.inf)
     return np.asarray((known.sum(-1) > 1) & (highest <= lowest))
 
 
-def _agreeing(found: Interval, identical: npt.NDArray[np.bool_], same: npt.NDArray[np.bool_]) -> Interval:
-    """The intervals with what rounding made taken out of them: a difference that is none is 0."""
-    estimate = np.where(identical, 0.0, found.estimate)
-    agree = identical | same
-    low, high = (np.where(agree, estimate, end) for end in (found.low, found.high))
-    p, effect = (np.where(agree, np.nan, part) for part in (found.p, found.effect))
-    agreement = np.where(identical, IDENTICAL, np.where(same, SAME, ""))
-    return Interval(estimate, low, high, p, effect, found.n, agreement, found.method)
+def _agreeing(
+    found: Sequence[npt.NDArray[Any]], identical: npt.NDArray[np.bool_], same: npt.NDArray[np.bool_]
+) -> Interval:
+    """Return estimate, low, high, p, effect and n as an interval, with what rounding made taken out of them."""
+    estimate, low, high, p, effect, n = found
+    estimate, agree = np.where(identical, 0.0, estimate), identical | same
+    low, high = (np.where(agree, estimate, end) for end in (low, high))
+    p, effect = (np.where(agree, np.nan, part) for part in (p, effect))
+    return Interval(estimate, low, high, p, effect, n, np.where(identical, IDENTICAL, np.where(same, SAME, "")))
 
 
 def holm(p: npt.ArrayLike) -> Array:
@@ -216,7 +280,7 @@ def misfit(lines: Lines) -> Misfit:
     Greenhouse's lower bound, 1 and seeds − 1, as the residuals at neighbouring points may go together; of three points this
     is the t test of the curvature. Seeds that lack a point of another are left out.
     """
-    from scipy.stats import f
+    from scipy import special
 
     known = ~np.isnan(lines.residuals)
     points = np.asarray(known.any(-2))
@@ -231,78 +295,5 @@ def misfit(lines: Lines) -> Misfit:
     told = (n > 1) & (points.sum(-1) > 2)
     identical = told & (np.abs(mean).max(-1) <= bound)
     same = told & ~identical & (np.abs(apart).max((-2, -1)) <= bound)
-    p = np.where(told & ~identical & ~same, f.sf(ratio, 1, np.maximum(n - 1, 1)), np.nan)
+    p = np.where(told & ~identical & ~same, special.fdtrc(1, np.maximum(n - 1, 1), ratio), np.nan)
     return Misfit(p, np.where(identical, IDENTICAL, np.where(same, SAME, "")))
-
-
-def _one_sample(values: Array, how: Inference) -> list[Array]:
-    """Estimate, low, high, p, effect of (rows, n) values without NaN."""
-    from scipy import stats
-
-    estimate = values.mean(-1)
-    unknown = np.full_like(estimate, np.nan)
-    if values.shape[-1] < 2:
-        return [estimate, unknown, unknown, unknown, unknown]
-    effect = estimate / values.std(-1, ddof=1)
-    test = stats.ttest_1samp(values, 0, axis=-1)
-    low, high = test.confidence_interval(how.confidence)
-    p = test.pvalue
-    if how.method == "signflip":
-        p = _permuted([values], _mean, "samples", how)
-    return [estimate, low, high, p, effect]
-
-
-def _two_samples(a: Array, b: Array, how: Inference) -> list[Array]:
-    """Estimate, low, high, p, effect of (rows, n) and (rows, m) values without NaN."""
-    from scipy import stats
-    from statsmodels.stats.meta_analysis import effectsize_smd
-
-    estimate = a.mean(-1) - b.mean(-1)
-    unknown = np.full_like(estimate, np.nan)
-    n, m = a.shape[-1], b.shape[-1]
-    if min(n, m) < 2:
-        return [estimate, unknown, unknown, unknown, unknown]
-    effect = effectsize_smd(a.mean(-1), a.std(-1, ddof=1), n, b.mean(-1), b.std(-1, ddof=1), m)[0]
-    test = stats.ttest_ind(a, b, axis=-1, equal_var=False)
-    low, high = test.confidence_interval(how.confidence)
-    p = _permuted([a, b], _mean_difference, "independent", how) if how.method == "signflip" else test.pvalue
-    return [estimate, low, high, p, effect]
-
-
-def _mean(values: Array, axis: int) -> Any:
-    return values.mean(axis)
-
-
-def _mean_difference(a: Array, b: Array, axis: int) -> Any:
-    return a.mean(axis) - b.mean(axis)
-
-
-def _permuted(parts: list[Array], statistic: Callable[..., Any], kind: str, how: Inference) -> Array:
-    """Two-sided p of every row: over all sign flips or splits where these are no more than RESAMPLES."""
-    from scipy import stats
-
-    settings = {"n_resamples": RESAMPLES, "permutation_type": kind}
-    rows = zip(*parts, strict=True)
-    return np.array([stats.permutation_test(row, statistic, rng=how.rng, **settings).pvalue for row in rows])
-
-
-def _by_size(parts: list[Array], test: Callable[[list[Array]], list[Array]], how: Inference) -> Interval:
-    """Apply `test` to all rows at once that hold equally many seeds: (…, seeds) of each part, NaN left out."""
-    if how.method not in METHODS:
-        raise ValueError(f"{how.method} is no interval: choose one of {', '.join(METHODS)}")
-    shape = parts[0].shape[:-1]
-    rows = [_gathered(part.reshape(-1, part.shape[-1])) for part in parts]
-    sizes = np.stack([(~np.isnan(part)).sum(-1) for part in rows], -1)
-    found = np.full((5, len(sizes)), np.nan)
-    with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):  # where all seeds agree
-        for size in np.unique(sizes, axis=0):
-            if size.all():
-                same = (sizes == size).all(-1)
-                found[:, same] = test([part[same, :n] for part, n in zip(rows, size, strict=True)])
-    estimate, low, high, p, effect = found.reshape(5, *shape)
-    return Interval(estimate, low, high, p, effect, sizes.min(-1).reshape(shape), np.full(shape, ""), how.method)
-
-
-def _gathered(rows: Array) -> Array:
-    """Each row's known values first, in their order, its NaNs last."""
-    return np.take_along_axis(rows, np.argsort(np.isnan(rows), axis=-1, kind="stable"), -1)

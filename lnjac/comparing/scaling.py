@@ -1,58 +1,49 @@
-"""Slopes of log metric against log width or log steps, and whether a line describes the points."""
+"""Fit slopes of log metric against log width or log steps, and test whether a line describes the points."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from lnjac.comparing import intervals as stats
-from lnjac.comparing.compare import (
-    FEW,
-    LAYER_METRICS,
-    RUN_METRICS,
-    Moving,
-    about,
-    capped,
-    confounded,
-    few_seeds,
-    interval_name,
-    row_key,
-)
+from lnjac.comparing.compare import LAYER_METRICS, RUN_METRICS
+from lnjac.comparing.design import arrange, by_seed, word, words
 from lnjac.comparing.intervals import STUDENT, Inference
-from lnjac.comparing.study import Study, Values, gather, named, word
+from lnjac.comparing.notes import about, capped, confounded, few_seeds
+from lnjac.comparing.tables import Sources, open_tables
 from lnjac.errors import ConfigError
 from lnjac.text import listed
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
 class Scaling:
     """Slopes of log metric against log x, and whether lines describe the points.
 
-    `slopes`: a row for each cell, metric and site: `slope` with its interval over seeds, `p` (of slope 0), `agreement`, `n`.
-    `r2` is the mean over seeds of the share of log metric's spread that the line takes up; `curvature`, with
-    `curvature_low` and `curvature_high`, the change of the slope from one e-fold of x to the next; `p_line` is small where
-    seeds leave their lines at the same points. `bends` where the curvature's interval excludes 0, or `p_line` is below
-    1 − confidence. Of two points, through which any line goes, none of these is known.
-
-    `points`: the `mean` of the metric at each `x` with its interval; `seeds`: `slope`, `r2`, `curvature` of each seed.
+    Attributes:
+        slopes: A row for each cell, metric and norm: `slope` with its interval over seeds, `p` (of slope 0), `agreement`,
+            `n` seeds. `r2` is the mean over seeds of the share of log metric's spread that the line takes up. `curvature`,
+            with `curvature_low` and `curvature_high`, is the change of the slope from one e-fold of x to the next. `p_line`
+            is small where seeds leave their lines at the same points. `bends` where the curvature's interval excludes 0, or
+            `p_line` is below 1 − confidence. Of two points, through which any line goes, none of these is known.
+        points: A row for each slope and `x`: the `mean` of the metric with its interval.
+        seeds: A row for each slope and seed: `slope`, `r2`, `curvature`. The index is the number of the row in `slopes`.
+        x: The name of the column x.
+        cells: The columns that make cells.
+        notes: What a reader must know.
     """
 
     x: str
     cells: list[str]
-    slopes: "pd.DataFrame"
-    points: "pd.DataFrame"
-    seeds: "pd.DataFrame"
+    slopes: pd.DataFrame
+    points: pd.DataFrame
+    seeds: pd.DataFrame
     notes: list[str]
 
 
 def scaling(
-    study: Study,
+    sources: Sources,
     x: str,
     *,
     metrics: Sequence[str] = (),
@@ -61,79 +52,89 @@ def scaling(
     where: str | None = None,
     how: Inference = STUDENT,
 ) -> Scaling:
-    """The slope of log metric against log x of each seed, and its mean over seeds.
+    """Return the slope of log metric against log x: that of each seed, and its mean over seeds.
 
-    `x` is a config column of numbers, such as model.n_embd or steps, or the measured `step` of layers.
+    Args:
+        sources: A path, or several: of merged tables, sweeps and runs; or tables opened by `open_tables`.
+        x: A config column of positive numbers, such as model.n_embd or steps, or, of layers, the measured `step`.
+        metrics: Columns of numbers of the table; a choice of the usual ones unless given.
+        table: `layers`, for the metrics of each norm, or `runs`, for losses.
+        at: The measured step of layers; each run's last unless given.
+        where: Only rows for which this holds, such as `"method == 'bp'"`.
+        how: The kind of interval and its confidence.
+
+    Returns:
+        Slopes, points, every seed's slope, and notes.
+
+    Raises:
+        ConfigError: A source, column or step does not exist, or a level of x has no logarithm.
+
+    Example:
+        >>> found = lnjac.scaling("all.parquet", "model.n_embd", metrics=["radial_share"])
+        >>> found.slopes[["site", "slope", "low", "high", "bends", "n"]]
     """
-    import pandas as pd
-
     chosen = metrics or (LAYER_METRICS if table == "layers" else RUN_METRICS)
-    values = gather(study, [x], chosen, table=table, at=at, where=where)
-    levels = values.levels[0]
+    found = arrange(open_tables(sources), [x], chosen, table=table, at=at, where=where)
+    levels = found.levels[x]
     if not all(isinstance(level, (int, float)) and 0 < level < math.inf for level in levels):
         raise ConfigError(
             f"{x} has levels without a logarithm ({listed([word(level) for level in levels])}): "
             f'choose positive ones by --where "{x} > 0"'
         )
-    lines = np.moveaxis(values.data, -2, -1)  # (metric, site, cell, seed, x)
-    fits = stats.log_lines(levels, lines)
-    of_slope = stats.paired(fits.slope, how, fits.slope_size)
-    of_curvature = stats.paired(fits.curvature, how, fits.curvature_size)
+    tidy = found.values.merge(found.runs, on="run").join(found.arms, on="arm")
+    wide = tidy.pivot(index=["metric", "site", "cell"], columns=["seed", x], values="value")
+    seeds = sorted(found.runs["seed"].unique())
+    columns = pd.MultiIndex.from_product([seeds, range(len(levels))])
+    place, wide = wide.index.to_frame(index=False), wide.reindex(columns=columns)
+    values = wide.to_numpy().reshape(len(wide), len(seeds), len(levels))  # (rows, seeds, x)
+    fits = stats.log_lines(levels, values)
     misfit = stats.misfit(fits)
-    bends = (of_curvature.low > 0) | (of_curvature.high < 0) | (misfit.p < 1 - how.confidence)
-    bends |= misfit.agreement == stats.SAME
-    with warnings.catch_warnings(action="ignore"):  # the mean of nothing is NaN
-        r2 = np.nanmean(fits.r2, -1)
-    of_point = stats.paired(values.data, how._replace(method="t"))
-    metric, site, cell = (part.ravel() for part in np.indices(of_slope.n.shape))
-    key = row_key(values, values.cells, metric, site, cell)
+    slope = stats.paired(fits.slope, how, fits.slope_size)
+    curvature = stats.paired(fits.curvature, how, fits.curvature_size)
+    bends = (
+        (curvature.low > 0) | (curvature.high < 0) | (misfit.p < 1 - how.confidence) | (misfit.agreement == stats.SAME)
+    )
+    of_seed = {name: pd.DataFrame(getattr(fits, name), columns=seeds) for name in ("slope", "r2", "curvature")}
+    key, known = found.key(found.cells.loc[place["cell"]], place), slope.n > 0
     rows = key.assign(
-        slope=of_slope.estimate.ravel(),
-        low=of_slope.low.ravel(),
-        high=of_slope.high.ravel(),
-        p=of_slope.p.ravel(),
-        agreement=of_slope.agreement.ravel(),
-        n=of_slope.n.ravel(),
-        r2=r2.ravel(),
-        curvature=of_curvature.estimate.ravel(),
-        curvature_low=of_curvature.low.ravel(),
-        curvature_high=of_curvature.high.ravel(),
-        p_line=misfit.p.ravel(),
-        bends=bends.ravel(),
+        slope=slope.estimate,
+        low=slope.low,
+        high=slope.high,
+        p=slope.p,
+        agreement=slope.agreement,
+        n=slope.n,
+        r2=of_seed["r2"].mean(axis=1),
+        curvature=curvature.estimate,
+        curvature_low=curvature.low,
+        curvature_high=curvature.high,
+        p_line=misfit.p,
+        bends=bends,
     )
-    at_x = pd.concat([key.assign(**{x: level}) for level in levels], ignore_index=True)
-    columns = {"mean": of_point.estimate, "low": of_point.low, "high": of_point.high, "n": of_point.n}
-    points = at_x.assign(**{name: np.moveaxis(part, -1, 0).ravel() for name, part in columns.items()})
-    line, slot = np.nonzero(~np.isnan(fits.slope.reshape(len(key), -1)))
-    of_seed = {name: getattr(fits, name).reshape(len(key), -1)[line, slot] for name in ("slope", "r2", "curvature")}
-    number = np.cumsum(of_slope.n.ravel() > 0) - 1  # of the row in slopes
-    seeds = key.iloc[line].assign(seed=values.seeds[slot], **of_seed).set_axis(number[line])
-    notes = [f"slope of log metric against log {x} of each seed; its mean over seeds with a {interval_name(how)}"]
-    not_positive = int(((lines <= 0).any(-1)).sum())
-    known = rows["n"] > 0
-    notes += _straight(rows[known], list(map(str, key)), how)
-    notes += confounded([("", named(values.cells, i), _along(values, i)) for i in range(len(values.cells))])
-    if not_positive:
-        notes.append(f"{not_positive} lines of a seed have a value that is not positive, so no slope")
-    of_line = (~np.isnan(lines)).sum(-1)
-    if n := int(((of_line > 1) & (of_line < of_line.max(-1, keepdims=True))).sum()):
-        notes.append(f"{n} lines of a seed lack a point that another seed has: their slopes are of the rest")
-    few = rows[(rows["n"] > 0) & (rows["n"] < FEW)]
-    if len(few):
-        notes.append(few_seeds(len(few), len(rows)))
-    notes += about(values)
-    return Scaling(
-        x,
-        list(map(str, values.cells)),
-        rows[known].reset_index(drop=True),
-        points[points["n"] > 0].reset_index(drop=True),
-        seeds,
-        notes,
-    )
+    rows, *of_seed_known = (part[known].reset_index(drop=True) for part in (rows, *of_seed.values()))
+    each = by_seed(rows[list(key)], dict(zip(of_seed, of_seed_known, strict=True)))
+    points = []
+    for i, level in enumerate(levels):
+        mean = stats.paired(values[..., i], Inference(confidence=how.confidence))
+        points.append(key.assign(**{x: level}, mean=mean.estimate, low=mean.low, high=mean.high, n=mean.n)[mean.n > 0])
+
+    moving = {cell: found.moving(arms.index.tolist()) for cell, arms in found.arms.groupby("cell")}
+    of_line = (~np.isnan(values)).sum(-1)
+    shorter = int(((of_line > 1) & (of_line < of_line.max(-1, keepdims=True))).sum())
+    not_positive = int((values <= 0).any(-1).sum())
+    notes = [
+        f"slope of log metric against log {x} of each seed; its mean over seeds with a {how.name}",
+        *_straight(rows, list(map(str, key)), how),
+        *confounded([("", words(found.cells, cell), [(x, names)] if names else []) for cell, names in moving.items()]),
+        *[f"{not_positive} lines of a seed have a value that is not positive, so no slope"][:not_positive],
+        *[f"{shorter} lines of a seed lack a point that another seed has: their slopes are of the rest"][:shorter],
+        *few_seeds(rows["n"]),
+        *about(found),
+    ]
+    return Scaling(x, list(map(str, found.cells)), rows, pd.concat(points, ignore_index=True), each, notes)
 
 
-def _straight(rows: "pd.DataFrame", key: Sequence[str], how: Inference) -> list[str]:
-    """Which rows a line does not describe, as far as that can be told."""
+def _straight(rows: pd.DataFrame, key: Sequence[str], how: Inference) -> list[str]:
+    """Return a note on the rows that a line does not describe, as far as that can be told."""
     if not len(rows):
         return []
     if rows["curvature"].isna().all():
@@ -149,9 +150,3 @@ def _straight(rows: "pd.DataFrame", key: Sequence[str], how: Inference) -> list[
         f"line at the same points, p < {1 - how.confidence:.2g}): read their points, not their slope; curvatures",
         bent,
     )
-
-
-def _along(values: Values, cell: int) -> Moving:
-    """The columns that move with the level in one cell."""
-    moving = values.moving([int(arm) for arm in values.arm[cell]])
-    return [(values.by[0], moving)] if moving else []

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from lnjac.comparing import compare
 from lnjac.comparing import cost as costs
 from lnjac.comparing import scaling as slopes
 from lnjac.comparing.compare import LOSS
-from lnjac.comparing.study import LAST_NORM, word
+from lnjac.comparing.design import LAST_NORM, word
 from lnjac.errors import ConfigError
 from lnjac.reporting import marks
 from lnjac.reporting.marks import choices
@@ -146,7 +147,7 @@ def headline(view: View, metric: str) -> Drawing:
     """Differences between levels, every seed of them, at each norm or at the norms that differ most."""
     found = _compared(view, metric)
     rows = found.rows.assign(headline=found.headline())
-    rows, seeds = (_in_words(part[part["metric"] == metric], found.cells) for part in (rows, found.seeds()))
+    rows, seeds = (_in_words(part[part["metric"] == metric], found.cells) for part in (rows, found.seeds))
     if rows["difference"].isna().all():
         raise ConfigError(_NO_PAIRS)
     own, site, pairs = ["cell"] * bool(found.cells), ["site"] * ("site" in rows), rows["pair"].unique()
@@ -290,8 +291,8 @@ def cost(view: View, metric: str) -> Drawing:
     by = None if view.by == "ln_backward" else view.by
     found = costs.cost(view.study, by=by, metric=metric, where=view.where)
     rows, seeds = (
-        arranged(part, found.costs.cells, found.by).assign(place=part["a"], backward=part["a"])
-        for part in (found.costs.rows, found.costs.seeds())
+        arranged(part, found.costs.cells, found.by).assign(place=itemgetter("a"), backward=itemgetter("a"))
+        for part in (found.costs.rows, found.costs.seeds)
     )
     if seeds["difference"].isna().all():
         raise ConfigError("no backward has a seed in common with exact: there is no cost to pair")
@@ -367,7 +368,7 @@ def scaling(view: View, metric: str, size: str) -> Drawing:
 # What charts share
 
 
-def _compared(view: View, metric: str) -> compare.Comparison:
+def _compared(view: View, metric: str) -> compare.Differences:
     """Compare the metric with all metrics of a layer that are shown, or alone."""
     return view.norms_compared if metric in view.tested else view.compared([metric], _table(view, metric))
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from lnjac.comparing.study import IDENTITY, RUN, Study, read, varying, word
+from lnjac.comparing.design import IDENTITY, RUN, varying, word
+from lnjac.comparing.tables import MergedTables, open_tables
 from lnjac.errors import ConfigError
 from lnjac.files import write_atomically
 from lnjac.progress import bar
@@ -40,7 +41,7 @@ class Report:
 
 
 def report(
-    source: "str | Path | Sequence[str | Path] | Study",
+    source: "str | Path | Sequence[str | Path] | MergedTables",
     *,
     output: str | Path,
     by: str | None = None,
@@ -65,20 +66,20 @@ def report(
     path = Path(output)
     if path.suffix != ".html":
         raise ConfigError(f"the output {path} must end in .html: try {path.name}.html")
-    if isinstance(source, Study):
+    if isinstance(source, MergedTables):
         study, name = source, source.path.name
     else:
         paths = [Path(one) for one in ([source] if isinstance(source, str | Path) else source)]
         name = ", ".join(one.name or str(one) for one in paths)
         with bar("reading runs") as progress:
-            study = read(paths, progress)
+            study = open_tables(paths, progress)
     made = make(study, title or name, by, where)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: temporary.write_text(made.html, encoding="utf-8"))
     return made
 
 
-def make(study: Study, title: str, by: str | None = None, where: str | None = None) -> Report:
+def make(study: MergedTables, title: str, by: str | None = None, where: str | None = None) -> Report:
     """Return the page of a study. For a chart that cannot be drawn it has a line with what is lacking."""
     extra("altair")  # without it every chart would be one that cannot be drawn
     shown, charts, sections = view(study, by, where), Charts(), []
@@ -98,7 +99,7 @@ def make(study: Study, title: str, by: str | None = None, where: str | None = No
         title=title,
         lead=f"{len(shown.runs)} runs" + f", by {shown.by}" * bool(shown.by) + (f", where {where}" if where else ""),
         facts=_facts(shown.runs, merge, study.described("runs")),
-        doubts=study.doubts,
+        doubts=study.warnings,
         skipped=[f"{skip['path']}: {skip['reason']}" for skip in merge.get("skipped", [])],
         diverged=_diverged(shown),
         sections=sections,
@@ -109,13 +110,13 @@ def make(study: Study, title: str, by: str | None = None, where: str | None = No
     return Report(html, contents)
 
 
-def _merge(study: Study) -> dict[str, Any]:
+def _merge(study: MergedTables) -> dict[str, Any]:
     """Return the report of the merge; {} if that is lost."""
     file = report_file(study.path)
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
-def _columns(study: Study, table: str) -> pd.DataFrame:
+def _columns(study: MergedTables, table: str) -> pd.DataFrame:
     """Return the described columns of a table, a row for each."""
     return pd.DataFrame(study.described(table).values())[["name", "dtype", "unit", "meaning"]]
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lnjac.comparing import compare, intervals, pooling
-from lnjac.comparing import study as studies
-from lnjac.comparing.filter import Where, known_column
-from lnjac.comparing.study import RUN, Study, word
+from lnjac.comparing import compare, design, intervals, pooling
+from lnjac.comparing.design import RUN, word
+from lnjac.comparing.filter import Where, require_column
+from lnjac.comparing.tables import MergedTables
 from lnjac.errors import ConfigError
 from lnjac.runs.folder import DONE
 
@@ -32,7 +32,7 @@ class View:
     `runs` holds the chosen runs in the order of their cells and levels, named in the columns `cell` and `level`.
     """
 
-    study: Study
+    study: MergedTables
     by: str
     where: str | None
     runs: pd.DataFrame
@@ -62,11 +62,11 @@ class View:
         return [name for name in self.metrics if SAME.get(name) not in METRICS]
 
     @cached_property
-    def norms_compared(self) -> compare.Comparison:
+    def norms_compared(self) -> compare.Differences:
         """Compare all tested metrics of a layer at once."""
         return self.compared(self.tested)
 
-    def compared(self, metrics: Sequence[str], table: str = "layers") -> compare.Comparison:
+    def compared(self, metrics: Sequence[str], table: str = "layers") -> compare.Differences:
         """Compare the levels in some metrics of a table."""
         return compare.compare(self.study, self.by, metrics=metrics, table=table, where=self.where)
 
@@ -75,7 +75,7 @@ class View:
 
         Values are of each run's last step, or of all steps.
         """
-        studies.require_metrics(self.study, "layers", metrics)
+        self.study.require_metrics("layers", metrics)
         known = [*dict.fromkeys([*RUN, "step", "site", "call", *metrics])]
         rows = self.study.frame("layers", known)
         if rows["call"].any():
@@ -90,7 +90,7 @@ class View:
     def curves(self, metric: str) -> pd.DataFrame:
         """Return cell, level, seed, step, metric and value of a loss along the runs that did not diverge."""
         known = [name for name in self.study.columns("curves") if name not in ("run_id", "step")]
-        known_column(metric, known, "no column of curves for --metric is called")
+        require_column(metric, known, "no column of curves for --metric is called")
         rows = self.study.frame("curves", ["run_id", "step", metric]).dropna(subset=metric)
         # other diagnostics of one run are no other run
         done = self.done.drop(columns="diag_id").drop_duplicates("run_id")
@@ -111,7 +111,7 @@ class View:
         return out if len(self.cells) > 1 else out.drop(columns="cell")
 
 
-def view(study: Study, by: str | None = None, where: str | None = None) -> View:
+def view(study: MergedTables, by: str | None = None, where: str | None = None) -> View:
     """Arrange a study's runs by the levels of a column.
 
     Args:
@@ -129,17 +129,17 @@ def view(study: Study, by: str | None = None, where: str | None = None) -> View:
     if "seed" not in chosen:
         raise ConfigError(f"{study.path} has no column seed, the unit of every interval")
     known = study.described("runs")
-    vary = studies.varying(chosen, known)
+    vary = design.varying(chosen, known)
     if by is None:
-        settings = [name for name in vary if name not in studies.IDENTITY]
+        settings = [name for name in vary if name not in design.IDENTITY]
         by = "attn_mode" if "attn_mode" in settings else next(iter(settings), "")
     else:
-        known_column(by, studies.factors(chosen, known), "runs are not told apart by")
+        require_column(by, design.factors(chosen, known), "runs are not told apart by")
     compared = [by] if by else []
     labels = {"ln_backward", *compared} & set(chosen)
-    chosen = chosen.assign(**{name: studies.labelled(chosen, name) for name in labels})
+    chosen = chosen.assign(**{name: design.labelled(chosen, name) for name in labels})
     vary = [name for name in vary if name != "ln_backward.sites"]  # part of the label of ln_backward
-    cells = studies.strata(chosen, compared, vary) if by else vary
+    cells = design.cell_columns(chosen, compared, vary) if by else vary
     return View(study, by, where, arranged(chosen, [*cells, *compared], by))
 
 

@@ -20,7 +20,8 @@ import pandas as pd
 from lnjac.comparing import cost as comparing_cost
 from lnjac.comparing import intervals as stats
 from lnjac.comparing import scaling
-from lnjac.comparing.study import LAST_NORM, Study, read
+from lnjac.comparing.design import LAST_NORM
+from lnjac.comparing.tables import MergedTables, open_tables
 from lnjac.runs.merge import load
 from lnjac.runs.merged import companions
 
@@ -53,8 +54,8 @@ def table(name: str, kind: str = "runs") -> pd.DataFrame:
     return load(companions(HERE / f"{name}.parquet")[kind])
 
 
-def study(*names: str) -> Study:
-    return read([HERE / f"{name}.parquet" for name in names])
+def study(*names: str) -> MergedTables:
+    return open_tables([HERE / f"{name}.parquet" for name in names])
 
 
 def markdown(heads: list[str], lines: list[list[str]]) -> str:
@@ -235,7 +236,7 @@ def costs_of(*names: str, where: str = TRAINED) -> comparing_cost.Costs:
 
 def every_seed(*names: str) -> str:
     """The cost that each seed paid for each backward."""
-    costs = costs_of(*names).costs.seeds()
+    costs = costs_of(*names).costs.seeds
     keys = [name for name in ("method", "a", "attn_mode") if name in costs]
     wide = costs.pivot_table("difference", keys, "seed", sort=False).sort_index(axis=1)
     lines = []

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from support.studies import write_study
 
-from lnjac.comparing import study as studies
 from lnjac.comparing.compare import compare
+from lnjac.comparing.tables import open_tables
 from lnjac.errors import ConfigError
 from lnjac.reporting import charts
 from lnjac.reporting.charts import CHARTS, Drawing
@@ -33,7 +33,7 @@ EVERYTHING = TWO | {
 
 
 def of(path: Path, by: str | None = None, where: str | None = None) -> View:
-    return view(studies.read([path]), by, where)
+    return view(open_tables([path]), by, where)
 
 
 def drawn(name: str, shown: View, metric: str | None = None) -> Drawing:
@@ -114,7 +114,7 @@ def test_a_new_chart_is_one_function(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_comparison_that_is_shown_is_the_one_of_compare(tmp_path: Path):
-    study = studies.read([write_study(tmp_path, TWO)])
+    study = open_tables([write_study(tmp_path, TWO)])
     found = compare(study, "attn_mode", metrics=["radial_share"]).rows.set_index("site")
     shown = table("headline", view(study), "radial_share").set_index("site")
     assert (shown["difference"] == found["difference"]).all()

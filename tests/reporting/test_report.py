@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.studies import write_study
 
-from lnjac.comparing import study as studies
+from lnjac.comparing.tables import open_tables
 from lnjac.errors import ConfigError
 from lnjac.reporting import page, report
 from lnjac.reporting.charts import CHARTS
@@ -76,7 +76,7 @@ class Page(HTMLParser):
 
 
 def made(path: Path, **more: Any) -> report.Report:
-    return report.make(studies.read([path]), more.pop("title", "a study"), **more)
+    return report.make(open_tables([path]), more.pop("title", "a study"), **more)
 
 
 # What is in it
@@ -360,7 +360,7 @@ def test_a_report_in_python_takes_paths_as_strings_or_a_study(tmp_path: Path):
     assert (tmp_path / "new" / "a.html").read_text(encoding="utf-8") == found.html
     assert "<title>all.parquet</title>" in found.html
     assert "4 runs, by attn_mode, where seed &gt; 1" in found.html
-    again = report.report(studies.read([path]), output=tmp_path / "b.html", where="seed > 1", title="all.parquet")
+    again = report.report(open_tables([path]), output=tmp_path / "b.html", where="seed > 1", title="all.parquet")
     assert again.html == found.html
     listed = report.report([path], output=tmp_path / "c.html", by="attn_mode", where="seed > 1")
     assert listed.sections == found.sections

@@ -15,8 +15,8 @@ from support.folders import make_run, rewrite, rows_of
 
 from lnjac import load_run
 from lnjac.columns import KEY, VOLATILE, Column
-from lnjac.comparing.study import Study, gather, varying
-from lnjac.comparing.study import read as study
+from lnjac.comparing.design import arrange, varying
+from lnjac.comparing.tables import MergedTables, open_tables
 from lnjac.errors import ConfigError
 from lnjac.runs import folder as runs
 from lnjac.runs import schema
@@ -169,7 +169,7 @@ def test_two_descriptions_of_a_column_are_an_error_that_names_both(tmp_path: Pat
         merge([tmp_path / "s"], out)
 
 
-def several_calls(tmp_path: Path, out: Path) -> Study:
+def several_calls(tmp_path: Path, out: Path) -> MergedTables:
     """Runs of two modes, their norms called twice with 1 and 3 tokens, and a column `spread` of 1 and 3."""
     for seed, mode in ((1, "a"), (2, "a"), (1, "b"), (2, "b")):
         folder = make_run(tmp_path / "s" / f"{mode}{seed}", seed=seed, attn_mode=mode, steps=(0,), sites=("x", "ln_f"))
@@ -183,14 +183,14 @@ def several_calls(tmp_path: Path, out: Path) -> Study:
         rewrite(folder / "layers.parquet", twice, columns=schema.describe([SPREAD]))
         described(folder, "runs", [SCORE], {"score": seed + 0.5 * (mode == "a")})
     merge([tmp_path / "s"], out)
-    return study([out])
+    return open_tables(out)
 
 
 def test_a_described_column_is_pooled_over_calls_and_is_none_of_the_configs(tmp_path: Path, out: Path) -> None:
     found = several_calls(tmp_path, out)
-    values = gather(found, ["attn_mode"], ["spread"])
-    assert values.cells.shape == (1, 0)  # score does not divide them, as a config column would
-    np.testing.assert_allclose(values.data, (1 * 1 + 3 * 3) / 4)
+    measured = arrange(found, ["attn_mode"], ["spread"])
+    assert measured.cells.shape == (1, 0)  # score does not divide them, as a config column would
+    np.testing.assert_allclose(measured.values["value"], (1 * 1 + 3 * 3) / 4)
     frame = found.frame("runs")
     assert varying(frame, found.described("runs")) == ["attn_mode"]
     assert varying(frame) == ["score", "attn_mode"]

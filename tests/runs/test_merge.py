@@ -23,7 +23,7 @@ from support.folders import SITES, make_run, rewrite, rows_of, with_column
 
 from lnjac import load_run
 from lnjac.columns import Column
-from lnjac.comparing import study as design
+from lnjac.comparing.tables import open_tables
 from lnjac.errors import ConfigError
 from lnjac.files import file_sha256
 from lnjac.runs import combine, merged, parallel
@@ -113,7 +113,7 @@ def test_a_link_to_itself_is_skipped_by_name(tmp_path: Path, out: Path):
     report = merge([tmp_path / "s"], out)
     assert (report.merged, report.found) == (1, 2)
     assert report.skipped == [reader.Skip(str(tmp_path / "s" / "loop"), "too many levels of symbolic links")]
-    assert design.read([tmp_path / "s"]).doubts == [f"1 runs were found and not merged: {tmp_path / 's' / 'loop'}"]
+    assert open_tables(tmp_path / "s").warnings == [f"1 runs were found and not merged: {tmp_path / 's' / 'loop'}"]
     with pytest.raises(ConfigError, match=r"strict(?s:.*)loop: too many levels"):
         merge([tmp_path / "s"], out, strict=True)
     (tmp_path / "t").mkdir()
@@ -185,7 +185,7 @@ def test_a_folder_that_may_hold_runs_is_not_taken_for_its_merged_table(tmp_path:
     (tmp_path / "s" / "closed").mkdir()
     denied(tmp_path / "s" / "closed")
     with pytest.raises(ConfigError, match=r"no runs in .*\n.*closed: permission denied"):
-        design.read([tmp_path / "s"])
+        open_tables([tmp_path / "s"])
 
 
 @pytest.mark.parametrize("name", ["layers.parquet", "run.parquet", "status.json"])
@@ -999,7 +999,7 @@ def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 LOOKS: dict[str, Callable[[Path], Any]] = {
     "merge": lambda out: merge([out], out),
     "load": lambda out: load(companions(out)["runs"]),
-    "read": lambda out: design.read([out]),
+    "read": lambda out: open_tables([out]),
     "diff": lambda out: diff(out, out),
 }
 

@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from lnjac.comparing.study import Study, read
+from lnjac.comparing.compare import Differences, compare
+from lnjac.comparing.tables import MergedTables, open_tables
 from lnjac.runs import folder as runs
 from lnjac.runs.merged import companions
 
@@ -40,7 +41,7 @@ def run(seed: int, loss: float = 2.0, share: Sequence[float] | None = None, **co
     return PLAIN | {"seed": seed, "val_loss_nats": loss, "share": share or [loss / 10, loss / 5]} | known
 
 
-def study(folder: Path, rows: Sequence[dict[str, Any]], **layers: Any) -> Study:
+def study(folder: Path, rows: Sequence[dict[str, Any]], **layers: Any) -> MergedTables:
     """The rows as a merged table, with layer rows at steps 0 (all zero) and 100."""
     of_runs, of_layers = [], []
     for i, row in enumerate(rows):
@@ -55,7 +56,18 @@ def study(folder: Path, rows: Sequence[dict[str, Any]], **layers: Any) -> Study:
         data = pa.Table.from_pandas(pd.DataFrame(tables[name]), preserve_index=False).replace_schema_metadata()
         runs.write_table(file, data, {"table": name, "merged": True, "merge_id": "m"})
     path.with_suffix(".merge.json").write_text(json.dumps({"warnings": [], "skipped": []}))
-    return read([path])
+    return open_tables(path)
+
+
+def losses(folder: Path, by: str, rows: Sequence[dict[str, Any]], **options: Any) -> Differences:
+    """The validation losses of these rows, compared."""
+    return compare(study(folder, rows), by, metrics=["val_loss_nats"], table="runs", **options)
+
+
+def noted(found: Any, start: str) -> str:
+    """The one note that starts so."""
+    (line,) = [note for note in found.notes if note.startswith(start)]
+    return str(line)
 
 
 TWO_MODES = [

@@ -1,0 +1,155 @@
+"""Open the merged tables that are compared, or merge runs and sweeps into temporary ones."""
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lnjac.columns import KEY
+from lnjac.comparing.filter import require_column
+from lnjac.errors import ConfigError
+from lnjac.runs import folder as runs
+from lnjac.runs import merge as sweep
+from lnjac.runs.merged import companion, companions, report_file
+from lnjac.runs.read import search
+from lnjac.runs.schema import SCHEMA_VERSION, Known, described, with_role
+
+
+@dataclass(frozen=True)
+class MergedTables:
+    """The tables of one merge, which are read when they are needed.
+
+    Attributes:
+        path: The file of the layers; the other tables are beside it.
+        warnings: The warnings of the merge, of which a reader of any comparison must know.
+    """
+
+    path: Path
+    warnings: list[str]
+    temporary: Any = field(default=None, repr=False)
+    """The temporary folder of the tables, which is deleted with this object."""
+
+    def columns(self, table: str) -> list[str]:
+        """Return the names of a table's columns."""
+        return list(pq.read_schema(self._file(table)).names)
+
+    def described(self, table: str) -> Known:
+        """Return the descriptions of the table's columns, of those that have one."""
+        known, held = described(table, runs.read_metadata(self._file(table))), set(self.columns(table))
+        return {name: known[name] for name in known if name in held}
+
+    def frame(self, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """Return a table, or some of its columns, with NaN for null in columns of numbers.
+
+        Raises:
+            ConfigError: The table's file is missing.
+        """
+        found: pd.DataFrame = runs.read_table(self._file(table), columns).to_pandas()
+        return found
+
+    def require_metrics(self, table: str, metrics: Sequence[str]) -> None:
+        """Raise ConfigError if a metric is no column of numbers in a table, with the nearest column that is one."""
+        schema = pq.read_schema(self._file(table))
+        numbers = [
+            field.name for field in schema if pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
+        ]
+        other = "runs" if table == "layers" else "layers"
+        others = self.columns(other) if companion(self.path, other).exists() else []
+        known = self.described(table)
+        shared = {*with_role(KEY, known), *others}  # the config
+        measured = sorted((name for name in numbers if name not in shared), key=lambda name: name not in known)
+        for name in metrics:
+            if name in schema.names and name not in numbers:
+                raise ConfigError(f"--metric {name} holds no numbers: choose a column of numbers")
+            if name in others and name not in schema.names:
+                raise ConfigError(
+                    f"--metric {name} is a column of {other}, and not of {table}, which are compared here: "
+                    "compare and scaling choose the table by --runs or --layers"
+                )
+            if name not in schema.names:
+                require_column(name, measured, "no column for --metric is called")
+
+    def _file(self, table: str) -> Path:
+        file = companion(self.path, table)
+        if not file.exists():
+            raise ConfigError(f"{file}, the {table} of this merge, is missing: bring it here too, or merge again")
+        return file
+
+
+Sources = str | PathLike[str] | Sequence[str | PathLike[str]] | MergedTables
+"""A path, or several: of merged tables, sweeps and runs; or tables that are open already."""
+
+
+def open_tables(sources: Sources, progress: Callable[[int, int], None] | None = None) -> MergedTables:
+    """Open one merged table as it is; merge any other sources into a temporary folder.
+
+    A folder stands for the runs that it holds now, whatever was merged from it earlier.
+
+    Args:
+        sources: A path or several, of merged tables, sweeps and runs; open tables are returned as they are.
+        progress: Called with the number of sources read so far and the number of all.
+
+    Returns:
+        The tables, with the warnings of their merge.
+
+    Raises:
+        ConfigError: A source does not exist, cannot be read, or holds no finished run.
+    """
+    if isinstance(sources, MergedTables):
+        return sources
+    paths = [Path(source) for source in ([sources] if isinstance(sources, (str, PathLike)) else sources)]
+    found = search(paths)
+    if len(found.sources) == 1 and found.sources[0].merged and not found.skipped:
+        path = found.sources[0].path
+        _require_one_merge(path)
+        return MergedTables(path, [*found.notes, *_earlier_warnings(path)])
+    folder = tempfile.TemporaryDirectory(prefix="lnjac-")
+    path = Path(folder.name) / "all.parquet"
+    report = sweep.merge(paths, path, progress=progress)
+    return MergedTables(path, _warnings(report.warnings, [skip.path for skip in report.skipped]), folder)
+
+
+def _require_one_merge(path: Path) -> None:
+    """Raise ConfigError unless the files of a merge are whole, of this version of lnjac, and of one merge."""
+    merges = set()
+    for table, file in companions(path).items():
+        if table != "runs" and not file.exists():  # refused when it is needed: a comparison of losses needs no layers
+            continue
+        try:
+            note = runs.read_metadata(file)
+        except FileNotFoundError:
+            raise ConfigError(f"{file} is missing, the {table} of {path}: merge again") from None
+        except (KeyError, ValueError, OSError) as error:
+            raise ConfigError(f"{file} cannot be read as a table of lnjac: {error}") from None
+        if not note.get("merged"):
+            raise ConfigError(f"{file} is one file of a run: name its folder, {file.parent}")
+        if (version := note.get("schema_version")) != SCHEMA_VERSION:
+            raise ConfigError(f"{file} has schema version {version}, this lnjac reads {SCHEMA_VERSION}: merge again")
+        merges.add(note.get("merge_id"))
+    if len(merges) > 1:
+        raise ConfigError(f"{path} and the files beside it are not of one merge: merge again")
+
+
+def _earlier_warnings(path: Path) -> list[str]:
+    """Return the warnings of the merge that wrote a table."""
+    file = report_file(path)
+    if not file.exists():
+        return [f"{file.name} is missing: mixed commits, data or schemas would go unsaid"]
+    report = json.loads(file.read_text(encoding="utf-8"))
+    return _warnings(report["warnings"], [skip["path"] for skip in report["skipped"]])
+
+
+def _warnings(warnings: Sequence[str], skipped: Sequence[str]) -> list[str]:
+    """Return a merge's warnings; those of missing seeds are left out, since every comparison counts its own."""
+    found = [line for line in warnings if not line.startswith("missing seeds")]
+    if skipped:
+        more = ", …" * (len(skipped) > 3)
+        found.append(f"{len(skipped)} runs were found and not merged: {', '.join(skipped[:3])}{more}")
+    return found
