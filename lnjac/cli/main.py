@@ -131,9 +131,10 @@ def columns() -> None:
     Example:
         lnjac columns > docs/columns.md
     """
-    from lnjac.runs import schema as tables
+    from lnjac.diagnostics.catalogue import TABLES, notes
+    from lnjac.runs.schema import markdown
 
-    sys.stdout.write(tables.markdown())
+    sys.stdout.write(markdown(TABLES, notes))
 
 
 def _chosen(names: list[str], run: str | None, folder: Path) -> int:

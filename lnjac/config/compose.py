@@ -43,7 +43,8 @@ def _composer(folder: Path, changed_ns: int) -> "Composer":
     def load(words: list[str]) -> "DictConfig":
         config = loader.load_configuration("config", words, RunMode.RUN)
         with open_dict(config):  # the rest is large to copy, and complete only once a job runs
-            config["hydra"] = {"runtime": {"choices": config.hydra.runtime.choices}}
+            runtime = config.hydra.runtime
+            config["hydra"] = {"runtime": {"choices": runtime.choices, "config_sources": runtime.config_sources}}
         return config
 
     return Composer(loader, load)

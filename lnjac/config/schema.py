@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lnjac.errors import ConfigError
@@ -124,6 +125,8 @@ class Diagnostics:
     attention: bool
     swap: bool
     swap_parts: Parts
+    more: Any = dataclasses.field(default_factory=dict)
+    """Further diagnostics by name, each of a file conf/diagnostic/NAME.yaml; not hashed where there are none."""
 
     def at(self, last: int) -> list[int]:
         """The steps (numbers of updates done) at which the norms are analysed; the last one is always among them."""
@@ -152,8 +155,9 @@ class Diagnostics:
                 "set diagnostics.schedule=list, or leave steps out"
             )
         if self.schedule is Schedule.none:
-            for field in ("distributions", "alignment", "feedback_draws", "attention", "swap"):
+            for field in ("distributions", "alignment", "feedback_draws", "attention", "swap", "more"):
                 if value := getattr(self, field):
+                    value = list(value) if field == "more" else value
                     yield (
                         f"diagnostics.{field}={value} measures nothing with diagnostics.schedule=none: "
                         "choose a schedule, such as final"
@@ -161,6 +165,9 @@ class Diagnostics:
         for step in self.steps:
             if not 0 <= step <= config.steps:
                 yield f"diagnostics.steps holds {step}, outside the run's 0 to {config.steps}: drop it or raise steps"
+        for diagnostic in self.more.values():
+            if hasattr(diagnostic, "problems"):
+                yield from diagnostic.problems(config)
 
 
 @dataclass
@@ -256,12 +263,13 @@ class Hooks(Protocol):
         """Yield a line for everything that the run can do and its user should know."""
 
 
-def build(node: "Mapping[str, Any] | DictConfig", choices: Mapping[str, Any] | None = None) -> RunConfig:
+def build(node: "Mapping[str, Any] | DictConfig", runtime: Any = None) -> RunConfig:
     """Turn a composed config (or the plain mapping that `to_dict` gave, with its labels) into dataclasses.
 
     Args:
         node: with Hydra's own part, or without it as in a job's task.
-        choices: the member chosen of each group, `hydra.runtime.choices`; read from `node` where Hydra's part is in it.
+        runtime: `hydra.runtime`, with the member chosen of each group and the folders that members are in; read from `node`
+            where Hydra's part is in it.
 
     Raises:
         ConfigError: a line for every unknown, missing or ill-typed value, and for a class that its group cannot use.
@@ -274,7 +282,7 @@ def build(node: "Mapping[str, Any] | DictConfig", choices: Mapping[str, Any] | N
     try:
         for key in map(str, node):
             if key == "hydra":  # Hydra's own part is complete only once a job runs
-                choices = node[key]["runtime"]["choices"]
+                runtime = node[key]["runtime"]
                 continue
             if key in SWEEP:
                 continue
@@ -282,8 +290,8 @@ def build(node: "Mapping[str, Any] | DictConfig", choices: Mapping[str, Any] | N
             values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key}: {_first_line(error)}") from None
-    if choices is not None:
-        problems += _label(values, choices)
+    if runtime is not None:
+        problems += _label(values, runtime["choices"])
     parts: dict[str, Any] = {}
     for group in PLUGIN_GROUPS:
         if isinstance(value := values.get(group), Mapping):
@@ -299,6 +307,9 @@ def build(node: "Mapping[str, Any] | DictConfig", choices: Mapping[str, Any] | N
             )
             values[group] = None
     config: RunConfig = _fill(RunConfig, values, "", problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    config.diagnostics.more = _more(config.diagnostics.more, runtime or {}, problems)
     if problems:
         raise ConfigError("\n".join(problems))
     for group, part in parts.items():
@@ -324,6 +335,38 @@ def _label(values: Mapping[str, Any], choices: Mapping[str, Any]) -> Iterator[st
         elif value.setdefault("name", member) != member:
             said = f"{group}.name={value['name']}: rows are labelled by the chosen member, {member}"
             yield f"{said}: leave the key name out of conf/{group}/{member}.yaml and of the command"
+
+
+def _more(more: Any, runtime: Any, problems: list[str]) -> dict[str, Any]:
+    """Build the diagnostics of `diagnostics.more`: names of yaml files, or from a finished run their values by name."""
+    from omegaconf import OmegaConf
+
+    nodes = dict(more) if isinstance(more, Mapping) else {}
+    folders = [Path(source["path"]) for source in runtime.get("config_sources", ()) if source["schema"] == "file"]
+    for name in [more] if isinstance(more, str) else [] if nodes else more:
+        files = [file for folder in folders if (file := folder / "diagnostic" / f"{name}.yaml").is_file()]
+        if files:
+            nodes[name] = OmegaConf.to_container(OmegaConf.load(files[0]), resolve=True)
+        else:
+            problems.append(
+                f"diagnostics.more={name} names no file conf/diagnostic/{name}.yaml: write one, or leave it out"
+            )
+    found = {}
+    for name, node in nodes.items():
+        try:
+            cls = _class("diagnostic", node)
+        except ConfigError as error:
+            problems.append(f"diagnostics.more={name}: {error}")
+            continue
+        base = _named("lnjac.diagnostics.base.Diagnostic")
+        if issubclass(cls, base):
+            problems += [f"diagnostics.more={name}: {said}" for said in _unfit(cls, base, required=True)]
+            found[name] = _fill(cls, node, f"diagnostic.{name}.", problems)
+        else:
+            problems.append(
+                f"diagnostics.more={name}: {cls.__qualname__} is no lnjac.diagnostics.base.Diagnostic: derive it"
+            )
+    return found
 
 
 def check(config: RunConfig) -> list[str]:
@@ -373,7 +416,7 @@ def _class(group: str, node: Mapping[str, Any]) -> type:
     """The dataclass that a member names. Raises ConfigError for one that cannot be imported, made or checked against."""
     target = str(node.get("_target_", ""))
     module, _, name = target.rpartition(".")
-    if module == HASHED_AS[group]:  # of a finished run
+    if module == HASHED_AS.get(group):  # of a finished run
         target = f"{PLUGIN_GROUPS[group].rpartition('.')[0]}.{name}"
     try:
         cls = _named(target)
@@ -381,7 +424,7 @@ def _class(group: str, node: Mapping[str, Any]) -> type:
             raise ConfigError("is not a dataclass, so it has no schema to check against: decorate it by @dataclass")
         if abstract := getattr(cls, "__abstractmethods__", None):
             raise ConfigError(f"is abstract: define {', '.join(sorted(abstract))}, or name a subclass")
-        if "name" not in (fields := [field.name for field in dataclasses.fields(cls)]):
+        if group in GROUPS and "name" not in (fields := [field.name for field in dataclasses.fields(cls)]):
             raise ConfigError(f"has no field for its label, only {', '.join(fields) or 'none'}: add `name: str`")
     except ConfigError as error:
         raise ConfigError(f"{group}._target_={target!r} {error}") from None

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lnjac.comparing.study import IDENTITY, RUN, Study, varying
+from lnjac.comparing.study import IDENTITY, RUN, Study, read, varying
 from lnjac.errors import ConfigError
 from lnjac.files import write_atomically
 from lnjac.reporting import frames as views
@@ -59,6 +59,30 @@ def make(study: Study, *, title: str, by: str | None = None, where: str | None =
         contents[name] = {"title": heading, "charts": len(charts.specs) - before}
     lead = f"{len(view.runs)} runs" + (f", by {view.by}" if view.by else "") + (f", where {where}" if where else "")
     return Report(page.page(title, lead, sections, charts), title, contents)
+
+
+def report(
+    table: str | Path, output: str | Path, *, title: str | None = None, by: str | None = None, where: str | None = None
+) -> Report:
+    """Write one offline page about the runs of a merged table, or of a sweep's folder.
+
+    Args:
+        table: all.parquet as `lnjac.merge` made it, or a folder of runs.
+        output: The page, X.html.
+        title: The page's title; the table's name unless given.
+        by: The config column whose levels are compared; attn_mode, or the first that varies, unless given.
+        where: Only runs for which this holds, such as "method == 'fa'".
+
+    Returns:
+        The page, and for each of its sections the number of charts.
+
+    Raises:
+        ConfigError: The table cannot be read, or holds nothing that `by` and `where` ask for.
+    """
+    made = make(read([Path(table)]), title=title or Path(table).name, by=by, where=where)
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    made.write(Path(output))
+    return made
 
 
 # Sections

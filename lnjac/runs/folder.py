@@ -165,10 +165,14 @@ class RunFolder:
         rows: Sequence[Mapping[str, Any]],
         config: Sequence[tuple[Column, Any]],
         metadata: Mapping[str, Any],
+        declared: Sequence[Column] | None = None,
     ) -> None:
-        """Write one of the tables of FILES; only layers and runs hold the config, the others are joined by run_id."""
-        data = table(TABLES[name], config if name in ("layers", "runs") else (), rows)
-        self.save(FILES[name], lambda path: write_table(path, data, {"table": name, **metadata}))
+        """Write one table of the run; only layers and runs hold the config, the others are joined by run_id.
+
+        `declared` are its columns where it is none of lnjac.runs.schema, or those there are but its keys.
+        """
+        data = table(declared or TABLES[name], config if name in ("layers", "runs") else (), rows)
+        self.save(FILES.get(name, f"{name}.parquet"), lambda path: write_table(path, data, {"table": name, **metadata}))
 
     def save(self, file: str, write: Callable[[Path], object]) -> None:
         """Let `write` make one of the folder's files; on any error it stays as it was."""
