@@ -32,7 +32,7 @@ def task(cfg: "DictConfig") -> str:
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     try:
-        settings = schema.build(compose.plain(cfg), job.runtime.choices)
+        settings = schema.build(compose.plain(cfg), job.runtime.choices, compose.folders(job.runtime))
         corpus = train.admit(settings)
         if job.mode == RunMode.RUN and (meant := [word for word in job.overrides.task if word.startswith("sweep=")]):
             raise errors.ConfigError(f"{meant[0]} names the folder of a sweep, and this is one run: add -m")

@@ -111,9 +111,10 @@ def columns() -> None:
     Example:
         lnjac columns > docs/columns.md
     """
-    from lnjac.runs import schema
+    from lnjac.diagnostics.catalogue import TABLES, notes
+    from lnjac.runs.schema import markdown
 
-    sys.stdout.write(schema.markdown())
+    sys.stdout.write(markdown(TABLES, notes))
 
 
 def _one_run(folder: Path, run: str | None) -> "tuple[pd.Series[Any], pd.DataFrame]":

@@ -128,21 +128,22 @@ class Composer:
 class Base(NamedTuple):
     """A config that Hydra composed, in which jobs put plain values of their own.
 
-    `values` are those of our own keys, with interpolations as they are written; `choices` the member of each group.
+    `values` are those of our own keys, with interpolations as they are written; `choices` the member of each group;
+    `folders` are those of the yaml files.
     """
 
     config: "DictConfig"
     values: dict[str, Any]
     choices: dict[str, Any]
+    folders: list[Path]
 
     @classmethod
     def of(cls, config: "DictConfig") -> "Base":
         from omegaconf import OmegaConf
 
         values: Any = OmegaConf.to_container(config)
-        return cls(
-            config, {key: values[key] for key in values if key not in NOT_OURS}, values["hydra"]["runtime"]["choices"]
-        )
+        ours = {key: values[key] for key in values if key not in NOT_OURS}
+        return cls(config, ours, values["hydra"]["runtime"]["choices"], folders(config.hydra.runtime))
 
 
 class Composed:
@@ -166,8 +167,8 @@ class Composed:
         if "${" not in repr((self._base.values, given)):
             values = copy.deepcopy(self._base.values)
             if all(_put(values, key, value) for key, value in given):
-                return build(values, self.choices)
-        return build(plain(self.full()), self.choices)
+                return build(values, self.choices, self._base.folders)
+        return build(plain(self.full()), self.choices, self._base.folders)
 
     def full(self) -> "DictConfig":
         """Return the config as Hydra composes it, with Hydra's own part."""
@@ -181,6 +182,11 @@ class Composed:
         except OmegaConfBaseException:  # Hydra's own error names the override
             return self._composer.load(str(override.input_line) for override in self.overrides)
         return config
+
+
+def folders(runtime: Any) -> list[Path]:
+    """Return the folders that Hydra composed from, of `hydra.runtime`."""
+    return [Path(source["path"]) for source in runtime.config_sources if source["schema"] == "file"]
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> bool:

@@ -23,12 +23,17 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     plain: dict[str, Any] = _plain(config)
     for group in PLUGIN_GROUPS:
         plain[group] = {"_target_": target(group, type(getattr(config, group))), **plain[group]}
+    if not (more := config.diagnostics.more):  # as before there was such a key
+        del plain["diagnostics"]["more"]
+    for name, diagnostic in more.items():
+        values = plain["diagnostics"]["more"][name]
+        plain["diagnostics"]["more"][name] = {"_target_": target("diagnostic", type(diagnostic)), **values}
     return plain
 
 
 def target(group: str, cls: type) -> str:
     """Return the text that stands for a member's class in hashes and files: it never changes for a class of ours."""
-    ours = cls.__module__.partition(".")[0] == "lnjac"
+    ours = cls.__module__.partition(".")[0] == "lnjac" and group in HASHED_AS
     return f"{HASHED_AS[group] if ours else cls.__module__}.{cls.__qualname__}"
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 from lnjac.diagnostics.settings import Diagnostics
@@ -130,12 +131,15 @@ class Hooks(Protocol):
         """Yield a line for each property of a sound config that its user should know."""
 
 
-def build(values: Mapping[str, Any], choices: Mapping[str, Any] | None = None) -> RunConfig:
+def build(
+    values: Mapping[str, Any], choices: Mapping[str, Any] | None = None, folders: Sequence[Path] = ()
+) -> RunConfig:
     """Turn a config's plain values into dataclasses.
 
     Args:
         values: from `compose.plain`, or from `identity.to_dict`, which include the labels.
         choices: the chosen member of each group, by which rows are labelled; None if `values` include the labels.
+        folders: those of the yaml files, in which the diagnostics of `diagnostics.more` are looked up.
 
     Raises:
         ConfigError: a line for each unknown, missing or ill-typed value, and for each class that its group cannot use.
@@ -149,6 +153,8 @@ def build(values: Mapping[str, Any], choices: Mapping[str, Any] | None = None) -
         if values.get(group, MISSING) != MISSING:
             values[group] = _member(group, values[group], problems)
     config: RunConfig = _fill(RunConfig, values, "", problems)
+    if not problems:
+        config.diagnostics.more = _more(config.diagnostics.more, folders, problems)
     if not problems:
         for part in config.parts().values():
             if hasattr(part, "resolve"):
@@ -189,6 +195,39 @@ def _member(group: str, value: Any, problems: list[str]) -> Any:
     member = _fill(cls, {key: inner for key, inner in value.items() if key != "_target_"}, f"{group}.", problems)
     problems += [f"{group}={value.get('name')}: {said}" for said in _unfit(cls, Hooks, required=False)]
     return member
+
+
+def _more(more: Any, folders: Sequence[Path], problems: list[str]) -> dict[str, Any]:
+    """Build the diagnostics of `diagnostics.more`: names of yaml files, or from a finished run their values by name."""
+    from omegaconf import OmegaConf
+
+    nodes = dict(more) if isinstance(more, Mapping) else {}
+    for name in [more] if isinstance(more, str) else [] if nodes else more:
+        files = [file for folder in folders if (file := folder / "diagnostic" / f"{name}.yaml").is_file()]
+        if files:
+            nodes[name] = OmegaConf.to_container(OmegaConf.load(files[0]), resolve=True)
+        else:
+            problems.append(
+                f"diagnostics.more={name} names no file conf/diagnostic/{name}.yaml: write one, or leave it out"
+            )
+    found = {}
+    for name, node in nodes.items():
+        try:
+            cls = _class("diagnostic", str(node.get("_target_", "")))
+        except ConfigError as error:
+            problems.append(f"diagnostics.more={name}: {error}")
+            continue
+        base = _named("lnjac.diagnostics.base.Diagnostic")
+        if issubclass(cls, base):
+            problems += [f"diagnostics.more={name}: {said}" for said in _unfit(cls, base, required=True)]
+            found[name] = _fill(
+                cls, {key: value for key, value in node.items() if key != "_target_"}, f"diagnostic.{name}.", problems
+            )
+        else:
+            problems.append(
+                f"diagnostics.more={name}: {cls.__qualname__} is no lnjac.diagnostics.base.Diagnostic: derive it"
+            )
+    return found
 
 
 def check(config: RunConfig) -> list[str]:
@@ -238,7 +277,7 @@ def is_group(field: "dataclasses.Field[Any]") -> bool:
 def _class(group: str, target: str) -> type:
     """Return the dataclass of that dotted name. Raises ConfigError if it cannot be imported, made or checked against."""
     module, _, name = target.rpartition(".")
-    if module == HASHED_AS[group]:  # of a finished run
+    if module == HASHED_AS.get(group):  # of a finished run
         target = f"{PLUGIN_GROUPS[group].rpartition('.')[0]}.{name}"
     try:
         cls = _named(target)
@@ -246,7 +285,7 @@ def _class(group: str, target: str) -> type:
             raise ConfigError("is not a dataclass, so it has no schema to check against: decorate it by @dataclass")
         if abstract := getattr(cls, "__abstractmethods__", None):
             raise ConfigError(f"is abstract: define {', '.join(sorted(abstract))}, or name a subclass")
-        if "name" not in (fields := [field.name for field in dataclasses.fields(cls)]):
+        if group in GROUPS and "name" not in (fields := [field.name for field in dataclasses.fields(cls)]):
             raise ConfigError(f"has no field for its label, only {', '.join(fields) or 'none'}: add `name: str`")
     except ConfigError as error:
         raise ConfigError(f"{group}._target_={target!r} {error}") from None

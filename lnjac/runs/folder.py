@@ -167,9 +167,9 @@ class RunFolder:
         config: Sequence[tuple[Column, Any]],
         metadata: Mapping[str, Any],
     ) -> None:
-        """Write one of the tables of FILES; only layers and runs hold the config, the others are joined by run_id."""
+        """Write one table of the run; only layers and runs hold the config, the others are joined by run_id."""
         data = table(columns, config if name in ("layers", "runs") else (), rows)
-        self.save(FILES[name], lambda path: write_table(path, data, {"table": name, **metadata}))
+        self.save(FILES.get(name, f"{name}.parquet"), lambda path: write_table(path, data, {"table": name, **metadata}))
 
     def save(self, file: str, write: Callable[[Path], object]) -> None:
         """Let `write` make one of the folder's files; on any error it stays as it was."""

@@ -80,8 +80,8 @@ def by_reason(skipped: Iterable[Skip], most: int = 20) -> list[str]:
 
 
 def merge(
-    sources: Sequence[Path],
-    output: Path,
+    sources: Sequence[str | Path],
+    output: str | Path,
     *,
     strict: bool = False,
     rtol: float = RTOL,
@@ -94,8 +94,9 @@ def merge(
     no run found, none that can be merged, any skipped one if `strict`, or two runs that contradict each other.
     `progress(done, total)` is called as sources have been read.
     """
+    sources, output = [Path(source) for source in sources], Path(output)
     _check_output(output)
-    found = search(sources)
+    found = search(map(Path, sources))
     if not found.sources:
         raise ConfigError(
             "\n".join(
@@ -130,7 +131,7 @@ def merge(
     return report
 
 
-def load(path: Path, columns: Sequence[str] | None = None) -> "pd.DataFrame":
+def load(path: str | Path, columns: Sequence[str] | None = None) -> "pd.DataFrame":
     """One merged table, or some of its columns, as a data frame, its checksums verified; NaN stands for null in numbers."""
     finish(layers_file(Path(path)))
     try:

@@ -17,6 +17,7 @@ from torch import nn
 
 from lnjac.columns import Column
 from lnjac.config import compose, schema
+from lnjac.diagnostics import catalogue
 from lnjac.gpt import attention, methods
 from lnjac.norms import decompose as jacobian
 from lnjac.norms import layers as norm
@@ -26,7 +27,7 @@ from lnjac.training import run as train
 
 
 def test_columns_md_is_generated(root: Path) -> None:
-    assert (root / "docs" / "columns.md").read_text() == tables.markdown()
+    assert (root / "docs" / "columns.md").read_text() == tables.markdown(catalogue.TABLES, catalogue.notes)
 
 
 def test_relative_links_lead_somewhere(root: Path) -> None:
@@ -37,7 +38,7 @@ def test_relative_links_lead_somewhere(root: Path) -> None:
 
 
 def test_column_names_are_unique() -> None:
-    for declared in tables.TABLES.values():
+    for declared in (*tables.TABLES.values(), *catalogue.TABLES.values()):
         names = [column.name for column in declared]
         assert len(names) == len(set(names))
 
@@ -45,7 +46,7 @@ def test_column_names_are_unique() -> None:
 def test_own_model_code_runs_on_a_transformer_encoder(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    five_lines, imports, raw = re.findall(
+    five_lines, imports, loop, raw = re.findall(
         r"```python\n(.*?)```", (root / "docs" / "own-model.md").read_text(), re.DOTALL
     )
     assert len(five_lines.strip().splitlines()) == 5
@@ -55,7 +56,10 @@ def test_own_model_code_runs_on_a_transformer_encoder(
     monkeypatch.chdir(tmp_path)
     save_file(model.state_dict(), "checkpoint.safetensors")
     space = {"model": model, "x": torch.randn(3, 5, 16), "y": torch.randint(16, (3, 5))}
-    exec(imports + five_lines + raw, space)
+    exec(imports + five_lines + loop + raw, space)
+    recorded = pd.read_parquet("runs/lr0.1-seed1/layers.parquet")
+    assert set(recorded["step"]) == {2, 4}
+    assert set(recorded["model.width"]) == {16}
     table = space["table"]
     assert isinstance(table, pd.DataFrame)
     assert table["site"].tolist() == ["layers.0.norm1", "layers.0.norm2", "layers.1.norm1", "layers.1.norm2", "norm"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.folders import make_run, rewrite, rows_of
+from support.folders import DECLARED, make_run, rewrite, rows_of
 
 from lnjac.errors import ConfigError
 from lnjac.runs import folder as runs
@@ -35,7 +35,7 @@ def test_a_table_is_written_where_any_run_has_rows_of_it(tmp_path: Path, out: Pa
     assert report.rows == {"layers": 18, "runs": 3, "curves": 9, "swaps": 6, "tensors": 2}
     assert {name: len(load(path)) for name, path in companions(out).items()} == report.rows
     swaps = runs.read_table(companions(out)["swaps"])
-    assert swaps.schema.remove_metadata() == runs.schema(LONG["swaps"])
+    assert swaps.schema.remove_metadata() == runs.schema(DECLARED["swaps"])
     assert swaps["run_id"].to_pylist() == ["softmax-2"] * 4 + ["softmax-3"] * 2
     assert swaps.slice(0, 4).to_pylist() == runs.read_table(tmp_path / "s" / "1" / "swaps.parquet").to_pylist()
     assert "2 rows of tensors" in report.lines()[0]
@@ -102,7 +102,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: runs.write_table(path, runs.read_table(path).slice(1), {"table": "swaps"}),
         "is not the file that",
     ),
-    "a column lost": (lambda path: rewrite(path, lambda t: t.drop_columns(["grad_cos"])), "lacks the column grad_cos"),
+    "a column lost": (lambda path: rewrite(path, lambda t: t.drop_columns(["part"])), "lacks the column part"),
     "another run's": (
         lambda path: rewrite(path, lambda t: t.set_column(1, "diag_id", [["other"] * len(t)])),
         "its swaps hold rows of a run that it does not have",

@@ -9,10 +9,13 @@ from typing import Any
 import pyarrow as pa
 
 from lnjac.columns import Column
+from lnjac.diagnostics import catalogue
 from lnjac.files import file_sha256
 from lnjac.runs import folder as runs
 from lnjac.runs.read import companions
 from lnjac.runs.schema import CURVES, LAYERS, RUNS, TABLES
+
+DECLARED = {**TABLES, **catalogue.TABLES}
 
 SITES = (
     "blocks.0.ln_1",
@@ -97,9 +100,11 @@ def make_run(
         ],
     }
     for name, said in (long or {}).items():
-        rows[name] = [row(TABLES[name], (run_id, name, i), **(ids | {"step": 0} | more)) for i, more in enumerate(said)]
+        rows[name] = [
+            row(DECLARED[name], (run_id, name, i), **(ids | {"step": 0} | more)) for i, more in enumerate(said)
+        ]
     for name, content in rows.items():
-        out.write(name, TABLES[name], content, columns, note or {})
+        out.write(name, DECLARED[name], content, columns, note or {})
     out.status(status)
     return folder
 
