@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lnjac.config.compose import compose
 from lnjac.gpt import model as gpt
-from lnjac.norms import analyse
+from lnjac.norms.probe import probe as probe_of
 from lnjac.training import loop
 from lnjac.training import run as train
 
@@ -204,10 +204,10 @@ def probe() -> None:
         loss(model, batch)[0].backward()
         model.zero_grad(set_to_none=True)
 
-    def analysis() -> None:
-        analyse.analyse(model, [batch], loss)
+    def measure() -> None:
+        probe_of(model).measure([batch], loss)
 
-    for name, call in (("pass", plain), ("analyse", analysis)):
+    for name, call in (("pass", plain), ("measure", measure)):
         if CUDA:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -215,9 +215,9 @@ def probe() -> None:
         if CUDA:
             say(f"probe_{name}_peak_gb", round(torch.cuda.max_memory_allocated() / 1e9, 2))
         say(f"probe_{name}_ms", ms(call, 10, 1))
-    say("probe_time_ratio", round(found["probe_analyse_ms"] / found["probe_pass_ms"], 3))
+    say("probe_time_ratio", round(found["probe_measure_ms"] / found["probe_pass_ms"], 3))
     if CUDA:
-        say("probe_memory_ratio", round(found["probe_analyse_peak_gb"] / found["probe_pass_peak_gb"], 3))
+        say("probe_memory_ratio", round(found["probe_measure_peak_gb"] / found["probe_pass_peak_gb"], 3))
 
 
 @contextmanager

@@ -11,10 +11,13 @@ if TYPE_CHECKING:
     from lnjac.comparing.cost import cost
     from lnjac.comparing.scaling import scaling
     from lnjac.config.compose import compose
-    from lnjac.norms.analyse import analyse
     from lnjac.norms.capture import capture
+    from lnjac.norms.layers import set_backward
+    from lnjac.norms.probe import probe
+    from lnjac.reporting.report import report
     from lnjac.runs.diff import diff
     from lnjac.runs.merge import load, merge
+    from lnjac.runs.record import record
     from lnjac.training.run import run
     from lnjac.training.saved_run import Run, load_run
 
@@ -22,7 +25,6 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Run": "training.saved_run",
-    "analyse": "norms.analyse",
     "capture": "norms.capture",
     "compare": "comparing.compare",
     "compose": "config.compose",
@@ -31,15 +33,18 @@ _HOME = {
     "load": "runs.merge",
     "load_run": "training.saved_run",
     "merge": "runs.merge",
+    "probe": "norms.probe",
+    "record": "runs.record",
+    "report": "reporting.report",
     "run": "training.run",
     "scaling": "comparing.scaling",
+    "set_backward": "norms.layers",
 }
 """The public names, and the module that each lives in."""
 
 __all__ = [  # noqa: PLE0604, RUF100 (written out for readers; a test holds it equal to _HOME)
     "Run",
     "__version__",
-    "analyse",
     "capture",
     "compare",
     "compose",
@@ -48,8 +53,12 @@ __all__ = [  # noqa: PLE0604, RUF100 (written out for readers; a test holds it e
     "load",
     "load_run",
     "merge",
+    "probe",
+    "record",
+    "report",
     "run",
     "scaling",
+    "set_backward",
 ]
 
 

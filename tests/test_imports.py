@@ -22,30 +22,41 @@ def test_reading_starts_without_torch(root: Path, module: str) -> None:
 
 MEASURES_AND_WRITES = """
 import sys
-for absent in ("hydra", "omegaconf", "typer", "rich", "scipy", "statsmodels", "lnjac.config", "lnjac.gpt", "lnjac.training"):
+for absent in ("hydra", "omegaconf", "typer", "rich", "scipy", "statsmodels", "safetensors",
+               "lnjac.config", "lnjac.gpt", "lnjac.data", "lnjac.diagnostics", "lnjac.training"):
     sys.modules[absent] = None
+import lnjac
 import torch
-from pathlib import Path
-from lnjac.norms.analyse import analyse
-from lnjac.runs import folder
-from lnjac.columns import Column
 
-norm = torch.nn.LayerNorm(8)
-(row,) = analyse(norm, [torch.randn(4, 8)], lambda model, x: (model(x)[:, :3].pow(3).mean(), 4))
-assert row["jacobian_residual"] < 1e-5
-values = {name: value for name, value in row.items() if isinstance(value, float)}
-columns = [Column(name, "float64", "", "") for name in values]
-file = Path(sys.argv[1])
-folder.write_table(file, folder.table(columns, [], [values]), {"table": "layers"})
-(again,) = folder.read_table(file).to_pylist()
-assert again["radial_share"] == row["radial_share"]
+norm, folder = torch.nn.LayerNorm(8), sys.argv[1]
+table = lnjac.probe(norm).measure([torch.randn(4, 8)], lambda model, x: (model(x)[:, :3].pow(3).mean(), 4))
+assert table["jacobian_residual"].max() < 1e-5
+with lnjac.record(folder + "/run", config={"width": 8}, seed=1) as run:
+    run.layers(table, 0)
+lnjac.merge([folder], folder + "/all.parquet")
+again = lnjac.load(folder + "/all.parquet")
+assert again["radial_share"].tolist() == table["radial_share"].tolist()
+assert again["width"].tolist() == [8]
 """
 
 
 @pytest.mark.slow
-def test_norms_and_runs_need_neither_hydra_nor_config(root: Path, tmp_path: Path) -> None:
-    line = [sys.executable, "-c", MEASURES_AND_WRITES, str(tmp_path / "layers.parquet")]
-    done = subprocess.run(line, cwd=root, capture_output=True, text=True)
+def test_probe_and_record_need_neither_hydra_nor_config(root: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURES_AND_WRITES, str(tmp_path)], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_lnjac_is_quick_and_imports_next_to_nothing(root: Path) -> None:
+    code = """
+import sys, time
+start = time.perf_counter()
+import lnjac
+took, heavy = time.perf_counter() - start, {"torch", "pandas", "pyarrow", "numpy", "hydra"} & set(sys.modules)
+sys.exit(f"{took} s, {heavy}" if heavy or took > 0.3 else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -32,7 +32,7 @@ def task(cfg: "DictConfig") -> str:
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     try:
-        settings = schema.build(compose.plain(cfg), job.runtime.choices)
+        settings = schema.build(compose.plain(cfg, compose.folders(job.runtime)), job.runtime.choices)
         corpus = train.admit(settings)
         if job.mode == RunMode.RUN and (meant := [word for word in job.overrides.task if word.startswith("sweep=")]):
             raise errors.ConfigError(

@@ -115,15 +115,9 @@ def columns() -> None:
         lnjac columns > docs/columns.md
     """
     from lnjac.columns import markdown
-    from lnjac.runs.schema import QUANTITIES
-    from lnjac.training import run
+    from lnjac.diagnostics import catalogue
 
-    quantities = [
-        "| quantity | meaning |",
-        "| --- | --- |",
-        *(f"| `{name}` | {QUANTITIES[name]} |" for name in QUANTITIES),
-    ]
-    sys.stdout.write(markdown(run.columns(), lambda table: quantities if table == "mechanism" else ()))
+    sys.stdout.write(markdown(catalogue.columns(), catalogue.notes))
 
 
 def _one_run(folder: Path, run: str | None) -> "tuple[pd.Series[Any], pd.DataFrame]":

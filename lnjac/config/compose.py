@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -116,7 +116,9 @@ class Composer:
             config = self.load(rest)
             values: Any = OmegaConf.to_container(config)
             ours = {key: value for key, value in values.items() if key not in NOT_OURS}
-            self._bases[rest] = Base(config, ours, values["hydra"]["runtime"]["choices"])
+            self._bases[rest] = Base(
+                config, ours, values["hydra"]["runtime"]["choices"], folders(config.hydra.runtime)
+            )
         return Composed(self, self._bases[rest], [o for o, _ in read], [o for o, plain in read if plain])
 
     def load(self, words: Iterable[str]) -> "DictConfig":
@@ -134,12 +136,14 @@ class Composer:
 class Base(NamedTuple):
     """A config that Hydra composed, in which jobs put plain values of their own.
 
-    `values` are those of our own keys, with interpolations as they are written; `choices` the member of each group.
+    `values` are those of our own keys, with interpolations as they are written; `choices` the member of each group;
+    `folders` are those of the yaml files.
     """
 
     config: "DictConfig"
     values: dict[str, Any]
     choices: dict[str, Any]
+    folders: list[Path]
 
 
 @dataclass(frozen=True)
@@ -168,8 +172,8 @@ class Composed:
         if "${" not in repr((self.base.values, given)):
             values = copy.deepcopy(self.base.values)
             if all(_put(values, key, value) for key, value in given):
-                return build(values, self.choices)
-        return build(plain(self.full()), self.choices)
+                return build(_with_diagnostics(values, self.base.folders), self.choices)
+        return build(plain(self.full(), self.base.folders), self.choices)
 
     def full(self) -> "DictConfig":
         """Return the config as Hydra composes it, with Hydra's own part."""
@@ -183,6 +187,11 @@ class Composed:
         except OmegaConfBaseException:  # Hydra's own error names the override
             return self.composer.load(str(override.input_line) for override in self.overrides)
         return config
+
+
+def folders(runtime: Any) -> list[Path]:
+    """Return the folders that Hydra composed from, of `hydra.runtime`."""
+    return [Path(source["path"]) for source in runtime.config_sources if source["schema"] == "file"]
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> bool:
@@ -201,11 +210,15 @@ def _put(values: dict[str, Any], key: str, value: Any) -> bool:
     return True
 
 
-def plain(config: "DictConfig") -> dict[str, Any]:
+def plain(config: "DictConfig", folders: Sequence[Path]) -> dict[str, Any]:
     """Return our own keys of a composed config as plain values, which `schema.build` takes.
 
+    Args:
+        config: The composed config.
+        folders: Those that Hydra composed from, in which the diagnostics of `diagnostics.more` are looked up.
+
     Raises:
-        ConfigError: for an interpolation that cannot be resolved.
+        ConfigError: for an interpolation that cannot be resolved, or a diagnostic that has no file.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -217,7 +230,26 @@ def plain(config: "DictConfig") -> dict[str, Any]:
             values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key}: {first_line(error)}") from None
-    return values
+    return _with_diagnostics(values, folders)
+
+
+def _with_diagnostics(values: dict[str, Any], folders: Sequence[Path]) -> dict[str, Any]:
+    """Return the values with the yaml files that `diagnostics.more` names in place of their names."""
+    from omegaconf import OmegaConf
+
+    diagnostics = values.get("diagnostics")
+    names = diagnostics.get("more") if isinstance(diagnostics, dict) else None
+    if not names or isinstance(names, Mapping):
+        return values
+    nodes = {}
+    for name in [names] if isinstance(names, str) else names:
+        files = [file for folder in folders if (file := folder / "diagnostic" / f"{name}.yaml").is_file()]
+        if not files:
+            raise ConfigError(
+                f"diagnostics.more={name} names no file conf/diagnostic/{name}.yaml: write one, or leave it out"
+            )
+        nodes[name] = OmegaConf.to_container(OmegaConf.load(files[0]), resolve=True)
+    return {**values, "diagnostics": {**diagnostics, "more": nodes}}
 
 
 def spelled(words: Iterable[str]) -> list[str]:

@@ -23,12 +23,17 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     plain: dict[str, Any] = _plain(config)
     for group in PLUGIN_GROUPS:
         plain[group] = {"_target_": target(group, type(getattr(config, group))), **plain[group]}
+    if not (more := config.diagnostics.more):  # as before there was such a key
+        del plain["diagnostics"]["more"]
+    for name, diagnostic in more.items():
+        values = plain["diagnostics"]["more"][name]
+        plain["diagnostics"]["more"][name] = {"_target_": target("diagnostic", type(diagnostic)), **values}
     return plain
 
 
 def target(group: str, cls: type) -> str:
     """Return the text that stands for a member's class in hashes and files: it never changes for a class of ours."""
-    ours = cls.__module__.partition(".")[0] == "lnjac"
+    ours = cls.__module__.partition(".")[0] == "lnjac" and group in PLUGIN_GROUPS
     return f"{PLUGIN_GROUPS[group].hashed_as if ours else cls.__module__}.{cls.__qualname__}"
 
 
@@ -42,7 +47,7 @@ def run_id(config: RunConfig, data_sha256: str) -> str:
 
 def diag_id(config: RunConfig) -> str:
     """Return the identity of a run's diagnostics, which does not depend on the rest of its config."""
-    return _digest({"numerics": NUMERICS_VERSION, **_plain(config.diagnostics)})
+    return _digest({"numerics": NUMERICS_VERSION, **to_dict(config)["diagnostics"]})
 
 
 def columns(config: RunConfig) -> list[tuple[Column, Any]]:

@@ -148,6 +148,8 @@ def build(values: Mapping[str, Any], choices: Mapping[str, Any] | None = None) -
             values[group] = _member(group, values[group], problems)
     config: RunConfig = _fill(RunConfig, values, "", problems)
     if not problems:
+        config.diagnostics.more = _more(config.diagnostics.more or {}, problems)
+    if not problems:
         for part in config.parts().values():
             if hasattr(part, "resolve"):
                 part.resolve(config)
@@ -192,6 +194,28 @@ def _member(group: str, value: Any, problems: list[str]) -> Any:
     member = _fill(cls, {key: inner for key, inner in value.items() if key != "_target_"}, f"{group}.", problems)
     problems += [f"{group}={value.get('name')}: {said}" for said in _unfit(cls, Hooks, required=False)]
     return member
+
+
+def _more(more: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Build the diagnostics of `diagnostics.more`, whose values are given by name."""
+    found = {}
+    for name, node in more.items():
+        try:
+            cls = _class("diagnostic", str(node.get("_target_", "")))
+        except ConfigError as error:
+            problems.append(f"diagnostics.more={name}: {error}")
+            continue
+        base = _named("lnjac.diagnostics.base.Diagnostic")
+        if issubclass(cls, base):
+            problems += [f"diagnostics.more={name}: {said}" for said in _unfit(cls, base, required=True)]
+            found[name] = _fill(
+                cls, {key: value for key, value in node.items() if key != "_target_"}, f"diagnostic.{name}.", problems
+            )
+        else:
+            problems.append(
+                f"diagnostics.more={name}: {cls.__qualname__} is no lnjac.diagnostics.base.Diagnostic: derive it"
+            )
+    return found
 
 
 def check(config: RunConfig) -> list[str]:
@@ -249,7 +273,7 @@ def _class(group: str, target: str) -> type:
             raise ConfigError("is not a dataclass, so its values cannot be checked: decorate the class with @dataclass")
         if abstract := getattr(cls, "__abstractmethods__", None):
             raise ConfigError(f"is abstract: define {', '.join(sorted(abstract))}, or name a subclass")
-        if "name" not in (fields := [field.name for field in dataclasses.fields(cls)]):
+        if group in GROUPS and "name" not in (fields := [field.name for field in dataclasses.fields(cls)]):
             raise ConfigError(f"has no field for its label, only {', '.join(fields) or 'none'}: add `name: str`")
     except ConfigError as error:
         raise ConfigError(f"{group}._target_={target!r} {error}") from None

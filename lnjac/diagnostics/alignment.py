@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,37 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lnjac.columns import Column
+from lnjac.diagnostics.base import Diagnostic, Rows, Subject
+from lnjac.gpt import model as gpt
 from lnjac.gpt.credit import backprop, both_ways, is_feedback, linears
-from lnjac.gpt.model import replaced
-from lnjac.norms.analyse import analyse, block_of, fresh_grads, replay
 from lnjac.norms.capture import Capture, Loss, capture
 from lnjac.norms.decompose import dot, noise_sq
-from lnjac.norms.formulas import GradAt
 from lnjac.norms.layers import Norm, Surrogate, exact_norms, norms
+from lnjac.norms.probe import Pass, block_of, fresh_grads, replay
 
-OVER_DRAWS = ("enrichment_mean", "enrichment_radial", "enrichment_radial_share")
-"""Columns of a layer row that are averaged over draws of the feedback."""
+TENSORS = [
+    Column(
+        "kind", "string", "", "model: the whole gradient; parameter; norm_output, norm_input: ∂L/∂y and ∂L/∂x of a norm"
+    ),
+    Column("name", "string", "", "all, the parameter's name, or the norm's site"),
+    Column("call", "int64", "", "which call of the norm in one forward pass, from 0; 0 for a parameter"),
+    Column("block", "int64", "", "block number; null outside the blocks"),
+    Column("n_entries", "int64", "", "entries of the tensor"),
+    Column("norm", "float64", "", "‖ĝ‖, ĝ the gradient by the run's method and backward, of the mean loss"),
+    Column("bp_norm", "float64", "", "‖g‖, g the true gradient: backprop, exact norms, the same weights and batch"),
+    Column("interpretable", "bool", "", "whether both norms are more than rounding noise; if not, cos is NaN"),
+    Column("cos", "float64", "", "cos(ĝ, g)"),
+    Column("norm_ratio", "float64", "", "‖ĝ‖/‖g‖"),
+    Column(
+        "control_cos",
+        "float64",
+        "",
+        "cos with the blocks' weights put back to their initial values: alignment that learning in the blocks did not make",
+    ),
+    Column("feedback_cos", "float64", "", "cos(B, W), for a weight with random feedback B; null for all else"),
+    Column("feedback_angle_deg", "float64", "degrees", "the angle of B and W"),
+]
 
 Key = tuple[str, str, int]
 """kind, name and call of a row of `tensors`."""
@@ -151,27 +172,29 @@ def _below(call: Capture, grad: Tensor, rule: Surrogate | None) -> Tensor:
         return torch.autograd.grad(expression, x, below.to(expression.dtype))[0]
 
 
-class Alignment:
-    """Rows of `tensors`, for `analyse(…, watchers=[…])`. `dtype` is what the passes compute in: its rounding is the gate.
+@dataclass
+class Alignment(Diagnostic):
+    """The method's gradient against the true one: at the present weights and, as a control, at the blocks' initial ones."""
 
-    `initial` holds the blocks' initial parameters by name, for the control.
-    """
+    table = "tensors"
+    columns = TENSORS
+    cost = "a pass by backprop; for the control, where blocks have moved, one of each, which mostly share their forward pass"
 
-    def __init__(self, model: nn.Module, loss: Loss, *, dtype: torch.dtype, initial: Mapping[str, Tensor]) -> None:
-        self.model, self.loss, self.initial = model, loss, initial
-        self.dtype = dtype
-        self.now = Comparison(model, loss)
-        self.watch = self.now.watch
-        self.batches: list[Any] = []
+    def begin(self, subject: Subject) -> None:
+        self.subject, self.batches = subject, list[Any]()
+        self.now = Comparison(subject.model, subject.loss)
 
-    def passed(self, batch: Any, tokens: int) -> None:
-        self.now.passed(batch, tokens)
+    def watch(self) -> AbstractContextManager[None]:
+        return self.now.watch()
+
+    def passed(self, batch: Any, seen: Pass) -> None:
+        self.now.passed(batch, seen.n_tokens)
         self.batches.append(batch)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> Rows:
         pairs, control = self.now.pairs(), self._control().pairs()
         cos, control_cos = self._cosines(pairs), self._cosines(control)
-        feedback = feedback_cosines(self.model)
+        feedback = feedback_cosines(self.subject.model)
         found = []
         for key, pair in pairs.items():
             kind, name, call = key
@@ -197,11 +220,13 @@ class Alignment:
 
     def _control(self) -> Comparison:
         """The comparison at the blocks' initial weights; where they still are those, as at step 0, it is the one at hand."""
-        now = dict(self.model.named_parameters())
-        if all(torch.equal(now[name], value) for name, value in self.initial.items()):
+        model = self.subject.model
+        initial = gpt.block_weights(gpt.build(self.subject.config, self.subject.vocab_size).to(self.subject.device))
+        now = dict(model.named_parameters())
+        if all(torch.equal(now[name], value) for name, value in initial.items()):
             return self.now
-        control = Comparison(self.model, self.loss)
-        with replaced(self.model, self.initial):
+        control = Comparison(model, self.subject.loss)
+        with gpt.replaced(model, initial):
             for batch in self.batches:
                 control.make(batch)
         return control
@@ -215,7 +240,7 @@ class Alignment:
         scales["parameter"] = scales["model"]
         found = {}
         for key, pair in pairs.items():
-            own_floor, bp_floor = (noise_sq(self.dtype, scale) * pair.n for scale in scales[key[0]])
+            own_floor, bp_floor = (noise_sq(self.subject.dtype, scale) * pair.n for scale in scales[key[0]])
             clear = pair.own_sq > own_floor and pair.bp_sq > bp_floor
             found[key] = pair.dot / math.sqrt(pair.own_sq * pair.bp_sq) if clear else math.nan
         return found
@@ -230,34 +255,4 @@ def feedback_cosines(model: nn.Module) -> dict[str, float]:
         w, b = layer.weight.detach().double(), layer.backward_matrix().double()
         cos = float((w * b).sum() / (w.norm() * b.norm()))  # NaN where either is zero, which np.clip keeps
         found[f"{name}.weight"] = float(np.clip(cos, -1, 1))
-    return found
-
-
-def over_draws(
-    model: nn.Module,
-    draws: Iterable[Mapping[str, Tensor]],
-    batches: Sequence[Any],
-    loss: Loss,
-    *,
-    grad_at: GradAt | str = GradAt.normalized,
-) -> list[dict[str, Any]]:
-    """Rows of `mechanism`: mean and standard error over draws of the feedback, given by name, of each norm's enrichments.
-
-    No rows where the draws leave the model's feedback as it is: where it has none, or no random one.
-    """
-    state = model.state_dict()
-    values: dict[tuple[str, int, str], list[float]] = {}
-    for draw in draws:
-        if all(torch.equal(state[name], value.to(state[name])) for name, value in draw.items()):
-            continue
-        with replaced(model, draw):
-            for row in analyse(model, batches, loss, grad_at=grad_at):
-                for column in OVER_DRAWS:
-                    values.setdefault((row["site"], row["call"], column), []).append(row[column])
-    found = []
-    for (site, call, column), over in values.items():
-        error = float(np.std(over, ddof=1)) / math.sqrt(len(over)) if len(over) > 1 else math.nan
-        for suffix, value in (("", float(np.mean(over))), ("_stderr", error)):
-            quantity = f"{column}_over_draws{suffix}"
-            found.append({"place": site, "call": call, "quantity": quantity, "value": value, "n": len(over)})
     return found

@@ -9,17 +9,49 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lnjac.columns import Column
+from lnjac.diagnostics.base import Diagnostic, Rows, Subject
 from lnjac.gpt.attention import Attention, causal_mask
-from lnjac.gpt.model import GPT, Block, SelfAttention
+from lnjac.gpt.model import Block, SelfAttention
 from lnjac.norms.decompose import dot, wide
 from lnjac.norms.layers import Norm, norms
-from lnjac.runs.schema import QUANTITIES
+from lnjac.norms.probe import Pass
+
+MECHANISM = [
+    Column("place", "string", "", "a norm's site, or an attention or MLP layer's module name"),
+    Column("call", "int64", "", "which call of that module in one forward pass, from 0"),
+    Column("quantity", "string", "", "what was measured there: one of the quantities below"),
+    Column("value", "float64", "", "its value; sums over tokens are of the summed loss"),
+    Column("n", "int64", "", "tokens, rows, weights or draws it was taken over"),
+]
+
+QUANTITIES = {
+    "gz": "Σ⟨g,z⟩ over tokens, at every norm",
+    "gz_q": "at a norm that attention reads: the part of gz that returns by the queries, through their rows of B",
+    "gz_k": "the same by the keys",
+    "gz_v": "the same by the values",
+    "gz_from_scores": "2⟨∂L/∂S,S⟩ with biases and β taken off: gz_q + gz_k where B = W; NaN under qk_norm",
+    "gz_from_values": "⟨∂L/∂O,O⟩ with bias and β taken off, O attention's output: gz_v where B = W",
+    "gz_head": "⟨p − y, B(γ⊙z)⟩: the part of gz that returns by the head, all of it at ln_f",
+    "gz_from_logits": "⟨p − y, logits − Wβ⟩: gz_head where B = W",
+    "branch_sq": "Σ over tokens of ‖·‖² of the gradient that returns to the residual through the branch starting here",
+    "residual_sq": "the same of the gradient that passes the branch by, on the residual; 0 at ln_f",
+    "branch_residual_cos": "cosine of the two over all tokens; NaN where one vanishes",
+    "scores_pull": "2⟨∂L/∂S,S⟩, S = QKᵀ/√d_h: the loss's slope against the logarithm of a scale of all q and k",
+    "values_pull": "⟨∂L/∂O,O⟩: the loss's slope against the logarithm of a scale of all v",
+    "entropy": "nats, mean over rows with mass of the weights divided by their mass; NaN where a weight is negative",
+    "row_mass": "Σ of a query's weights, mean over queries",
+    "row_mass_relative": "the same over i/block_size for query i = 1, 2, …: near 1 for a sigmoid at initialisation",
+    "saturation": "share of weights whose own score moves them by less than 1 % of the most that any score could",
+}
+"""The quantities of the table mechanism that come from the shared pass."""
 
 SATURATED = 0.01
 """A weight is saturated when its own score moves it by less than this share of the most that any score could."""
@@ -32,13 +64,19 @@ SQUARES = ("branch_sq", "residual_sq", "branch_residual_cos")
 """Quantities that are means over their n, and those that are of second order in the gradient; the others are sums."""
 
 
-class Mechanism:
-    """Rows of `mechanism`, for `analyse(…, watchers=[…])`; its hooks are there during a pass only."""
+@dataclass
+class Mechanism(Diagnostic):
+    """The radial part by path, the residual's two gradients and attention's weights; its hooks are there in a pass only."""
 
-    def __init__(self, model: GPT) -> None:
-        self.model = model
-        self.names = {module: name for name, module in model.named_modules()}
-        self.layers = [module for module in model.modules() if isinstance(module, SelfAttention)]
+    table = "mechanism"
+    columns = MECHANISM
+    quantities = QUANTITIES
+    cost = "no pass of its own, but hooks on the shared one"
+
+    def begin(self, subject: Subject) -> None:
+        self.model = subject.model
+        self.names = {module: name for name, module in self.model.named_modules()}
+        self.layers = [module for module in self.model.modules() if isinstance(module, SelfAttention)]
         self.steepest = {layer: steepest(layer.mode, layer.block_size) for layer in self.layers}
         self.totals: dict[tuple[str, str], tuple[float, int]] = {}
 
@@ -52,16 +90,16 @@ class Mechanism:
                 handles.callback(handle.remove)
             yield
 
-    def passed(self, batch: Any, tokens: int) -> None:
+    def passed(self, batch: Any, seen: Pass) -> None:
         for layer in self.layers:
             if layer.qkv in self.fed_by:
                 self._paths(layer, self.fed_by[layer.qkv])
         for key, (value, n) in self.found.items():
             power = 0 if key[1] in MEANS else 2 if key[1] in SQUARES else 1
             before, n_before = self.totals.get(key, (0.0, 0))
-            self.totals[key] = (before + value * float(tokens) ** power, n_before + n)
+            self.totals[key] = (before + value * float(seen.n_tokens) ** power, n_before + n)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> Rows:
         places, quantities = list(self.names.values()), list(QUANTITIES)
         found = []
         for place, quantity in sorted(self.totals, key=lambda k: (places.index(k[0]), quantities.index(k[1]))):

@@ -1,7 +1,7 @@
 """Settings of the diagnostics (conf/diagnostics). Imports no torch, so that a config is composed fast."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -48,6 +48,8 @@ class Diagnostics:
     attention: bool
     swap: bool
     swap_parts: Parts
+    more: Any = field(default_factory=dict)
+    """Further diagnostics by name, each of a file conf/diagnostic/NAME.yaml; not hashed if there are none."""
 
     def at(self, last: int) -> list[int]:
         """The steps (numbers of updates done) at which the norms are analysed; the last one is always among them."""
@@ -65,9 +67,9 @@ class Diagnostics:
         return sorted({step for step in chosen if step < last} | {last})
 
     def problems(self, config: Any) -> Iterator[str]:
-        for field in ("batches", "batch_size", "every", "position_bins"):
-            if (value := getattr(self, field)) < 1:
-                yield f"diagnostics.{field}={value} must be at least 1"
+        for name in ("batches", "batch_size", "every", "position_bins"):
+            if (value := getattr(self, name)) < 1:
+                yield f"diagnostics.{name}={value} must be at least 1"
         if self.feedback_draws < 0:
             yield f"diagnostics.feedback_draws={self.feedback_draws} must not be negative: 0 draws none"
         if self.steps and self.schedule is not Schedule.list:
@@ -76,12 +78,16 @@ class Diagnostics:
                 "set diagnostics.schedule=list, or leave steps out"
             )
         if self.schedule is Schedule.none:
-            for field in ("distributions", "alignment", "feedback_draws", "attention", "swap"):
-                if value := getattr(self, field):
+            for name in ("distributions", "alignment", "feedback_draws", "attention", "swap", "more"):
+                if value := getattr(self, name):
+                    value = list(value) if name == "more" else value
                     yield (
-                        f"diagnostics.{field}={value} measures nothing with diagnostics.schedule=none: "
+                        f"diagnostics.{name}={value} measures nothing with diagnostics.schedule=none: "
                         "choose a schedule, such as final"
                     )
         for step in self.steps:
             if not 0 <= step <= config.steps:
                 yield f"diagnostics.steps holds {step}, outside the run's 0 to {config.steps}: drop it or raise steps"
+        for diagnostic in self.more.values():
+            if hasattr(diagnostic, "problems"):
+                yield from diagnostic.problems(config)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lnjac.columns import Column
+from lnjac.diagnostics.base import Diagnostic, Rows
 from lnjac.diagnostics.settings import Parts
 from lnjac.diagnostics.switch import DOSES, Gradient, Graphs, add
 from lnjac.gpt.credit import backprop, is_feedback
@@ -19,12 +22,111 @@ from lnjac.norms.decompose import noise_sq
 from lnjac.norms.formulas import EXACT, SURROGATES, Backward
 from lnjac.norms.layers import exact_norms, norms
 
+SWAPS = [
+    Column(
+        "place", "string", "", "where the backward was replaced: a site, a role of several sites (ln_1, ln_2), or all"
+    ),
+    Column(
+        "surrogate",
+        "string",
+        "",
+        "the backward put there: one of the seven; partial_radial, center_scale with a part of z·m subtracted; or exact",
+    ),
+    Column("radial", "float64", "", "how much of z·m the backward subtracts: 0, 1, or the part under partial_radial"),
+    Column("part", "string", "", "all, a block (embedding, blocks.0, …, ln_f, head), or a parameter's name"),
+    Column("level", "string", "", "what is compared: model, block or tensor"),
+    Column(
+        "grad_norm",
+        "float64",
+        "",
+        "‖g‖, g the part's gradient by the run's method with the exact backward everywhere, of the mean loss",
+    ),
+    Column(
+        "interpretable",
+        "bool",
+        "",
+        "whether ‖g‖ is more than 8 roundings of the whole's; if not, every comparison is NaN",
+    ),
+    Column("grad_cos", "float64", "", "cos(ĝ, g), ĝ the gradient with the backward replaced"),
+    Column("grad_gain", "float64", "", "‖ĝ‖/‖g‖"),
+    Column(
+        "update_cos",
+        "float64",
+        "",
+        "cosine of the optimizer's updates by ĝ and by g, both from the run's own state, clipped alike, without decay",
+    ),
+    Column("update_gain", "float64", "", "ratio of those updates' norms"),
+    Column(
+        "precond_cos",
+        "float64",
+        "",
+        "cos(P ĝ, P g), P the optimizer's preconditioner at its present state; null before it has one",
+    ),
+    Column("precond_gain", "float64", "", "‖P ĝ‖/‖P g‖"),
+    Column(
+        "descent",
+        "float64",
+        "",
+        "⟨∇L, P ĝ⟩/⟨∇L, P ∇L⟩ over the part, ∇L the true gradient (bp, exact norms): first-order decrease against bp's",
+    ),
+    Column(
+        "predicted_nats",
+        "float64",
+        "nats/token",
+        "lr·⟨∇L, P ĝ⟩, lr before any schedule: the loss's decrease to first order; null per part",
+    ),
+    Column(
+        "decrease_nats",
+        "float64",
+        "nats/token",
+        "decrease that the step lr·P ĝ really makes on the diagnostic batch; null for doses, parts, one site of several",
+    ),
+    Column(
+        "compounding",
+        "float64",
+        "",
+        "(1 − grad_cos)/Σ over the place's sites of (1 − grad_cos); null but for whole gradients and several sites",
+    ),
+    Column(
+        "shapley_center",
+        "float64",
+        "",
+        "Shapley share of leaving out the centring in 1 − grad_cos over the 2³ backwards; whole gradient, rows of ste",
+    ),
+    Column("shapley_radial", "float64", "", "the same for leaving out the radial part"),
+    Column("shapley_scale", "float64", "", "the same for leaving out 1/σ; the three sum to ste's 1 − grad_cos"),
+]
+
 ALL = "all"
 
 TREATMENTS = [*SURROGATES.items(), *(("partial_radial", dose) for dose in DOSES)]
 
 WHOLE = ("predicted_nats", "decrease_nats", "compounding", "shapley_center", "shapley_radial", "shapley_scale")
 """Columns that only a whole gradient has, and not every one."""
+
+
+@dataclass
+class Substitution(Diagnostic):
+    """Each surrogate in place of the exact backward, at each norm and together."""
+
+    table = "swaps"
+    columns = SWAPS
+    cost = "about 35 backward passes at the default config, and a forward pass for each measured decrease"
+
+    parts: Parts
+
+    def rows(self) -> Rows:
+        subject = self.subject
+        return measure(
+            subject.model,
+            subject.diagnostic_batches(),
+            subject.loss,
+            trained=subject.trained,
+            optimizer=subject.optimizer,
+            settings=subject.config.optimizer,
+            dtype=subject.dtype,
+            parts=self.parts,
+        )
 
 
 def measure(
@@ -37,7 +139,7 @@ def measure(
     settings: Optimizer,
     dtype: torch.dtype,
     parts: Parts = Parts.tensor,
-) -> list[dict[str, Any]]:
+) -> Rows:
     """Rows of `swaps` (docs/columns.md) for the model as it stands, by the method it was given, without run and step.
 
     `trained`: the parameters the optimizer gets, by name; `dtype`: what the passes compute in, whose rounding is the
@@ -56,13 +158,13 @@ def measure(
     yardstick = Yardstick(exact, true, rehearsal, p, divide(list(named), parts), dtype)
     del true  # a gradient less to hold, of the fourteen that the peak is made of
 
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     damages: dict[str, dict[Backward, float]] = {}
     for place, sites in places(model).items():
         treatments = [*TREATMENTS, ("exact", EXACT)] if place == ALL else TREATMENTS
         rms = all(module.rms for site, module in norms(model) if site in sites)
         distinct = list(dict.fromkeys(canonical(swap, rms=rms) for _, swap in treatments))
-        compared: dict[Backward, list[dict[str, Any]]] = {}
+        compared: dict[Backward, Rows] = {}
         for swap, gradient in zip(distinct, graphs.swapped(sites, distinct), strict=True):
             compared[swap] = yardstick.compare(gradient)
             if p is not None and is_group(sites, norms(model)) and swap not in DOSES:
@@ -134,7 +236,7 @@ def divide(names: Sequence[str], finest: Parts) -> list[Part]:
     """The gradient's parts: the whole, then the blocks, then the tensors, as far as `finest` says."""
     blocks: dict[str, list[int]] = {}
     for i, name in enumerate(names):
-        blocks.setdefault(block_of(name), []).append(i)
+        blocks.setdefault(part_of(name), []).append(i)
     parts = [Part("model", ALL, list(range(len(names))))]
     if finest is not Parts.model:
         parts += [Part("block", name, tensors) for name, tensors in blocks.items()]
@@ -143,7 +245,7 @@ def divide(names: Sequence[str], finest: Parts) -> list[Part]:
     return parts
 
 
-def block_of(parameter: str) -> str:
+def part_of(parameter: str) -> str:
     """`blocks.0.attn.qkv.weight` -> blocks.0, `wte.weight` and `wpe.weight` -> embedding, `head.weight` -> head."""
     words = parameter.split(".")
     for i, word in enumerate(words):
@@ -197,7 +299,7 @@ class Yardstick:
         ]
         self.steepest = Products(*(self._products(true, self.update, range(len(exact))) @ self.members)).slope
 
-    def compare(self, gradient: Gradient) -> list[dict[str, Any]]:
+    def compare(self, gradient: Gradient) -> Rows:
         """A row for each part, the whole first: every column of `swaps` but the place's, those of WHOLE still null."""
         clipped = self.rehearsal.clip is not None  # by the whole gradient's norm: then every tensor's update changes
         changed = [i for i, (a, b) in enumerate(zip(gradient, self.exact, strict=True)) if clipped or a is not b]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lnjac.columns import Column, evaluate
+from lnjac.norms import formulas
 from lnjac.norms.formulas import BY_MEASURABLE, COLUMNS, ENERGIES, EXACT, RSTD_POWERS, SIGMA_QUANTILES, Backward
 
 CHUNK_ELEMENTS = 1 << 16
@@ -191,17 +192,6 @@ def cosines(tokens: Tokens, *, rms: bool = False) -> dict[str, Tensor]:
     return found
 
 
-class Metric(NamedTuple):
-    """A further quantity per token, and the column of its mean."""
-
-    column: Column
-    of: Callable[[Tokens], Tensor]
-
-
-METRICS: dict[str, Metric] = {}
-"""Further quantities by name: filled by `metric`."""
-
-
 def metric(meaning: str, unit: str = "") -> Callable[[Callable[[Tokens], Tensor]], Callable[[Tokens], Tensor]]:
     """Make a function of tokens, of values (n,), a column of `layers`: its mean over the measurable tokens.
 
@@ -212,20 +202,15 @@ def metric(meaning: str, unit: str = "") -> Callable[[Callable[[Tokens], Tensor]
 
     def register(function: Callable[[Tokens], Tensor]) -> Callable[[Tokens], Tensor]:
         name = function.__name__
-        METRICS[name] = Metric(Column(name, "float64", unit, meaning, pool=BY_MEASURABLE), function)
+        formulas.METRICS[name] = formulas.Metric(Column(name, "float64", unit, meaning, pool=BY_MEASURABLE), function)
         return function
 
     return register
 
 
-def columns() -> list[Column]:
-    """Return the measured columns of `layers`, those of METRICS included."""
-    return [*COLUMNS, *(metric.column for metric in METRICS.values())]
-
-
 def per_token(tokens: Tokens, *, rms: bool = False) -> dict[str, Tensor]:
     """What a row holds as a mean over its measurable tokens: (n,) each."""
-    return {**cosines(tokens, rms=rms), **{name: metric.of(tokens) for name, metric in METRICS.items()}}
+    return {**cosines(tokens, rms=rms), **{name: metric.of(tokens) for name, metric in formulas.METRICS.items()}}
 
 
 Sums = dict[str, float]
@@ -257,7 +242,7 @@ def ratios(total: Mapping[str, float], d: int, *, rms: bool = False) -> dict[str
     """Return the columns that are formulas of the added statistics: shares, flattened cosines, gains, …"""
     known = {name: np.float64(value) for name, value in total.items()}
     values = {**known, "d": d, "norm": "rmsnorm" if rms else "layernorm"}
-    return {column.name: float(evaluate(column.formula, values)) for column in COLUMNS if column.formula}
+    return {column.name: float(evaluate(column.formula, values)) for column in formulas.COLUMNS if column.formula}
 
 
 def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = False) -> dict[str, float]:
@@ -265,7 +250,7 @@ def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = Fa
     n, n_zero = int(total["n_tokens"]), int(total["n_zero"])
     found: dict[str, float] = {
         column.name: _ratio(total[f"sum_{column.name}"], n - n_zero)
-        for column in columns()
+        for column in formulas.columns()
         if column.pool == BY_MEASURABLE
     }
     found |= ratios(total, d, rms=rms)

@@ -1,7 +1,8 @@
 """A norm's backwards as values, and every measured column of `layers` with its formula. Without torch."""
 
+from collections.abc import Callable
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lnjac.columns import KEY, MEAN, SUM, VOLATILE, Column
 
@@ -194,3 +195,19 @@ COLUMNS = [
     ),
 ]
 """The measured columns of `layers`. `jacobian_residual` is volatile: it is nothing but rounding error."""
+
+
+class Metric(NamedTuple):
+    """A further quantity per token, as a function of lnjac.norms.decompose.Tokens, and the column of its mean."""
+
+    column: Column
+    of: Callable[[Any], Any]
+
+
+METRICS: dict[str, Metric] = {}
+"""Further quantities by name, which `lnjac.norms.decompose.metric` adds."""
+
+
+def columns() -> list[Column]:
+    """Return the measured columns of `layers`, those of METRICS included."""
+    return [*COLUMNS, *(metric.column for metric in METRICS.values())]

@@ -1,11 +1,13 @@
-"""A checkpoint's file: one safetensors file, replaced in one step, with whatever is not a tensor as JSON in its header."""
+"""A checkpoint: all that the coming updates depend on, in one safetensors file that is replaced in one step."""
+
+from __future__ import annotations
 
 import hashlib
 import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,8 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lnjac.files import write_atomically
+from lnjac.gpt import model as gpt
 
-VERSION = 3
+if TYPE_CHECKING:
+    from lnjac.training.loop import Training
+
+VERSION = 4
 """Raised when the file's contents change: another version's checkpoint is not used."""
 
 
@@ -22,8 +28,36 @@ class Unusable(Exception):
     """Raised when a checkpoint cannot be resumed."""
 
 
+def state(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return weights, feedback, optimizer and generators: tensors, and plain values."""
+    tensors = {f"model.{name}": value for name, value in gpt.saved(training.model).items()}
+    for i, moments in training.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": value for name, value in moments.items() if value is not None}
+    tensors["generator.cpu"] = torch.get_rng_state()
+    if training.device.type == "cuda":
+        tensors["generator.cuda"] = torch.cuda.get_rng_state(training.device)
+    return tensors, {"updates": training.updates, "batches": training.batches.rng.bit_generator.state}
+
+
+def restore(training: Training, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
+    """Put the training where `state` was taken."""
+    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    gpt.load_saved(training.model, weights)
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".")
+            moments.setdefault(int(i), {})[key] = value
+    groups = training.optimizer.state_dict()["param_groups"]
+    training.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    torch.set_rng_state(tensors["generator.cpu"])
+    if training.device.type == "cuda" and "generator.cuda" in tensors:  # else it was begun on a CPU
+        torch.cuda.set_rng_state(tensors["generator.cuda"], training.device)
+    training.updates, training.batches.rng.bit_generator.state = note["updates"], note["batches"]
+
+
 class Timer:
-    """Called after each update: whether `every` seconds have passed since it last said so; never for None."""
+    """Returns, when it is called after an update, whether `every` seconds have passed since it last was True; None: never."""
 
     def __init__(self, every: float | None) -> None:
         self.every, self.last = every, time.monotonic()

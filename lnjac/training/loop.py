@@ -1,10 +1,8 @@
-"""A model with its method, optimizer and batches, advanced one update at a time."""
+"""The training loop, and the model with its method, optimizer and batches that it advances update by update."""
 
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,64 +12,94 @@ from torch import Tensor, nn
 from lnjac.config.schema import Device, RunConfig
 from lnjac.data import batches as data
 from lnjac.data.corpus import Corpus
-from lnjac.diagnostics import substitution as swap
-from lnjac.diagnostics.alignment import Alignment, over_draws
-from lnjac.diagnostics.attention import Mechanism
+from lnjac.diagnostics import base as diagnostics
+from lnjac.diagnostics.base import Rows
+from lnjac.diagnostics.catalogue import chosen
 from lnjac.diagnostics.settings import Split
 from lnjac.gpt import model as gpt
 from lnjac.gpt import optimizers as optim
 from lnjac.gpt.credit import is_feedback
 from lnjac.gpt.settings import Precision
-from lnjac.norms.analyse import examine
-from lnjac.seeding import sequence, stream
+from lnjac.progress import progress
+from lnjac.runs.record import Record
+from lnjac.seeding import stream
+from lnjac.training.checkpoint import Timer
 from lnjac.training.graph import Passes, captured
+from lnjac.training.interruption import held_back
 
 
-def device_of(config: RunConfig) -> torch.device:
-    if config.device is Device.auto:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device.value)
+def train(training: "Training", record: Record, save: Callable[[], None]) -> None:
+    """Train to the last update and record what is due on the way; a loss that is not finite ends the run as diverged.
+
+    `save()` writes a checkpoint, from time to time and when the process is told to stop.
+    """
+    config = training.config
+    tokens, saving = config.batch_size * config.model.block_size, Timer(config.checkpoint.every)
+    healthy = training.updates > 0 or observe(training, record)
+    with progress(config.steps, tokens, training.updates) as report, held_back() as stopping:
+        while healthy and training.updates < config.steps:
+            with record.timing("train_s"):
+                loss = training.update()
+            healthy = math.isfinite(loss) and observe(training, record, loss)
+            if healthy:
+                report.tick(training.updates, loss)
+                if saving() and training.updates < config.steps:
+                    save()
+                stopping(save)
+    if not healthy:
+        record.diverged(training.updates)
 
 
-@dataclass
-class Clock:
-    """Wall seconds spent on each part of a run."""
+def observe(training: "Training", record: Record, train_loss: float | None = None) -> bool:
+    """Record what is due after the updates done so far; return False for a validation loss that is not finite."""
+    config, step = training.config, training.updates
+    val_loss = lr = None
+    if step == config.steps or (config.eval.every is not None and step % config.eval.every == 0):
+        with _timing(record, "eval_s"):
+            val_loss = training.validation_loss()
+    healthy = val_loss is None or math.isfinite(val_loss)
+    if step == 0:
+        with _timing(record, "diagnostics_s"):
+            for table, rows in training.before().items():
+                record.rows(table, rows, step)
+    if healthy and step in training.measured_at:
+        with _timing(record, "diagnostics_s"):
+            found = training.diagnose()
+        layers = found.pop("layers")
+        record.layers(layers[np.isfinite(layers["sum_C_rstd2"])], step)
+        for table, rows in found.items():
+            record.rows(table, rows, step)
+    if train_loss is not None:
+        lr = training.optimizer.param_groups[0]["lr"]
+    if train_loss is not None or val_loss is not None:
+        record.scalars(step, train_loss=train_loss, val_loss=val_loss if healthy else None, lr=lr)
+    return healthy
 
-    train: float = 0.0
-    evaluate: float = 0.0
-    diagnose: float = 0.0
-    before: float = 0.0
-    """Wall seconds up to the checkpoint that the run goes on from."""
-    started: float = field(default_factory=time.perf_counter)
 
-    def wall(self) -> float:
-        """Seconds since the run began, what lay between an interruption and its continuation left out."""
-        return self.before + time.perf_counter() - self.started
-
-    @contextmanager
-    def timing(self, part: str) -> Iterator[None]:
-        if part != "train" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()  # what is left of the update is not this part's
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, part, getattr(self, part) + time.perf_counter() - start)
+@contextmanager
+def _timing(record: Record, column: str) -> Iterator[None]:
+    """Time what is no update: what is left of the last update on the device comes first."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+    with record.timing(column):
+        yield
 
 
 class Training:
     """A model with its method, optimizer and batches, advanced one update at a time. `updates` counts those done."""
 
     def __init__(self, config: RunConfig, corpus: Corpus) -> None:
-        self.config, self.corpus, self.device = config, corpus, device_of(config)
+        self.config, self.corpus, self.vocab_size = config, corpus, corpus.vocab_size
+        self.device = device_of(config)
         self.model = gpt.build(config, corpus.vocab_size).to(self.device)
-        self.initial = gpt.block_weights(self.model) if config.diagnostics.alignment else {}
         self.trained = optim.trained(self.model, config.method)
         groups = optim.groups(self.model, config.method, config.optimizer.weight_decay)
         self.optimizer = config.optimizer.build(groups)
         self.batches = data.Batches(
             corpus.train, config.batch_size, config.model.block_size, stream(config.seed, "batches")
         )
+        self.diagnostics = chosen(config.diagnostics)
+        self.measured_at = set(config.diagnostics.at(config.steps))
         self.passes: Passes | None = None  # captured at the first update
         self.updates = 0
 
@@ -117,32 +145,6 @@ class Training:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that the coming updates depend on: weights, feedback, optimizer and generators; tensors, and plain values."""
-        tensors = {f"model.{name}": value for name, value in gpt.saved(self.model).items()}
-        for i, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{name}": value for name, value in moments.items() if value is not None}
-        tensors["generator.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["generator.cuda"] = torch.cuda.get_rng_state(self.device)
-        return tensors, {"updates": self.updates, "batches": self.batches.rng.bit_generator.state}
-
-    def restore(self, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
-        weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        gpt.load_saved(self.model, weights)
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, i, key = name.split(".")
-                moments.setdefault(int(i), {})[key] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        torch.set_rng_state(tensors["generator.cpu"])
-        if self.device.type == "cuda" and "generator.cuda" in tensors:  # else it was begun on a CPU
-            torch.cuda.set_rng_state(tensors["generator.cuda"], self.device)
-        self.updates, self.batches.rng.bit_generator.state = note["updates"], note["batches"]
-
     @torch.no_grad()
     def validation_loss(self) -> float:
         """Mean loss in nats per token over the validation windows."""
@@ -170,53 +172,16 @@ class Training:
         )
         return [source.next() for _ in range(settings.batches)]
 
-    def diagnose(self) -> dict[str, list[dict[str, Any]]]:
-        """Measured columns of the rows of each table, with dropout off."""
-        self.model.eval()
-        settings, batches = self.config.diagnostics, self.diagnostic_batches()
-        found: dict[str, list[dict[str, Any]]] = {}
-        if settings.swap:  # first: the most memory, before anything else is held
-            found["swaps"] = swap.measure(
-                self.model,
-                batches,
-                self.loss,
-                trained=self.trained,
-                optimizer=self.optimizer,
-                settings=self.config.optimizer,
-                dtype=self.dtype,
-                parts=settings.swap_parts,
-            )
-        watchers = self._watchers()
-        analysis = examine(
-            self.model,
-            batches,
-            self.loss,
-            grad_at=settings.grad_at,
-            keep_tokens=settings.distributions,
-            watchers=list(watchers.values()),
-        )
-        found |= {"layers": analysis.rows(), **{table: watcher.rows() for table, watcher in watchers.items()}}
-        if settings.distributions:
-            found["distributions"] = analysis.distributions(settings.position_bins)
-        return {table: [{"step": self.updates, **row} for row in rows] for table, rows in found.items()}
+    def before(self) -> dict[str, Rows]:
+        """Return what diagnostics measure once, before the first update, by table."""
+        return diagnostics.before(self.diagnostics, self)
 
-    def _watchers(self) -> dict[str, Alignment | Mechanism]:
-        """What measures more on the analysis's passes, by the table it fills."""
-        settings, found = self.config.diagnostics, dict[str, Alignment | Mechanism]()
-        if settings.alignment:
-            found["tensors"] = Alignment(self.model, self.loss, dtype=self.dtype, initial=self.initial)
-        if settings.attention:
-            found["mechanism"] = Mechanism(self.model)
-        return found
+    def diagnose(self) -> dict[str, Any]:
+        """Return the rows of each table, measured on the diagnostic batches with dropout off."""
+        return diagnostics.measure(self.diagnostics, self)
 
-    def over_draws(self) -> list[dict[str, Any]]:
-        """Rows of `mechanism`: enrichments over other draws of the feedback, from seeds apart from the run's own streams."""
-        config = self.config
-        self.model.eval()
-        seeds = (
-            int(sequence(config.seed, "feedback draws", i).generate_state(1, np.uint64)[0])
-            for i in range(config.diagnostics.feedback_draws)
-        )
-        draws = (gpt.feedback(replace(config, seed=seed), self.corpus.vocab_size) for seed in seeds)
-        rows = over_draws(self.model, draws, self.diagnostic_batches(), self.loss, grad_at=config.diagnostics.grad_at)
-        return [{"step": self.updates, **row} for row in rows]
+
+def device_of(config: RunConfig) -> torch.device:
+    if config.device is Device.auto:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device.value)

@@ -38,7 +38,8 @@ class Run:
     def config(self) -> RunConfig:
         """The run's config. Its classes are imported by name, so those of other packages only when `trust` is given."""
         plain = self.metadata["config"] | {"tracker": tracking.NONE}  # opened again, it tells nobody
-        targets = [plain[group]["_target_"] for group in PLUGIN_GROUPS]
+        members = [plain[group] for group in PLUGIN_GROUPS] + list(plain["diagnostics"].get("more", {}).values())
+        targets = [member["_target_"] for member in members]
         foreign = [target for target in targets if not target.startswith("lnjac.")]
         if foreign and not self.trust:
             raise ConfigError(

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from lnjac.config.compose import compose
 from lnjac.config.schema import RunConfig, check
-from lnjac.diagnostics.alignment import Alignment, Comparison, over_draws
+from lnjac.diagnostics.alignment import TENSORS, Alignment, Comparison
+from lnjac.diagnostics.base import measure
+from lnjac.diagnostics.draws import over_draws
 from lnjac.gpt import credit
 from lnjac.gpt import model as gpt
-from lnjac.norms.analyse import analyse, fresh_grads
 from lnjac.norms.capture import capture
 from lnjac.norms.layers import norms
+from lnjac.norms.probe import fresh_grads, probe
 from lnjac.runs import folder as runs
-from lnjac.runs.schema import DIAG_ID, RUN_ID, TENSORS
 from lnjac.training import run as train
 from lnjac.training.loop import Training
 
@@ -51,10 +52,8 @@ BATCHES = [batch(3), batch(1, seed=1)]
 
 
 def rows_of(training: Training, batches: list[Batch] = BATCHES) -> dict[tuple[str, str], dict[str, Any]]:
-    initial = gpt.block_weights(gpt.build(training.config, VOCAB))
-    watcher = Alignment(training.model, training.loss, dtype=training.dtype, initial=initial)
-    analyse(training.model, batches, training.loss, watchers=[watcher])
-    return {(row["kind"], row["name"]): row for row in watcher.rows()}
+    training.diagnostic_batches = lambda: batches
+    return {(row["kind"], row["name"]): row for row in measure([Alignment()], training)["tensors"]}
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -239,7 +238,7 @@ def test_a_gradient_that_does_not_come_is_zero() -> None:
     assert rows["parameter", "head.weight"]["cos"] == 1.0
     assert math.isnan(rows["parameter", "head.weight"]["feedback_cos"])
     assert math.isnan(rows["parameter", "head.weight"]["feedback_angle_deg"])
-    assert math.isnan(training.diagnose()["layers"][0]["rstd_cv"])
+    assert math.isnan(training.diagnose()["layers"]["rstd_cv"][0])
     below = rows["norm_output", "blocks.0.ln_1"]
     assert (below["norm"], below["interpretable"]) == (0.0, False)
     assert below["bp_norm"] > 0
@@ -274,8 +273,8 @@ def test_mean_and_standard_error_over_draws() -> None:
     values = []
     for draw in draws(config, 3):
         with gpt.replaced(training.model, draw):
-            row = analyse(training.model, BATCHES, training.loss)[0]
-            values.append(row["enrichment_radial_share"])
+            table = probe(training.model).measure(BATCHES, training.loss)
+            values.append(table["enrichment_radial_share"][0])
     rows = over_draws(training.model, draws(config, 3), BATCHES, training.loss)
     found = {(row["place"], row["quantity"]): row["value"] for row in rows}
     mean = sum(values) / 3
@@ -297,7 +296,7 @@ def test_draws_are_made_at_step_0_whatever_the_schedule_and_are_not_the_runs_own
     rows = runs.read_table(tmp_path / "run" / "mechanism.parquet").to_pandas()
     assert (set(rows["step"]), set(rows["n"])) == ({0}, {2})
     own = trained(config_of("method=fa"), updates=0).diagnose()["layers"]
-    mine = next(row for row in own if row["site"] == "ln_f")["enrichment_radial"]
+    mine = own.set_index("site").loc["ln_f", "enrichment_radial"]
     drawn = rows[(rows["place"] == "ln_f") & (rows["quantity"] == "enrichment_radial_over_draws")]["value"]
     assert drawn.item() != pytest.approx(mine)
 
@@ -357,7 +356,6 @@ def test_grads_and_rules_are_left_as_they_were() -> None:
 
 def test_rows_fit_their_table() -> None:
     training = trained(config_of("method=fa"))
-    declared = [column for column in TENSORS if column not in (RUN_ID, DIAG_ID)]
-    table = runs.table(declared, (), [{"step": 3, **row} for row in rows_of(training).values()])
+    table = runs.table(TENSORS, (), list(rows_of(training).values()))
     assert table["block"].to_pylist()[:4] == [None, None, None, 0]
     assert table["call"].null_count == 0

@@ -4,8 +4,10 @@ import functools
 import math
 from dataclasses import dataclass
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from support.small import SMALL, corpus, members
@@ -14,14 +16,15 @@ from torch import Tensor
 from lnjac.config.compose import compose
 from lnjac.config.schema import RunConfig
 from lnjac.diagnostics import attention as mechanism
-from lnjac.diagnostics.attention import Mechanism
+from lnjac.diagnostics.attention import MECHANISM, Mechanism
+from lnjac.diagnostics.base import Subject, measure
+from lnjac.diagnostics.catalogue import BUILT_IN
 from lnjac.gpt import model as gpt
 from lnjac.gpt.attention import Attention, Linear, Relu, Sigmoid, Softmax, causal_mask
 from lnjac.gpt.credit import is_feedback
-from lnjac.norms.analyse import analyse, replay
 from lnjac.norms.capture import Capture, capture
+from lnjac.norms.probe import probe, replay
 from lnjac.runs import folder as runs
-from lnjac.runs.schema import DIAG_ID, MECHANISM, QUANTITIES, RUN_ID
 from lnjac.training.loop import Training
 
 VOCAB, T, D = 11, 8, 8
@@ -53,10 +56,14 @@ def loss(model: gpt.GPT, part: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
     return model(*part)[1], part[1].numel()
 
 
+def subject(model: gpt.GPT, *batches: tuple[Tensor, Tensor], loss: Any = loss) -> Subject:
+    """A run that is no more than its model and some batches."""
+    given = {"model": model, "loss": loss, "config": config_of(), "updates": 0}
+    return SimpleNamespace(**given, diagnostic_batches=lambda: batches or [batch(3)])  # type: ignore[return-value]
+
+
 def rows_of(model: gpt.GPT, *batches: tuple[Tensor, Tensor]) -> list[dict[str, Any]]:
-    watcher = Mechanism(model)
-    analyse(model, batches or [batch(3)], loss, watchers=[watcher])
-    return watcher.rows()
+    return measure([Mechanism()], subject(model, *batches))["mechanism"]
 
 
 def values(rows: list[dict[str, Any]]) -> Found:
@@ -403,14 +410,14 @@ def test_hooks_go_also_after_an_error() -> None:
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        analyse(model, [batch(3)], broken, watchers=[Mechanism(model)])
+        measure([Mechanism()], subject(model, loss=broken))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_layer_rows_do_not_notice() -> None:
     model = made("method=fa", "attn_mode=sigmoid")
-    plain = analyse(model, [batch(3)], loss)
-    assert analyse(model, [batch(3)], loss, watchers=[Mechanism(model)]) == plain
+    plain = probe(model).measure([batch(3)], loss)
+    pd.testing.assert_frame_equal(measure([Mechanism()], subject(model))["layers"], plain, check_exact=True)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -427,8 +434,8 @@ def test_lower_precisions_agree(precision: str) -> None:
 
 def test_every_quantity_is_declared_and_found() -> None:
     training = Training(config_of("diagnostics=attention", "diagnostics.feedback_draws=2"), corpus())
-    rows = training.diagnose()["mechanism"] + training.over_draws()
-    assert {row["quantity"] for row in rows} == set(QUANTITIES)
-    declared = [column for column in MECHANISM if column not in (RUN_ID, DIAG_ID)]
-    assert runs.table(declared, (), rows).num_rows == len(rows)
+    rows = training.diagnose()["mechanism"] + training.before()["mechanism"]
+    declared = {name for each in BUILT_IN if each.table == "mechanism" for name in each.quantities}
+    assert {row["quantity"] for row in rows} == declared
+    assert runs.table(MECHANISM, (), rows).num_rows == len(rows)
     assert len({(row["place"], row["call"], row["quantity"]) for row in rows}) == len(rows)

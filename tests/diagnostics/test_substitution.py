@@ -136,7 +136,7 @@ def test_every_swap_is_the_gradient_of_a_pass_of_its_own(case: str, batches: Seq
     set_backward(training.model, Factors("exact", ["all"], True, True, True))
     exact = gradients(training, batches)
     parts = {part for *_, part in found}
-    assert parts == {"all", *exact, *("embedding" if n[:3] in ("wte", "wpe") else swap.block_of(n) for n in exact)}
+    assert parts == {"all", *exact, *("embedding" if n[:3] in ("wte", "wpe") else swap.part_of(n) for n in exact)}
     seen = 0
     for place, surrogate, radial, truth in truths(training, batches):
         for part in parts:

@@ -40,7 +40,7 @@ def test_column_names_are_unique() -> None:
 def test_own_model_code_runs_on_a_transformer_encoder(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    five_lines, imports, raw = re.findall(
+    five_lines, imports, loop, raw = re.findall(
         r"```python\n(.*?)```", (root / "docs" / "own-model.md").read_text(), re.DOTALL
     )
     assert len(five_lines.strip().splitlines()) == 5
@@ -50,7 +50,10 @@ def test_own_model_code_runs_on_a_transformer_encoder(
     monkeypatch.chdir(tmp_path)
     save_file(model.state_dict(), "checkpoint.safetensors")
     space = {"model": model, "x": torch.randn(3, 5, 16), "y": torch.randint(16, (3, 5))}
-    exec(imports + five_lines + raw, space)
+    exec(imports + five_lines + loop + raw, space)
+    recorded = pd.read_parquet("runs/lr0.1-seed1/layers.parquet")
+    assert set(recorded["step"]) == {2, 4}
+    assert set(recorded["model.width"]) == {16}
     table = space["table"]
     assert isinstance(table, pd.DataFrame)
     assert table["site"].tolist() == ["layers.0.norm1", "layers.0.norm2", "layers.1.norm1", "layers.1.norm2", "norm"]

@@ -32,7 +32,7 @@ from lnjac.gpt import credit, methods
 from lnjac.gpt import model as gpt
 from lnjac.gpt import optimizers as optim
 from lnjac.gpt.settings import Precision
-from lnjac.norms.analyse import analyse
+from lnjac.norms.probe import probe
 from lnjac.training.loop import Training
 
 # One layer, closed form
@@ -366,7 +366,7 @@ def test_frozen_has_bps_gradients_and_a_row_for_every_norm() -> None:
     rows = {}
     for method in ("frozen", "bp"):
         training = Training(config_of(f"method={method}"), corpus())
-        rows[method] = analyse(training.model, [(IDX, TARGETS)], training.loss)
+        rows[method] = probe(training.model).measure([(IDX, TARGETS)], training.loss).to_dict("records")
     sites = {f"blocks.{i}.ln_{j}" for i in range(N_LAYER) for j in (1, 2)} | {"ln_f"}
     assert {row["site"] for row in rows["frozen"]} == sites
     assert rows["frozen"] == rows["bp"]

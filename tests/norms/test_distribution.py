@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lnjac.config import compose
-from lnjac.norms.analyse import examine
 from lnjac.norms.decompose import decompose
 from lnjac.norms.distribution import QUANTILES, Quantity, Statistic, profile, quantities, spread
+from lnjac.norms.probe import probe
 from lnjac.runs import folder as runs
 from lnjac.training import run as train
 
@@ -98,11 +98,24 @@ def loss(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     return model(x).square().mean(), x.shape[0] * x.shape[1]
 
 
+def distributions(model: nn.Module, batches: list[Tensor], bins: int) -> list[dict[str, Any]]:
+    seen = probe(model, keep_tokens=True)
+    seen.measure(batches, loss)
+    return seen.distributions(bins).to_dict("records")
+
+
+def test_distributions_need_the_tokens() -> None:
+    seen = probe(Net())
+    seen.measure([torch.randn(4, 5, 6)], loss)
+    with pytest.raises(ValueError, match="keep_tokens=True"):
+        seen.distributions(4)
+
+
 def test_micro_batches_are_one_sample() -> None:
     torch.manual_seed(0)
     model, x = Net().double(), torch.randn(4, 5, 6, dtype=torch.float64)
-    both = examine(model, [x], loss, keep_tokens=True).distributions(5)
-    apart = examine(model, [x[:1], x[1:]], loss, keep_tokens=True).distributions(5)
+    both = distributions(model, [x], 5)
+    apart = distributions(model, [x[:1], x[1:]], 5)
     assert len(both) == 8 * (len(QUANTILES) + 5)
     for one, other in zip(both, apart, strict=True):
         assert {**one, "value": 0} == {**other, "value": 0}
@@ -112,7 +125,7 @@ def test_micro_batches_are_one_sample() -> None:
 def test_batches_of_unequal_length_meet_by_position() -> None:
     torch.manual_seed(0)
     model, long, short = Net().double(), torch.randn(3, 8, 6).double(), torch.randn(2, 5, 6).double()
-    found = examine(model, [long, short], loss, keep_tokens=True).distributions(8)
+    found = distributions(model, [long, short], 8)
     sigma = {r["at"]: r for r in found if (r["quantity"], r["statistic"]) == ("sigma", "position")}
     for at in range(8):
         tokens = torch.cat([x[:, at] for x in (long, short) if at < x.shape[1]])

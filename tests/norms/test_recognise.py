@@ -3,14 +3,13 @@
 import math
 from collections.abc import Callable
 
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lnjac.norms.analyse import analyse
 from lnjac.norms.capture import candidates, capture
+from lnjac.norms.probe import probe
 from lnjac.norms.recognise import Unrecognised, is_candidate, recognise
 
 D = 8
@@ -169,7 +168,7 @@ MEASURED = [
 def test_rows_are_the_truth_whatever_the_class(norm: nn.Module, shape: tuple[int, ...]) -> None:
     model = around(norm)
     x = torch.randn(*shape, D, dtype=torch.float64)
-    row = pd.DataFrame(analyse(model, [(x,)], loss)).set_index("site").loc["norm"]
+    row = probe(model).measure([(x,)], loss).set_index("site").loc["norm"]
     true = truth(model, x)
     assert row[list(true)].tolist() == pytest.approx(list(true.values()), rel=1e-6, nan_ok=True)
     assert row["norm"] == ("rmsnorm" if isinstance(norm, RMS) else "layernorm")
@@ -191,7 +190,7 @@ def test_a_module_that_computes_something_else_is_refused_by_name(
 ) -> None:
     model, x = around(norm), torch.randn(3, 5, D, dtype=torch.float64)
     with pytest.raises(ValueError, match=rf"^norm \({type(norm).__name__}\) is not measured: .*({said})"):
-        analyse(model, [(x, *more)], loss)
+        probe(model).measure([(x, *more)], loss)
 
 
 def test_the_other_norms_are_measured_where_the_user_says_so() -> None:
@@ -275,4 +274,4 @@ def test_a_known_class_is_believed_only_as_far_as_its_output_shows() -> None:
     with pytest.raises(
         ValueError, match=r"^norm \(LayerNorm\) is not measured: its output is .* away from a LayerNorm's"
     ):
-        analyse(model, [(x,)], loss)
+        probe(model).measure([(x,)], loss)

@@ -19,7 +19,8 @@ from lnjac.config.identity import to_dict
 from lnjac.config.schema import Device, RunConfig, build
 from lnjac.gpt import model as gpt
 from lnjac.gpt.attention import Attention
-from lnjac.norms import analyse
+from lnjac.norms.probe import probe
+from lnjac.runs.record import Record
 from lnjac.training import graph, loop
 from lnjac.training import run as train
 
@@ -61,17 +62,21 @@ def changed(base: dict[str, Any], own: list[str]) -> dict[str, Any]:
     return values
 
 
-def outcome(job: train.Job, ended: int | None) -> Outcome:
-    job.finish(ended)
-    weights = {name: value.clone() for name, value in gpt.saved(job.training.model).items()}
-    return Outcome(ended, job.record.rows["layers"], job.record.rows["curves"], weights)
+def finished(config: RunConfig, record: Record, resumed: int = 0) -> Outcome:
+    """Train within the record's context, to the end."""
+    training = train.begin(config, corpus(), record)
+    assert training.updates == resumed
+    loop.train(training, record, lambda: None)
+    weights = {name: value.clone() for name, value in gpt.saved(training.model).items()}
+    ended = record.described.get("diverged_step")
+    return Outcome(ended, record.tables["layers"], record.tables["curves"], weights)
 
 
 def alone(these: Sequence[RunConfig], folder: Path) -> list[Outcome]:
     found = []
     for i, config in enumerate(these):
-        with train.execution(config), train.Job(config, folder / f"alone{i}", corpus()) as job:
-            found.append(outcome(job, train._train(job)))
+        with train.execution(config), train.opened(config, folder / f"alone{i}", corpus()) as record:
+            found.append(finished(config, record))
     return found
 
 
@@ -119,15 +124,19 @@ def test_a_run_goes_on_from_its_checkpoint(method: str, precision: str, tmp_path
     options = ("model.dropout=0.1", "deterministic=true", f"method={method}", f"precision={precision}", "steps=8")
     (config,) = on_gpu(configs(*options, varied=[["seed=1"]]))
     whole = alone([config], tmp_path / "whole")[0]
-    with suppress(KeyboardInterrupt), train.execution(config), train.Job(config, tmp_path / "cut", corpus()) as job:
-        job.record.observe()
+    with (
+        suppress(KeyboardInterrupt),
+        train.execution(config),
+        train.opened(config, tmp_path / "cut", corpus()) as record,
+    ):
+        training = train.begin(config, corpus(), record)
+        loop.observe(training, record)
         for _ in range(4):
-            job.record.observe(job.training.update(), job.training.optimizer.param_groups[0]["lr"])
-        job.save()
+            loop.observe(training, record, training.update())
+        train.save(training, record)
         raise KeyboardInterrupt
-    with train.execution(config), train.Job(config, tmp_path / "cut", corpus()) as job:
-        assert job.resumed == 4
-        resumed = outcome(job, train._train(job))
+    with train.execution(config), train.opened(config, tmp_path / "cut", corpus()) as record:
+        resumed = finished(config, record, resumed=4)
     for name, value in whole.weights.items():
         assert torch.equal(value, resumed.weights[name]), name
     assert_rows_close(whole.layers, resumed.layers, 0.0)
@@ -201,5 +210,5 @@ def test_a_large_norm_takes_few_launches() -> None:
     norm = torch.nn.LayerNorm(768, device="cuda")
     x = torch.randn(8, 1024, 768, device="cuda", requires_grad=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
-        analyse.analyse(norm, [x], lambda model, batch: (model(batch).square().mean(), 8192))
+        probe(norm).measure([x], lambda model, batch: (model(batch).square().mean(), 8192))
     assert sum(event.count for event in recorded.key_averages()) < 1000

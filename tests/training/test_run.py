@@ -25,7 +25,7 @@ from lnjac.columns import VOLATILE
 from lnjac.config.compose import compose
 from lnjac.errors import ConfigError
 from lnjac.files import file_sha256, write_atomically
-from lnjac.norms.analyse import analyse
+from lnjac.norms.probe import probe
 from lnjac.runs import folder as runs
 from lnjac.runs import state as plan
 from lnjac.runs.schema import FROZEN, RUNS, with_role
@@ -151,8 +151,9 @@ def test_micro_batches_of_the_diagnostic_add_up(tmp_path: Path) -> None:
     run = finished(tmp_path, "diagnostics.batches=2", "precision=fp64")
     idx, targets = run.diagnostic_batch()
     assert idx.shape[0] == 2
-    union = analyse(run.model(), [(idx.flatten(0, 1), targets.flatten(0, 1))], lambda m, b: (m(*b)[1], b[0].numel()))
-    for row, (_, stored) in zip(union, run.layers.iterrows(), strict=True):
+    whole = (idx.flatten(0, 1), targets.flatten(0, 1))
+    union = probe(run.model()).measure([whole], lambda m, b: (m(*b)[1], b[0].numel()))
+    for (_, row), (_, stored) in zip(union.iterrows(), run.layers.iterrows(), strict=True):
         for column in ("r_mean", "radial_share", "flat_cos_ste", "gain_center", "sigma_q50", "sum_A", "sum_C_rstd2"):
             assert stored[column] == pytest.approx(row[column], rel=1e-9), column
 
@@ -288,8 +289,8 @@ def test_what_comes_after_the_end_takes_nothing_back(tmp_path: Path, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             train.run(compose(*SMALL), tmp_path, corpus())
     assert lnjac.load_run(tmp_path).status["status"] == runs.DONE
-    with suppress(KeyboardInterrupt), train.Job(compose(*SMALL), tmp_path, corpus()) as job:
-        assert job.found == runs.DONE
+    with suppress(KeyboardInterrupt), train.opened(compose(*SMALL), tmp_path, corpus()) as record:
+        assert record.found == runs.DONE
         raise KeyboardInterrupt
     assert lnjac.load_run(tmp_path).status["status"] == runs.DONE
 
@@ -306,8 +307,9 @@ def test_a_status_that_cannot_be_written_frees_the_folder(tmp_path: Path, monkey
 
 
 def test_anothers_checkpoint_is_never_lost(tmp_path: Path) -> None:
-    with suppress(KeyboardInterrupt), train.Job(compose(*SMALL, "seed=1"), tmp_path, corpus()) as job:
-        job.save()
+    config = compose(*SMALL, "seed=1")
+    with suppress(KeyboardInterrupt), train.opened(config, tmp_path, corpus()) as record:
+        train.save(train.begin(config, corpus(), record), record)
         (tmp_path / ".layers.parquet.0123.tmp").write_text("left by a process that was killed")
         raise KeyboardInterrupt
     with pytest.raises(ConfigError, match="holds another run"):
@@ -319,7 +321,7 @@ def test_anothers_checkpoint_is_never_lost(tmp_path: Path) -> None:
 def test_a_folder_belongs_to_one_process(tmp_path: Path) -> None:
     config = compose(*SMALL)
     with (
-        train.Job(config, tmp_path, corpus()),
+        train.opened(config, tmp_path, corpus()),
         pytest.raises(ConfigError, match="being written by another process"),
     ):
         train.run(config, tmp_path, corpus())
@@ -367,8 +369,9 @@ def test_a_checkpoint_that_cannot_be_used_costs_only_itself(
     cut = tmp_path / "cut"
     cut.mkdir()
     if damage == "another's":
-        with train.Job(compose(*SMALL, "seed=9"), tmp_path / "other", corpus()) as job:
-            job.save()
+        config = compose(*SMALL, "seed=9")
+        with train.opened(config, tmp_path / "other", corpus()) as record:
+            train.save(train.begin(config, corpus(), record), record)
         (tmp_path / "other" / runs.CHECKPOINT).rename(cut / runs.CHECKPOINT)
     else:
         (cut / runs.CHECKPOINT).write_bytes(b"" if damage == "empty" else b"\x10\0\0\0\0\0\0\0{")
@@ -412,9 +415,10 @@ def test_a_run_whose_checkpoint_was_altered_starts_anew(
 ) -> None:
     whole = finished(tmp_path / "whole")
     cut = tmp_path / "cut"
-    with suppress(KeyboardInterrupt), train.Job(compose(*SMALL), cut, corpus()) as job:
-        job.training.update()
-        job.save()
+    with suppress(KeyboardInterrupt), train.opened(compose(*SMALL), cut, corpus()) as record:
+        training = train.begin(compose(*SMALL), corpus(), record)
+        training.update()
+        train.save(training, record)
         raise KeyboardInterrupt
     file = cut / runs.CHECKPOINT
     content = file.read_bytes()
@@ -574,7 +578,7 @@ def test_the_first_query_under_softmax_is_known_to_hold_rounding_errors(precisio
     """It attends to one key, whatever its value: its true gradient is zero, and its cosines would be those of noise."""
     settings = compose(*TINY, "model.qk_norm=true", f"precision={precision}", "method=bp", "steps=0")
     training = loop.Training(settings, settings.data.load())
-    for row in training.diagnose()["layers"]:
+    for row in training.diagnose()["layers"].to_dict("records"):
         sequences = settings.diagnostics.batch_size * settings.model.n_head
         assert row["n_zero"] == (sequences if row["role"] == "q_norm" else 0), row["site"]
 

@@ -126,7 +126,7 @@ def test_curves_go_on_without_duplicates(saved: int | None, tmp_path: Path, monk
     """Cut after five updates, two after its last checkpoint; without any it starts anew."""
     config = compose(*SMALL, *TENSORBOARD, "steps=7", "checkpoint.every=0", f"tracker.columns=[{','.join(DRAWN)}]")
     with monkeypatch.context() as patch:
-        update, save = loop.Training.update, train.Job.save
+        update, save = loop.Training.update, train.save
 
         def until(self: loop.Training) -> float:
             if self.updates == 5:
@@ -134,7 +134,7 @@ def test_curves_go_on_without_duplicates(saved: int | None, tmp_path: Path, monk
             return update(self)
 
         patch.setattr(loop.Training, "update", until)
-        patch.setattr(train.Job, "save", lambda job: save(job) if job.training.updates == saved else None)
+        patch.setattr(train, "save", lambda it, record: save(it, record) if it.updates == saved else None)
         with pytest.raises(KeyboardInterrupt):
             train.run(config, tmp_path, corpus())
     assert ("curve/train_loss_nats", 5) in shown(tmp_path)

@@ -4,14 +4,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lnjac.norms.analyse import analyse
 from lnjac.norms.formulas import COLUMNS
 from lnjac.norms.layers import Factors, Norm
+from lnjac.norms.probe import probe
 
 D, T, CLASSES, EPS = 12, 5, 7, 1e-2
 SITES = [f"encoder.layers.{i}.{norm}" for i in range(2) for norm in ("norm1", "norm2")] + ["encoder.norm"]
@@ -94,6 +95,12 @@ def hooked(model: nn.Module, one: Batch) -> list[tuple[str, nn.Module, Tensor, T
         handle.remove()
     model.zero_grad()
     return [(n, m, inputs[n].reshape(-1, D), grads[n].reshape(-1, D)) for n, m in modules.items()]
+
+
+def measured(model: nn.Module, batches: Any, loss: Any = loss, **more: Any) -> list[dict[str, Any]]:
+    """The probe's table as rows of plain values."""
+    rows = probe(model, **more).measure(batches, loss).to_dict("records")
+    return [{name: None if value is pd.NA else value for name, value in row.items()} for row in rows]
 
 
 def cos(a: Tensor, b: Tensor) -> Tensor:
@@ -188,7 +195,7 @@ def agree(row: dict[str, Any], expected: dict[str, float], tol: float = 1e-8) ->
 def test_rows_of_torchs_transformer_encoder(norm_first: bool, at: str) -> None:
     model = seeded(lambda: Encoder(norm_first=norm_first))
     one = batch(9)
-    rows = analyse(model, [one], loss, grad_at=at)
+    rows = measured(model, [one], loss, grad_at=at)
     seen = hooked(model, one)
     assert sorted(row["site"] for row in rows) == sorted(SITES) == sorted(site for site, *_ in seen)
     by_site = {row["site"]: row for row in rows}
@@ -213,9 +220,9 @@ def test_rows_of_torchs_transformer_encoder(norm_first: bool, at: str) -> None:
 
 def test_grad_at_matters_where_the_norm_has_a_weight() -> None:
     model = seeded(lambda: Encoder(norm_first=True))
-    normalized, output = (analyse(model, [batch(4)], loss, grad_at=at) for at in ("normalized", "output"))
+    normalized, output = (measured(model, [batch(4)], loss, grad_at=at) for at in ("normalized", "output"))
     assert all(abs(a["r_mean"] - b["r_mean"]) > 1e-3 for a, b in zip(normalized, output, strict=True))
-    assert analyse(model, [batch(4)], loss) == normalized
+    assert measured(model, [batch(4)], loss) == normalized
 
 
 @pytest.mark.parametrize("at", ["normalized", "output"])
@@ -224,7 +231,7 @@ def test_rows_of_the_projects_norms(rms: bool, at: str) -> None:
     model = seeded(lambda: Ours(rms=rms))
     model.ln_f.backward_rule = Factors("scale", ["ln_f"], False, False, True)
     one = batch(6)
-    rows = analyse(model, [one], loss, grad_at=at)
+    rows = measured(model, [one], loss, grad_at=at)
     for row, (site, module, x, grad) in zip(rows, hooked(model, one), strict=True):
         assert row["site"] == row["role"] == site
         assert row["block"] is None
@@ -237,7 +244,7 @@ def test_rows_of_the_projects_norms(rms: bool, at: str) -> None:
 def test_a_tied_norm_has_a_row_per_call() -> None:
     model = seeded(lambda: Ours(tied=True))
     one = batch(3)
-    rows = analyse(model, [one, one], loss)
+    rows = measured(model, [one, one], loss)
     assert [(row["site"], row["call"], row["n_tokens"]) for row in rows] == [("ln_1", 0, 30), ("ln_1", 1, 30)]
     x = model.embed(one[0]).detach()
     sigmas = [x, x + torch.tanh(model.fc(model.ln_1(x))).detach()]
@@ -249,7 +256,7 @@ def test_a_tied_norm_has_a_row_per_call() -> None:
 @pytest.mark.parametrize("build", [lambda: Encoder(norm_first=False), lambda: Ours(rms=True)], ids=["encoder", "rms"])
 def test_a_row_is_the_declared_columns_and_nothing_else(build: Callable[[], nn.Module]) -> None:
     kinds = {"int64": int, "float64": float, "string": str}
-    for row in analyse(seeded(build), [batch(2)], loss):
+    for row in measured(seeded(build), [batch(2)], loss):
         assert row.keys() == MEASURED
         for column in COLUMNS:
             if column.name in row and not (column.name == "block" and row["block"] is None):
@@ -264,7 +271,7 @@ def test_a_row_is_the_declared_columns_and_nothing_else(build: Callable[[], nn.M
 @pytest.mark.parametrize("at", ["normalized", "output"])
 def test_jacobian_residual_is_of_the_dtypes_size(dtype: torch.dtype, low: float, high: float, at: str) -> None:
     model = seeded(lambda: Encoder(norm_first=True, eps=1e-5), dtype)
-    rows = analyse(model, [batch(4, dtype)], loss, grad_at=at)
+    rows = measured(model, [batch(4, dtype)], loss, grad_at=at)
     assert len(rows) == 5
     for row in rows:
         assert low < row["jacobian_residual"] < high, row["site"]
@@ -273,8 +280,8 @@ def test_jacobian_residual_is_of_the_dtypes_size(dtype: torch.dtype, low: float,
 
 
 def test_lower_precision_estimates_the_same_rows() -> None:
-    exact = analyse(seeded(lambda: Encoder(norm_first=True)), [batch(9)], loss)
-    single = analyse(seeded(lambda: Encoder(norm_first=True), torch.float64).float(), [batch(9, torch.float32)], loss)
+    exact = measured(seeded(lambda: Encoder(norm_first=True)), [batch(9)], loss)
+    single = measured(seeded(lambda: Encoder(norm_first=True), torch.float64).float(), [batch(9, torch.float32)], loss)
     for a, b in zip(exact, single, strict=True):
         for name in ("r_mean", "r_radial", "radial_share", "sigma_mean", "flat_cos_ste", "sum_C_rstd2"):
             assert a[name] == pytest.approx(b[name], rel=1e-3), name
@@ -287,8 +294,8 @@ def test_lower_precision_estimates_the_same_rows() -> None:
 def test_unequal_micro_batches_equal_one_big_batch(sizes: tuple[int, ...]) -> None:
     model = seeded(lambda: Encoder(norm_first=True))
     x, targets = batch(9)
-    whole = analyse(model, [(x, targets)], loss)
-    parts = analyse(model, zip(x.split(sizes), targets.split(sizes), strict=True), loss)
+    whole = measured(model, [(x, targets)], loss)
+    parts = measured(model, zip(x.split(sizes), targets.split(sizes), strict=True), loss)
     assert [row["site"] for row in parts] == [row["site"] for row in whole]
     for row, other in zip(parts, whole, strict=True):
         agree(
@@ -302,7 +309,7 @@ def test_a_mean_of_means_would_weigh_small_batches_too_much() -> None:
     model = seeded(lambda: Encoder(norm_first=True))
     x, targets = batch(9)
     (whole, *_), (one, *_), (rest, *_) = (
-        analyse(model, [(x[s], targets[s])], loss) for s in (slice(9), slice(1), slice(1, 9))
+        measured(model, [(x[s], targets[s])], loss) for s in (slice(9), slice(1), slice(1, 9))
     )
     assert abs((one["r_radial"] + rest["r_radial"]) / 2 - whole["r_radial"]) > 1e-4
 
@@ -318,14 +325,15 @@ def test_gradients_are_left_as_they_were_found() -> None:
         p.grad = None
     before = [p.grad for p in params]
     values = [None if g is None else g.clone() for g in before]
-    analyse(model, [batch(3), batch(2)], loss)
+    measured(model, [batch(3), batch(2)], loss)
 
     def failing(model: nn.Module, one: Batch) -> tuple[Tensor, int]:
-        loss(model, one)[0].backward()
+        for p in params:
+            p.grad = torch.ones_like(p)
         raise RuntimeError("loss failed")
 
     with pytest.raises(RuntimeError, match="loss failed"):
-        analyse(model, [batch(2)], failing)
+        measured(model, [batch(2)], failing)
     for p, grad, value in zip(params, before, values, strict=True):
         assert p.grad is grad
         assert (grad is None) == (value is None)
@@ -335,9 +343,9 @@ def test_gradients_are_left_as_they_were_found() -> None:
 
 def test_frozen_parameters_change_no_row() -> None:
     model = seeded(lambda: Encoder(norm_first=True))
-    rows = analyse(model, [batch(4)], loss)
+    rows = measured(model, [batch(4)], loss)
     model.requires_grad_(False)
-    assert analyse(model, [batch(4)], loss) == rows
+    assert measured(model, [batch(4)], loss) == rows
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
@@ -351,15 +359,15 @@ def test_no_gradient_is_refused(case: str) -> None:
         return (stray * value.detach() if case == "another parameter's loss" else value.detach()), n
 
     with pytest.raises(ValueError, match="no gradient"), torch.set_grad_enabled(case != "under no_grad"):
-        analyse(model, [] if case == "no batch" else [batch(2)], loss if case == "under no_grad" else lost)
+        measured(model, [] if case == "no batch" else [batch(2)], loss if case == "under no_grad" else lost)
 
 
 def test_a_model_without_norms_is_refused() -> None:
     model = nn.Linear(4, CLASSES).double()
     with pytest.raises(ValueError, match="has no LayerNorm or RMSNorm"):
-        analyse(model, [batch(2)], loss)
+        measured(model, [batch(2)], loss)
 
 
 def test_an_unknown_place_for_the_gradient_is_refused() -> None:
     with pytest.raises(ValueError, match="input"):
-        analyse(seeded(lambda: Encoder(norm_first=True)), [batch(2)], loss, grad_at="input")
+        measured(seeded(lambda: Encoder(norm_first=True)), [batch(2)], loss, grad_at="input")

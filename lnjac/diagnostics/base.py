@@ -1,0 +1,120 @@
+"""What a diagnostic is, and the one pass over the diagnostic batches that all of them share."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lnjac.columns import Column
+from lnjac.gpt.model import GPT
+from lnjac.norms.probe import Pass, fresh_grads, probe
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Rows = list[dict[str, Any]]
+
+
+class Subject(Protocol):
+    """The run that is measured, as it stands: lnjac.training.loop.Training."""
+
+    config: Any
+    model: GPT
+    trained: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    updates: int
+    vocab_size: int
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the matrix products."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]: ...
+
+    def diagnostic_batches(self) -> list[tuple[Tensor, Tensor]]: ...
+
+
+class Diagnostic:
+    """Rows of one table, measured on a run beside those of its norms. A subclass takes part in the moments that it defines.
+
+    It is a dataclass of settings, as its yaml file has them. Each measurement is made by a copy of its own, so what it
+    gathers in `begin`, `watch` and `passed` is its own too. It leaves the model as it was found.
+    """
+
+    table: ClassVar[str]
+    columns: ClassVar[Sequence[Column]]
+    """Those of `rows`; run_id, diag_id and step come before them in the table."""
+    quantities: ClassVar[Mapping[str, str]] = {}
+    """What its column `quantity` holds, if it has one, and what each means."""
+    cost: ClassVar[str]
+    """The time that a measurement takes, in words."""
+    needs_tokens: ClassVar[bool] = False
+    """Whether `passed` needs each token's numbers, beside the sums at each call of a norm."""
+
+    def before(self, subject: Subject) -> Rows:
+        """Return rows that are measured once, before the first update, whatever the schedule."""
+        return []
+
+    def begin(self, subject: Subject) -> None:
+        """Begin a measurement of the model as it stands, in eval mode."""
+        self.subject = subject
+
+    def watch(self) -> AbstractContextManager[Any]:
+        """Return a context around the shared forward and backward pass on one batch."""
+        return nullcontext()
+
+    def passed(self, batch: Any, seen: Pass) -> None:
+        """Take what a pass left: parameters' `.grad` of the mean loss, and what was measured at each call of a norm."""
+
+    def rows(self) -> Rows:
+        """Return the rows of this measurement; further passes may be made here."""
+        return []
+
+
+def before(diagnostics: Sequence[Diagnostic], subject: Subject) -> dict[str, Rows]:
+    """Return what is measured once, before the first update, by table."""
+    subject.model.eval()
+    found: dict[str, Rows] = {}
+    for diagnostic in diagnostics:
+        if rows := copy.copy(diagnostic).before(subject):
+            found.setdefault(diagnostic.table, []).extend(rows)
+    return found
+
+
+def measure(diagnostics: Sequence[Diagnostic], subject: Subject) -> "dict[str, pd.DataFrame | Rows]":
+    """Measure the norms and every diagnostic, with dropout off; return the rows of each table.
+
+    Each diagnostic batch is passed forward and backward once, whoever watches.
+    """
+    model, step = subject.model, subject.updates
+    model.eval()
+    running = [copy.copy(diagnostic) for diagnostic in diagnostics]
+    norms = probe(
+        model,
+        grad_at=subject.config.diagnostics.grad_at,
+        keep_tokens=any(diagnostic.needs_tokens for diagnostic in running),
+    )
+    for diagnostic in running:
+        diagnostic.begin(subject)
+    for batch in subject.diagnostic_batches():
+        with fresh_grads(model):
+            with ExitStack() as watching:
+                seen = watching.enter_context(norms.watch(step))
+                for diagnostic in running:
+                    watching.enter_context(diagnostic.watch())
+                mean, tokens = subject.loss(model, batch)
+                seen.tokens(tokens, mean)
+                mean.backward()  # type: ignore[no-untyped-call]
+            for diagnostic in running:
+                diagnostic.passed(batch, seen)
+    layers, found = norms.rows(step), dict[str, Rows]()
+    del norms, seen
+    while running:  # each is let go with what it holds before the next one takes memory
+        diagnostic = running.pop(0)
+        if rows := diagnostic.rows():
+            found.setdefault(diagnostic.table, []).extend(rows)
+    return {"layers": layers, **found}

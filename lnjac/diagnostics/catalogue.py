@@ -1,0 +1,38 @@
+"""The diagnostics that lnjac brings, and those that a config switches on."""
+
+from typing import Any
+
+from lnjac.columns import Column
+from lnjac.diagnostics.alignment import Alignment
+from lnjac.diagnostics.attention import Mechanism
+from lnjac.diagnostics.base import Diagnostic
+from lnjac.diagnostics.distributions import Distributions
+from lnjac.diagnostics.draws import FeedbackDraws
+from lnjac.diagnostics.substitution import Substitution
+from lnjac.runs.schema import MEASURED_AT
+
+BUILT_IN: tuple[type[Diagnostic], ...] = (Distributions, Substitution, Alignment, Mechanism, FeedbackDraws)
+
+TABLES: dict[str, list[Column]] = {each.table: [*MEASURED_AT, *each.columns] for each in BUILT_IN}
+"""The columns of each table that they fill."""
+
+
+def notes(table: str) -> list[str]:
+    """Return lines of Markdown: the cost of a table's diagnostics, and the values of its column `quantity`."""
+    mine = [each for each in BUILT_IN if each.table == table]
+    lines = [f"{each.__name__} costs {each.cost}." for each in mine]
+    rows = [f"| `{name}` | {meaning} |" for each in mine for name, meaning in each.quantities.items()]
+    return [*lines, "", "| quantity | meaning |", "| --- | --- |", *rows] if rows else lines
+
+
+def chosen(settings: Any) -> list[Diagnostic]:
+    """Return the diagnostics that are switched on; the one that takes the most memory measures last."""
+    switches: list[tuple[object, Diagnostic]] = [
+        (settings.distributions, Distributions(settings.position_bins)),
+        (settings.alignment, Alignment()),
+        (settings.attention, Mechanism()),
+        (settings.feedback_draws, FeedbackDraws(settings.feedback_draws)),
+        *((True, diagnostic) for diagnostic in settings.more.values()),
+        (settings.swap, Substitution(settings.swap_parts)),
+    ]
+    return [diagnostic for on, diagnostic in switches if on]

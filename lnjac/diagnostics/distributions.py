@@ -1,0 +1,29 @@
+"""Quantiles over tokens and profiles over positions of each norm's quantities."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lnjac.diagnostics.base import Diagnostic, Rows, Subject
+from lnjac.norms.probe import Pass, distributions
+from lnjac.runs.schema import DISTRIBUTIONS, MEASURED_AT
+
+
+@dataclass
+class Distributions(Diagnostic):
+    """How a norm's per-token quantities spread over the tokens of all diagnostic batches."""
+
+    table = "distributions"
+    columns = DISTRIBUTIONS[len(MEASURED_AT) :]
+    cost = "no pass of its own"
+    needs_tokens = True
+
+    bins: int
+
+    def begin(self, subject: Subject) -> None:
+        self.passes: list[Pass] = []
+
+    def passed(self, batch: Any, seen: Pass) -> None:
+        self.passes.append(seen)
+
+    def rows(self) -> Rows:
+        return distributions(self.passes, self.bins)

@@ -1,0 +1,230 @@
+"""A run from anybody's loop: its folder, identity, columns, tables and status; merged and compared as ours are."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from lnjac.comparing.study import read
+from torch import Tensor, nn
+
+import lnjac
+from lnjac.columns import Column
+from lnjac.errors import ConfigError
+from lnjac.runs import folder as runs
+from lnjac.runs.record import Record
+from lnjac.runs.schema import LAYERS
+
+CONFIG = {"lr": 0.1, "model": {"width": 8, "norms": ["a", "b"], "tied": False}, "note": None}
+MINE = [Column("place", "string", "", "where"), Column("value", "float64", "", "how much")]
+
+
+def record(folder: Path, **more: Any) -> Record:
+    return lnjac.record(str(folder), **{"config": CONFIG, "seed": 1, **more})
+
+
+class Plain(nn.Module):
+    """Two torch norms, and nothing of lnjac."""
+
+    def __init__(self, activation: str) -> None:
+        super().__init__()
+        self.activation = getattr(F, activation)
+        self.fc, self.ln, self.head = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.rms = nn.RMSNorm(4, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.ln(self.activation(self.fc(self.rms(x)))))
+        return out
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    x, y = batch
+    return F.cross_entropy(model(x), y), len(y)
+
+
+def train(folder: Path, activation: str, seed: int) -> None:
+    """A small loop of its own, which measures every second step by the pass that it makes anyway."""
+    torch.manual_seed(seed)
+    model = Plain(activation)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    probe = lnjac.probe(model)
+    with lnjac.record(folder, config={"activation": activation, "model": {"width": 8}}, seed=seed) as run:
+        for step in range(1, 5):
+            batch = torch.randn(16, 4), torch.randint(3, (16,))
+            optimizer.zero_grad()
+            with probe.watch(step) as seen:
+                mean, tokens = loss(model, batch)
+                seen.tokens(tokens, mean)
+                mean.backward()
+            if step % 2 == 0:
+                run.layers(probe.rows(step), step)
+            optimizer.step()
+            run.scalars(step, train_loss=mean.detach())
+        run.scalars(4, val_loss=loss(model, batch)[0].item())
+        run.describe(n_params=sum(p.numel() for p in model.parameters()))
+
+
+def test_runs_of_a_plain_loop_merge_and_compare(tmp_path: Path) -> None:
+    for activation in ("relu", "tanh"):
+        for seed in (1, 2, 3):
+            train(tmp_path / "runs" / f"{activation}{seed}", activation, seed)
+    report = lnjac.merge([str(tmp_path / "runs")], str(tmp_path / "all.parquet"))
+    assert (report.merged, report.skipped, report.rows) == (6, [], {"layers": 24, "runs": 6, "curves": 24})
+    layers = lnjac.load(tmp_path / "all.parquet")
+    assert layers.groupby("activation")["seed"].unique().map(sorted).to_dict() == {"relu": [1, 2, 3], "tanh": [1, 2, 3]}
+    assert set(layers["model.width"]) == {8}
+    whole = lnjac.load(tmp_path / "all.runs.parquet")
+    assert whole["train_loss_nats"].notna().all()
+    assert whole["val_loss_nats"].notna().all()
+    assert set(whole["steps_done"]) == {4}
+    found = lnjac.compare(read([tmp_path / "all.parquet"]), "activation", metrics=["radial_share"])
+    rows = pd.DataFrame(found.rows)
+    assert set(rows["site"]) == {"ln", "rms"}
+    last = layers[layers["step"] == 4].pivot_table(index=["site", "seed"], columns="activation", values="radial_share")
+    for site, difference in (last["relu"] - last["tanh"]).groupby("site").mean().items():
+        assert abs(rows.set_index("site").loc[site, "difference"]) == pytest.approx(abs(difference))
+    assert set(rows["n"]) == {3}
+
+
+def test_a_watched_pass_is_what_measure_finds() -> None:
+    torch.manual_seed(0)
+    model, batches = Plain("tanh"), [(torch.randn(n, 4), torch.randint(3, (n,))) for n in (5, 9)]
+    table = lnjac.probe(model).measure(batches, loss)
+    probe = lnjac.probe(model)
+    for batch in batches:
+        model.zero_grad()
+        with probe.watch(7) as seen:
+            mean, tokens = loss(model, batch)
+            seen.tokens(tokens, mean)
+            mean.backward()
+    pd.testing.assert_frame_equal(probe.rows(7), table, check_exact=True)
+
+
+def test_config_and_seed_are_columns_and_identity(tmp_path: Path) -> None:
+    with record(tmp_path / "a") as run:
+        pass
+    row = runs.read_table(tmp_path / "a" / "run.parquet").to_pylist()[0]
+    given = {"seed": 1, "lr": 0.1, "model.width": 8, "model.norms": "a+b", "model.tied": False, "note": None}
+    assert {name: row[name] for name in given} == given
+    assert row["run_id"] == run.identity["run_id"] == runs.read_status(tmp_path / "a")["run_id"]
+    assert runs.read_metadata(tmp_path / "a" / "run.parquet")["config"] == {"seed": 1, **CONFIG}
+    turned = dict(reversed(CONFIG.items()))
+    assert (
+        record(tmp_path, config=turned).identity
+        == record(tmp_path, config={"seed": 1, **CONFIG}).identity
+        == run.identity
+    )
+    others = ({"seed": 2}, {"config": CONFIG | {"lr": 0.2}})
+    assert len({record(tmp_path, **other).identity["run_id"] for other in others} | {run.identity["run_id"]}) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"config": {"model": {"path": Path("x")}}}, r"model\.path=.* is not plain"),
+        ({"config": {"lr": torch.tensor(0.1)}}, r"lr=.* is not plain"),
+        ({"config": {"big": 2**63}}, "big=.* is not plain"),
+        ({"config": {"site": "x"}}, "the config has site, as another column"),
+        ({"config": {"a.b": 1, "a": {"b": 2}}}, r"the config has a\.b"),
+        ({"config": {"seed": 2}}, "seed=1, but config has seed=2"),
+        ({"tables": {"run": MINE}}, "'run' cannot be a table's name"),
+        ({"tables": {"../x": MINE}}, "cannot be a table's name"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_before_any_work(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        record(tmp_path / "a", **given)
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_status_is_how_the_context_ended(tmp_path: Path) -> None:
+    with record(tmp_path / "done") as run:
+        run.scalars(1, train_loss=0.5)
+        assert runs.read_status(run.path)["status"] == "running"
+    with record(tmp_path / "diverged", seed=2) as run:
+        run.scalars(1, train_loss=0.5)
+        run.diverged(1)
+    for error in (RuntimeError("no memory"), KeyboardInterrupt(), SystemExit(3)):
+        with pytest.raises(type(error)), record(tmp_path / type(error).__name__):
+            raise error
+    found = {path.name: runs.read_status(path) for path in tmp_path.iterdir()}
+    assert {name: status["status"] for name, status in found.items()} == {
+        "done": "done",
+        "diverged": "diverged",
+        "RuntimeError": "failed",
+        "KeyboardInterrupt": "interrupted",
+        "SystemExit": "interrupted",
+    }
+    assert found["diverged"]["step"] == 1
+    assert found["RuntimeError"]["error"] == "RuntimeError: no memory"
+    assert "raise error" in found["RuntimeError"]["traceback"]
+    assert not (tmp_path / "RuntimeError" / "run.parquet").exists()
+    report = lnjac.merge([tmp_path], tmp_path / "all.parquet")
+    assert (report.merged, len(report.skipped)) == (2, 3)
+
+
+def test_a_run_that_is_there_is_not_made_again(tmp_path: Path) -> None:
+    with record(tmp_path / "a") as run:
+        run.scalars(1, train_loss=0.5)
+    before = (tmp_path / "a" / "curve.parquet").read_bytes()
+    with record(tmp_path / "a") as run:
+        assert run.found == "done"
+    with pytest.raises(ConfigError, match=r"holds this run already \(done\)"), record(tmp_path / "a") as run:
+        run.scalars(1, train_loss=0.6)
+    assert runs.read_status(tmp_path / "a")["status"] == "done"
+    assert (tmp_path / "a" / "curve.parquet").read_bytes() == before
+    with pytest.raises(ConfigError, match="holds another run"), record(tmp_path / "a", seed=2):
+        pass
+    with record(tmp_path / "b"), pytest.raises(ConfigError, match="being written"), record(tmp_path / "b"):
+        pass
+
+
+def test_points_of_one_step_are_one_row(tmp_path: Path) -> None:
+    with record(tmp_path / "a") as run:
+        run.scalars(0, val_loss=2.0)
+        run.scalars(1, train_loss=1.5, lr=0.1)
+        run.scalars(1, val_loss=1.4)
+    rows = runs.read_table(tmp_path / "a" / "curve.parquet").to_pylist()
+    assert [tuple(row.values())[1:] for row in rows] == [(0, None, 2.0, None), (1, 1.5, 1.4, 0.1)]
+
+
+def test_timed_parts_are_columns(tmp_path: Path) -> None:
+    with record(tmp_path / "a") as run:
+        for _ in range(2):
+            with run.timing("eval_s"):
+                pass
+    (row,) = runs.read_table(tmp_path / "a" / "run.parquet").to_pylist()
+    assert 0 < row["eval_s"] < row["wall_s"]
+    assert row["train_s"] is None
+
+
+def test_rows_are_frames_or_dicts_and_missing_is_null(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"place": ["a", None], "value": [math.nan, 1.0]})
+    dicts = [{"place": "a", "value": math.nan}, {"place": None, "value": 1.0}]
+    for name, rows in {"frame": frame, "dicts": dicts}.items():
+        with record(tmp_path / name, tables={"mine": MINE}) as run:
+            run.rows("mine", rows, step=3)
+            run.rows("mine", rows[:0], step=4)
+    one, other = (runs.read_table(tmp_path / name / "mine.parquet") for name in ("frame", "dicts"))
+    assert one.column_names == ["run_id", "diag_id", "step", "place", "value"]
+    assert repr(one.to_pylist()) == repr(other.to_pylist())
+    assert one["value"].null_count == 0
+    assert one["place"].null_count == 1
+    assert one["step"].to_pylist() == [3, 3]
+
+
+def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    row = {column.name: None for column in LAYERS if column.name not in ("run_id", "diag_id", "step")}
+    with record(tmp_path / "a", tables={"mine": MINE}) as run:
+        run.layers([row], 0)
+        with pytest.raises(ConfigError, match=r"rows of layers .* differ in r_mean"):
+            run.layers([{name: value for name, value in row.items() if name != "r_mean"}], 0)
+        with pytest.raises(ConfigError, match=r"rows of mine .* differ in more"):
+            run.rows("mine", [{"place": "a", "value": 1.0, "more": 2}], 0)
+        with pytest.raises(ConfigError, match=r"yours is not a declared table: give .* tables="):
+            run.rows("yours", [], 0)
+    assert json.loads((tmp_path / "a" / "status.json").read_text())["status"] == "done"
