@@ -28,6 +28,13 @@ STATUS = "status.json"
 FILES = {"layers": "layers.parquet", "runs": "run.parquet", "curves": "curve.parquet"}
 FILES |= {name: f"{name}.parquet" for name in LONG}
 """The file of each table in a run's folder; those in long form are there only where they have rows."""
+
+
+def file_of(table: str) -> str:
+    """Return the name of a table's file in a run's folder."""
+    return FILES.get(table, f"{table}.parquet")
+
+
 MODEL = "model.safetensors"
 BATCH = "diagnostic_batch.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
@@ -172,7 +179,7 @@ class RunFolder:
         `declared` are its columns where it is none of lnjac.runs.schema, or those there are but its keys.
         """
         data = table(declared or TABLES[name], config if name in ("layers", "runs") else (), rows)
-        self.save(FILES.get(name, f"{name}.parquet"), lambda path: write_table(path, data, {"table": name, **metadata}))
+        self.save(file_of(name), lambda path: write_table(path, data, {"table": name, **metadata}))
 
     def save(self, file: str, write: Callable[[Path], object]) -> None:
         """Let `write` make one of the folder's files; on any error it stays as it was."""

@@ -94,9 +94,9 @@ def merge(
     no run found, none that can be merged, any skipped one if `strict`, or two runs that contradict each other.
     `progress(done, total)` is called as sources have been read.
     """
-    sources, output = [Path(source) for source in sources], Path(output)
+    output = Path(output)
     _check_output(output)
-    found = search(sources)
+    found = search(map(Path, sources))
     if not found.sources:
         raise ConfigError(
             "\n".join(

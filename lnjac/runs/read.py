@@ -199,7 +199,7 @@ def read_checked(path: Path, name: str, merged: bool, blob: bytes | None = None)
     if (version := note.get("schema_version")) != SCHEMA_VERSION:
         raise Unfit(f"{path.name} has schema version {version}, this lnjac reads {SCHEMA_VERSION}")
     try:
-        return conform(data, _DECLARED[name]), note
+        return conform(data, _DECLARED.get(name, pa.schema([]))), note
     except Unfit as error:
         raise Unfit(f"{path.name} {error}") from None
 

@@ -61,15 +61,15 @@ class Run:
         return self._frame("curves")
 
     def table(self, name: str) -> pd.DataFrame:
-        """One of the tables by name (`lnjac.runs.schema.TABLES`), those in long form too.
+        """Return one of the run's tables by name: layers, runs, curves, or one that its diagnostics filled.
 
-        Raises ConfigError for one that the run's diagnostics did not ask for.
+        Raises:
+            ConfigError: The run has no such table.
         """
-        if name not in runs.FILES:
-            raise ConfigError(f"{name} is not a table: choose one of {', '.join(runs.FILES)}")
-        if runs.FILES[name] not in self.status.get("sha256", {}):
+        if runs.file_of(name) not in (written := self.status.get("sha256", {})):
+            there = ", ".join(file.removesuffix(".parquet") for file in written if file.endswith(".parquet"))
             raise ConfigError(
-                f"{self.folder} has no {name}: its diagnostics did not ask for them (docs/diagnostics.md)"
+                f"{self.folder} has no table {name}, but {there}: diagnostics add tables (docs/diagnostics.md)"
             )
         return self._frame(name)
 
@@ -102,7 +102,7 @@ class Run:
     def _read(self, name: str) -> tuple[pa.Table, dict[str, Any]]:
         """A table and its note, held to what a merge holds it to: schema version, columns and types."""
         try:
-            return sources.read_checked(self._verified(runs.FILES[name]), name, merged=False)
+            return sources.read_checked(self._verified(runs.file_of(name)), name, merged=False)
         except sources.Unfit as error:
             raise ConfigError(f"{self.folder}: {error}") from None
 
