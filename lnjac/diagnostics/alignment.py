@@ -21,9 +21,7 @@ from lnjac.norms.layers import Norm, Surrogate, exact_norms, norms
 from lnjac.norms.probe import Pass, block_of, fresh_grads, replay
 
 TENSORS = [
-    Column(
-        "kind", "string", "", "model: the whole gradient; parameter; norm_output, norm_input: ∂L/∂y and ∂L/∂x of a norm"
-    ),
+    Column("kind", "string", "", "model: the whole gradient; parameter; norm_output: ∂L/∂y; norm_input: ∂L/∂x"),
     Column("name", "string", "", "all, the parameter's name, or the norm's site"),
     Column("call", "int64", "", "which call of the norm in one forward pass, from 0; 0 for a parameter"),
     Column("block", "int64", "", "block number; null outside the blocks"),
@@ -33,12 +31,7 @@ TENSORS = [
     Column("interpretable", "bool", "", "whether both norms are more than rounding noise; if not, cos is NaN"),
     Column("cos", "float64", "", "cos(ĝ, g)"),
     Column("norm_ratio", "float64", "", "‖ĝ‖/‖g‖"),
-    Column(
-        "control_cos",
-        "float64",
-        "",
-        "cos with the blocks' weights put back to their initial values: alignment that learning in the blocks did not make",
-    ),
+    Column("control_cos", "float64", "", "cos with the blocks' weights put back: not made by learning in the blocks"),
     Column("feedback_cos", "float64", "", "cos(B, W), for a weight with random feedback B; null for all else"),
     Column("feedback_angle_deg", "float64", "degrees", "the angle of B and W"),
 ]
@@ -48,7 +41,7 @@ Key = tuple[str, str, int]
 
 
 @dataclass
-class Pair:
+class GradientSums:
     """Additive statistics of two gradients, the method's ĝ and the true g, of the summed loss."""
 
     n: int = 0
@@ -64,13 +57,13 @@ class Pair:
         self.bp_sq += dot(bp, bp) * scale**2
 
 
-def total(pairs: Iterable[Pair]) -> Pair:
+def total(pairs: Iterable[GradientSums]) -> GradientSums:
     """The two gradients of all the pairs' tensors together."""
     parts = list(pairs)
-    return Pair(*(sum(getattr(part, name) for part in parts) for name in ("n", "dot", "own_sq", "bp_sq")))
+    return GradientSums(*(sum(getattr(part, name) for part in parts) for name in ("n", "dot", "own_sq", "bp_sq")))
 
 
-class Comparison:
+class AgainstBackprop:
     """Watches the method's pass on a batch, then makes bp's on it; holds the one's gradients at the norms until the other."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
@@ -79,7 +72,7 @@ class Comparison:
         self.tokens = 0
         self.own: dict[str, Tensor] = {}  # gradients of the summed loss by parameter
         self.bp: dict[str, Tensor] = {}
-        self.at_norms: dict[Key, Pair] = {}
+        self.at_norms: dict[Key, GradientSums] = {}
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -145,12 +138,12 @@ class Comparison:
             "norm_input": (_below(call, own, self.rules.get(call.site)), _below(call, call.grad, None)),
         }
         for kind, (mine, true) in sides.items():
-            self.at_norms.setdefault((kind, call.site, call.call), Pair()).add(mine, true, tokens)
+            self.at_norms.setdefault((kind, call.site, call.call), GradientSums()).add(mine, true, tokens)
 
-    def pairs(self) -> dict[Key, Pair]:
-        found: dict[Key, Pair] = {}
+    def pairs(self) -> dict[Key, GradientSums]:
+        found: dict[Key, GradientSums] = {}
         for name, own in self.own.items():
-            found["parameter", name, 0] = pair = Pair()
+            found["parameter", name, 0] = pair = GradientSums()
             pair.add(own, self.bp[name])
         sites = [name for name, _ in self.model.named_modules()]
         by_site = sorted(self.at_norms, key=lambda key: (sites.index(key[1]), key[2]))
@@ -182,7 +175,7 @@ class Alignment(Diagnostic):
 
     def begin(self, subject: Subject) -> None:
         self.subject, self.batches = subject, list[Any]()
-        self.now = Comparison(subject.model, subject.loss)
+        self.now = AgainstBackprop(subject.model, subject.loss)
 
     def watch(self) -> AbstractContextManager[None]:
         return self.now.watch()
@@ -218,20 +211,20 @@ class Alignment(Diagnostic):
             )
         return found
 
-    def _control(self) -> Comparison:
+    def _control(self) -> AgainstBackprop:
         """The comparison at the blocks' initial weights; where they still are those, as at step 0, it is the one at hand."""
         model = self.subject.model
         initial = gpt.block_weights(gpt.build(self.subject.config, self.subject.vocab_size).to(self.subject.device))
         now = dict(model.named_parameters())
         if all(torch.equal(now[name], value) for name, value in initial.items()):
             return self.now
-        control = Comparison(model, self.subject.loss)
+        control = AgainstBackprop(model, self.subject.loss)
         with gpt.replaced(model, initial):
             for batch in self.batches:
                 control.make(batch)
         return control
 
-    def _cosines(self, pairs: Mapping[Key, Pair]) -> dict[Key, float]:
+    def _cosines(self, pairs: Mapping[Key, GradientSums]) -> dict[Key, float]:
         """Each pair's cosine; NaN where either gradient is rounding noise: beside the whole one, or at norms the largest."""
         scales: dict[str, tuple[float, float]] = {}
         for (kind, _, _), pair in pairs.items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lnjac.columns import Column
 from lnjac.config.schema import Parts
-from lnjac.diagnostics.base import Diagnostic, Rows
+from lnjac.diagnostics.base import Diagnostic, Rows, Subject
 from lnjac.diagnostics.switch import DOSES, Gradient, Graphs, add
 from lnjac.gpt.credit import backprop, is_feedback
 from lnjac.gpt.optimizers import Optimizer, Rehearsal
@@ -23,76 +23,24 @@ from lnjac.norms.formulas import EXACT, SURROGATES, Backward
 from lnjac.norms.layers import exact_norms, norms
 
 SWAPS = [
-    Column(
-        "place", "string", "", "where the backward was replaced: a site, a role of several sites (ln_1, ln_2), or all"
-    ),
-    Column(
-        "surrogate",
-        "string",
-        "",
-        "the backward put there: one of the seven; partial_radial, center_scale with a part of z·m subtracted; or exact",
-    ),
+    Column("place", "string", "", "where the backward was replaced: a site, a role of several sites (ln_1, …), or all"),
+    Column("surrogate", "string", "", "the backward put there: one of the seven, partial_radial, or exact"),
     Column("radial", "float64", "", "how much of z·m the backward subtracts: 0, 1, or the part under partial_radial"),
     Column("part", "string", "", "all, a block (embedding, blocks.0, …, ln_f, head), or a parameter's name"),
     Column("level", "string", "", "what is compared: model, block or tensor"),
-    Column(
-        "grad_norm",
-        "float64",
-        "",
-        "‖g‖, g the part's gradient by the run's method with the exact backward everywhere, of the mean loss",
-    ),
-    Column(
-        "interpretable",
-        "bool",
-        "",
-        "whether ‖g‖ is more than 8 roundings of the whole's; if not, every comparison is NaN",
-    ),
+    Column("grad_norm", "float64", "", "‖g‖, g the part's gradient with every norm's exact backward"),
+    Column("interpretable", "bool", "", "whether ‖g‖ is over 8 roundings of the whole's; else the rest is NaN"),
     Column("grad_cos", "float64", "", "cos(ĝ, g), ĝ the gradient with the backward replaced"),
     Column("grad_gain", "float64", "", "‖ĝ‖/‖g‖"),
-    Column(
-        "update_cos",
-        "float64",
-        "",
-        "cosine of the optimizer's updates by ĝ and by g, both from the run's own state, clipped alike, without decay",
-    ),
+    Column("update_cos", "float64", "", "cosine of the optimizer's updates by ĝ and by g, without decay"),
     Column("update_gain", "float64", "", "ratio of those updates' norms"),
-    Column(
-        "precond_cos",
-        "float64",
-        "",
-        "cos(P ĝ, P g), P the optimizer's preconditioner at its present state; null before it has one",
-    ),
+    Column("precond_cos", "float64", "", "cos(P ĝ, P g), P the optimizer's preconditioner; null before it has one"),
     Column("precond_gain", "float64", "", "‖P ĝ‖/‖P g‖"),
-    Column(
-        "descent",
-        "float64",
-        "",
-        "⟨∇L, P ĝ⟩/⟨∇L, P ∇L⟩ over the part, ∇L the true gradient (bp, exact norms): first-order decrease against bp's",
-    ),
-    Column(
-        "predicted_nats",
-        "float64",
-        "nats/token",
-        "lr·⟨∇L, P ĝ⟩, lr before any schedule: the loss's decrease to first order; null per part",
-    ),
-    Column(
-        "decrease_nats",
-        "float64",
-        "nats/token",
-        "decrease that the step lr·P ĝ really makes on the diagnostic batch; null for doses, parts, one site of several",
-    ),
-    Column(
-        "compounding",
-        "float64",
-        "",
-        "(1 − grad_cos)/Σ over the place's sites of (1 − grad_cos); null but for whole gradients and several sites",
-    ),
-    Column(
-        "shapley_center",
-        "float64",
-        "",
-        "Shapley share of leaving out the centring in 1 − grad_cos over the 2³ backwards; whole gradient, rows of ste",
-    ),
+    Column("descent", "float64", "", "⟨∇L, P ĝ⟩/⟨∇L, P ∇L⟩ over the part, ∇L the true gradient (bp, exact norms)"),
+    Column("predicted_nats", "float64", "nats/token", "lr·⟨∇L, P ĝ⟩, lr before any schedule; null per part"),
+    Column("decrease_nats", "float64", "nats/token", "decrease by the step lr·P ĝ; null for doses and parts"),
+    Column("compounding", "float64", "", "(1 − grad_cos)/Σ over the place's sites of 1 − grad_cos"),
+    Column("shapley_center", "float64", "", "Shapley share of leaving out the centring in ste's 1 − grad_cos"),
     Column("shapley_radial", "float64", "", "the same for leaving out the radial part"),
     Column("shapley_scale", "float64", "", "the same for leaving out 1/σ; the three sum to ste's 1 − grad_cos"),
 ]
@@ -116,36 +64,14 @@ class Substitution(Diagnostic):
     parts: Parts
 
     def rows(self) -> Rows:
-        subject = self.subject
-        return measure(
-            subject.model,
-            subject.diagnostic_batches(),
-            subject.loss,
-            trained=subject.trained,
-            optimizer=subject.optimizer,
-            settings=subject.config.optimizer,
-            dtype=subject.dtype,
-            parts=self.parts,
-        )
+        return measure(self.subject, self.parts)
 
 
-def measure(
-    model: nn.Module,
-    batches: Sequence[Any],
-    loss: Loss,
-    *,
-    trained: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    settings: Optimizer,
-    dtype: torch.dtype,
-    parts: Parts = Parts.tensor,
-) -> Rows:
-    """Rows of `swaps` (docs/columns.md) for the model as it stands, by the method it was given, without run and step.
-
-    `trained`: the parameters the optimizer gets, by name; `dtype`: what the passes compute in, whose rounding is the
-    gate. Model, optimizer and every `.grad` are left as they were. There are no rows where the exact gradient is not finite.
-    """
-    named = {name: p for name, p in trained.items() if not is_feedback(name)}
+def measure(subject: Subject, parts: Parts) -> Rows:
+    """Return rows of `swaps`, none where the exact gradient is not finite. Model, optimizer and `.grad` stay as they were."""
+    model, batches, loss = subject.model, subject.diagnostic_batches(), subject.loss
+    optimizer, settings, dtype = subject.optimizer, subject.config.optimizer, subject.dtype
+    named = {name: p for name, p in subject.trained.items() if not is_feedback(name)}
     parameters = list(named.values())
     before, tokens = mean_loss(model, batches, loss)
     true = true_gradient(model, batches, loss, parameters, tokens)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lnjac.norms.capture import Loss
 from lnjac.norms.decompose import center, normalise, pull_back, remove_radial
 from lnjac.norms.formulas import EXACT, Backward
-from lnjac.norms.layers import norms
+from lnjac.norms.layers import other_backwards
 
 Gradient = list[Tensor]
 """A tensor for each parameter."""
@@ -106,15 +106,9 @@ class _Recorder:
 @contextmanager
 def recording(model: nn.Module) -> Iterator[list[Call]]:
     """Within the context a forward pass makes its norms switchable; yields the list of their calls, in forward order."""
-    modules, calls = norms(model), list[Call]()
-    rules = [module.backward_rule for _, module in modules]
-    try:
-        for site, module in modules:
-            module.backward_rule = _Recorder(site, calls)
+    calls: list[Call] = []
+    with other_backwards(model, lambda site: _Recorder(site, calls)):
         yield calls
-    finally:
-        for (_, module), rule in zip(modules, rules, strict=True):
-            module.backward_rule = rule
 
 
 class Graph:

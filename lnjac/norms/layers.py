@@ -6,8 +6,8 @@ applying it to x itself, with z and σ held constant, gives an expression whose 
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -110,17 +110,21 @@ def set_backward(model: nn.Module, rule: Surrogate) -> list[str]:
 
 
 @contextmanager
-def exact_norms(model: nn.Module) -> Iterator[None]:
-    """Within the context every norm of the model has its exact backward."""
-    modules = [module for _, module in norms(model)]
-    rules = [module.backward_rule for module in modules]
+def other_backwards(model: nn.Module, rule_of: Callable[[str], Surrogate | None]) -> Iterator[None]:
+    """Within the context each norm has the backward that `rule_of(site)` gives, None for the exact one."""
+    before = [(module, module.backward_rule) for _, module in norms(model)]
     try:
-        for module in modules:
-            module.backward_rule = None
+        for site, module in norms(model):
+            module.backward_rule = rule_of(site)
         yield
     finally:
-        for module, rule in zip(modules, rules, strict=True):
+        for module, rule in before:
             module.backward_rule = rule
+
+
+def exact_norms(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context within which every norm of the model has its exact backward."""
+    return other_backwards(model, lambda site: None)
 
 
 def norms(model: nn.Module) -> list[tuple[str, Norm]]:

@@ -67,7 +67,10 @@ class Run:
             ConfigError: The run has no such table.
         """
         if runs.file_of(name) not in (written := self.status.get("sha256", {})):
-            there = ", ".join(file.removesuffix(".parquet") for file in written if file.endswith(".parquet"))
+            known = {file: table for table, file in runs.FILES.items()}
+            there = ", ".join(
+                known.get(file, file.removesuffix(".parquet")) for file in written if file.endswith(".parquet")
+            )
             raise ConfigError(
                 f"{self.folder} has no table {name}, but {there}: diagnostics add tables (docs/diagnostics.md)"
             )
