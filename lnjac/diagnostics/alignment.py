@@ -1,4 +1,4 @@
-"""How far a method's gradient is the true one: per norm, per parameter and as a whole, at the same weights and batches."""
+"""Compare a method's gradient with the true one: at each norm, of each parameter and as a whole."""
 
 import functools
 import math
@@ -50,7 +50,7 @@ class GradientSums:
     bp_sq: float = 0.0
 
     def add(self, own: Tensor, bp: Tensor, scale: float = 1.0) -> None:
-        """own, bp: of one shape; `scale` takes them to the summed loss's."""
+        """Add two gradients of one shape, times `scale` those of the summed loss."""
         self.n += own.numel()
         self.dot += dot(own, bp) * scale**2
         self.own_sq += dot(own, own) * scale**2
@@ -58,13 +58,13 @@ class GradientSums:
 
 
 def total(pairs: Iterable[GradientSums]) -> GradientSums:
-    """The two gradients of all the pairs' tensors together."""
+    """Return the statistics of all tensors together."""
     parts = list(pairs)
     return GradientSums(*(sum(getattr(part, name) for part in parts) for name in ("n", "dot", "own_sq", "bp_sq")))
 
 
 class AgainstBackprop:
-    """Watches the method's pass on a batch, then makes bp's on it; holds the one's gradients at the norms until the other."""
+    """Watch the method's pass on a batch, then make backprop's, and accumulate the statistics of both gradients."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         self.model, self.loss = model, loss
@@ -89,7 +89,7 @@ class AgainstBackprop:
         self.tokens += tokens
 
     def make(self, batch: Any) -> None:
-        """Both passes, by one forward pass where nothing but layers' feedback tells the method from bp."""
+        """Make both passes, with one forward pass where the method differs from backprop in its layers' feedback alone."""
         if getattr(self.model, "broadcast", None) is None and all(map(_is_exact, self.rules.values())):
             self._make_at_once(batch)
             return
@@ -130,7 +130,7 @@ class AgainstBackprop:
             sums[name] = summed if name not in sums else sums[name].add_(summed)
 
     def _compare(self, call: Capture, tokens: int) -> None:
-        """Add one call of a norm, whose true gradient this is, to what the method's was there."""
+        """Accumulate the method's gradient against the true gradient for one norm call."""
         own = self.arrived.pop((call.site, call.call), None)
         own = torch.zeros_like(call.grad) if own is None else own
         sides = {
@@ -155,7 +155,7 @@ def _is_exact(rule: Surrogate | None) -> bool:
 
 
 def _below(call: Capture, grad: Tensor, rule: Surrogate | None) -> Tensor:
-    """∂L/∂x through this norm alone of grad = ∂L/∂y: (…, d), by the rule's backward; None: the exact one."""
+    """Pull grad = ∂L/∂y: (…, d) back through this norm alone by the rule's backward, None for the exact one."""
     with torch.enable_grad(), torch.autocast(call.x.device.type, enabled=False):
         x = call.x.clone().requires_grad_()
         expression = None if rule is None else rule.surrogate(x, call.eps, rms=call.rms)
@@ -167,7 +167,7 @@ def _below(call: Capture, grad: Tensor, rule: Surrogate | None) -> Tensor:
 
 @dataclass
 class Alignment(Diagnostic):
-    """The method's gradient against the true one: at the present weights and, as a control, at the blocks' initial ones."""
+    """Compare the method's gradient with the true one, now and, as a control, at the blocks' initial weights."""
 
     table = "tensors"
     columns = TENSORS
@@ -212,7 +212,7 @@ class Alignment(Diagnostic):
         return found
 
     def _control(self) -> AgainstBackprop:
-        """The comparison at the blocks' initial weights; where they still are those, as at step 0, it is the one at hand."""
+        """Return the comparison at the blocks' initial weights, which is the one at hand where they never moved."""
         model = self.subject.model
         initial = gpt.block_weights(gpt.build(self.subject.config, self.subject.vocab_size).to(self.subject.device))
         now = dict(model.named_parameters())
@@ -225,7 +225,7 @@ class Alignment(Diagnostic):
         return control
 
     def _cosines(self, pairs: Mapping[Key, GradientSums]) -> dict[Key, float]:
-        """Each pair's cosine; NaN where either gradient is rounding noise: beside the whole one, or at norms the largest."""
+        """Return each cosine; NaN where a gradient is rounding noise beside the whole one, or at norms beside the largest."""
         scales: dict[str, tuple[float, float]] = {}
         for (kind, _, _), pair in pairs.items():
             own, bp = scales.get(kind, (0.0, 0.0))
@@ -240,7 +240,7 @@ class Alignment(Diagnostic):
 
 
 def feedback_cosines(model: nn.Module) -> dict[str, float]:
-    """cos(B, W) by the weight's name, for every layer with feedback."""
+    """Return cos(B, W) by the weight's name, for every layer with feedback."""
     found = {}
     for name, layer in linears(model):
         if layer.feedback_rule is None:

@@ -10,7 +10,7 @@ from lnjac.runs.schema import DISTRIBUTIONS, MEASURED_AT
 
 @dataclass
 class Distributions(Diagnostic):
-    """How a norm's per-token quantities spread over the tokens of all diagnostic batches."""
+    """Measure the spread of each norm's per-token quantities over the tokens of all diagnostic batches."""
 
     table = "distributions"
     columns = DISTRIBUTIONS[len(MEASURED_AT) :]

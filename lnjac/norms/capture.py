@@ -1,4 +1,4 @@
-"""Read each call of every norm of a model: what went in, and the gradient at what came out. The model is not disturbed."""
+"""Capture the input and the output gradient of every call of every norm of a model, without disturbing the model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
 
 @dataclass
 class Capture:
-    """One call of a norm: x: (…, d) its input, grad: (…, d) = ∂L/∂y at its output, and what the norm is."""
+    """One call of a norm: its input x: (…, d), the gradient at its output grad = ∂L/∂y: (…, d), and the norm's parameters."""
 
     site: str
     call: int
@@ -29,7 +29,7 @@ class Capture:
 
 
 class NormSpec(NamedTuple):
-    """What a norm module computes, whatever its class."""
+    """The formula that a norm module computes, whatever its class."""
 
     dims: int
     weight: Tensor | None
@@ -39,7 +39,7 @@ class NormSpec(NamedTuple):
 
 
 def describe(module: nn.Module) -> NormSpec | None:
-    """The norm this module is, or None. Knows nn.LayerNorm, nn.RMSNorm and lnjac.norms.layers.Norm, and their subclasses."""
+    """Return the formula of a norm: nn.LayerNorm, nn.RMSNorm, lnjac's Norm, or a subclass; None for another module."""
     if not isinstance(module, (nn.LayerNorm, nn.RMSNorm, Norm)):
         return None
     rms = module.rms if isinstance(module, Norm) else isinstance(module, nn.RMSNorm)
@@ -48,7 +48,7 @@ def describe(module: nn.Module) -> NormSpec | None:
 
 @contextmanager
 def capture(model: nn.Module, reduce: Callable[[Capture], Any] | None = None) -> Iterator[list[Any]]:
-    """Within the context, record every call of every norm whose gradient arrives; yields the list they go to.
+    """Within the context, record every call of every norm whose gradient arrives; yield the list of the calls.
 
         with capture(model) as calls:
             loss(model(batch)).backward()
@@ -83,14 +83,14 @@ def capture(model: nn.Module, reduce: Callable[[Capture], Any] | None = None) ->
 
 
 class _Call:
-    """One pass through a norm's forward: the input is held until its gradient has come."""
+    """One pass through a norm's forward, which holds its input until its gradient has come."""
 
     def __init__(self, when: int | None, x: Tensor) -> None:
         self.when, self.x = when, x
 
 
 class _Recorder:
-    """Numbers the calls and pairs each with its gradient.
+    """Number the calls and pair each with its gradient.
 
     Under a reentrant checkpoint a segment's first pass runs without grad, and its recomputation, in the backward pass,
     gets the gradient. Segments are recomputed last to first, and each is done with before the next, so the calls of a site
@@ -129,7 +129,7 @@ class _Recorder:
         return on_forward
 
     def close(self) -> list[Any]:
-        """The results in the order of the forward pass; what a spent graph still holds of this recorder is let go."""
+        """Return the results in the order of the forward pass, and drop the references that a spent graph still holds."""
         self.open = False
         results, self.results = self.results, {}
         return [results[when] for when in sorted(results)]
@@ -170,5 +170,5 @@ class _Recorder:
 
 
 def _default_eps(dtype: torch.dtype) -> float:
-    """nn.RMSNorm's ε when it is given none: that of the dtype it computes in, float32 for the half ones."""
+    """Return nn.RMSNorm's ε where none is given: that of the dtype it computes in, float32 for half precision."""
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
