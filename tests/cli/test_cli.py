@@ -12,6 +12,7 @@ import pytest
 from support.paths import ROOT
 
 from lnjac.columns import Column
+from lnjac.diagnostics import catalogue
 from lnjac.runs import folder as runs
 from lnjac.runs import merge as sweep
 from lnjac.runs import schema as tables
@@ -112,13 +113,13 @@ def test_every_command_has_help_with_an_example(lnjac: Any, command: str):
 
 
 def test_a_bug_is_not_dressed_up_as_a_user_error(lnjac: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tables, "markdown", lambda: int("bug"))
+    monkeypatch.setattr(tables, "markdown", lambda *_: int("bug"))
     with pytest.raises(ValueError, match="bug"):
         lnjac("columns")
 
 
 def test_columns_prints_the_reference(lnjac: Any):
-    assert lnjac("columns") == (0, tables.markdown(), "")
+    assert lnjac("columns") == (0, tables.markdown(catalogue.TABLES, catalogue.notes), "")
 
 
 # merge
