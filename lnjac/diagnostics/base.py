@@ -111,10 +111,9 @@ def measure(diagnostics: Sequence[Diagnostic], subject: Subject) -> "dict[str, p
                 mean.backward()  # type: ignore[no-untyped-call]
             for diagnostic in running:
                 diagnostic.passed(batch, seen)
+        del mean  # and with its graph the tensors that hooks on it hold
     layers, found = norms.rows(step), dict[str, Rows]()
-    del norms, seen
-    while running:  # each is let go with what it holds before the next one takes memory
-        diagnostic = running.pop(0)
+    for diagnostic in running:
         if rows := diagnostic.rows():
             found.setdefault(diagnostic.table, []).extend(rows)
     return {"layers": layers, **found}

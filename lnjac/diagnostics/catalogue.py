@@ -26,13 +26,13 @@ def notes(table: str) -> list[str]:
 
 
 def chosen(settings: Any) -> list[Diagnostic]:
-    """Return the diagnostics that are switched on; the one that takes the most memory measures last."""
+    """Return the diagnostics that are switched on; the one that takes the most memory begins first."""
     switches: list[tuple[object, Diagnostic]] = [
+        (settings.swap, Substitution(settings.swap_parts)),
         (settings.distributions, Distributions(settings.position_bins)),
         (settings.alignment, Alignment()),
         (settings.attention, Mechanism()),
         (settings.feedback_draws, FeedbackDraws(settings.feedback_draws)),
         *((True, diagnostic) for diagnostic in settings.more.values()),
-        (settings.swap, Substitution(settings.swap_parts)),
     ]
     return [diagnostic for on, diagnostic in switches if on]
