@@ -16,6 +16,7 @@ from interleaved import interleaved, ratio
 from torch.profiler import ProfilerActivity, profile
 
 from lnjac.config.compose import compose
+from lnjac.diagnostics.catalogue import chosen
 from lnjac.training import loop
 from lnjac.training import run as train
 
@@ -52,6 +53,7 @@ def main(rounds: int, swap_rounds: int) -> None:
 
         def diagnose() -> None:
             training.config = replace(config, diagnostics=settings)
+            training.diagnostics = chosen(settings)
             training.diagnose()
 
         return diagnose

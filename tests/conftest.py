@@ -53,6 +53,7 @@ def add_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         if not conf.exists():
             monkeypatch.setattr(compose, "CONF", shutil.copytree(compose.CONF, conf))
         name = name or re.findall(rf"^# conf/{group}/(\w+)\.yaml", text)[0]
+        (conf / group).mkdir(exist_ok=True)  # conf/diagnostic has no member of ours
         (conf / group / f"{name}.yaml").write_text(text)
         return name
 

@@ -116,9 +116,7 @@ class Composer:
             config = self.load(rest)
             values: Any = OmegaConf.to_container(config)
             ours = {key: value for key, value in values.items() if key not in NOT_OURS}
-            self._bases[rest] = Base(
-                config, ours, values["hydra"]["runtime"]["choices"], folders(config.hydra.runtime)
-            )
+            self._bases[rest] = Base(config, ours, values["hydra"]["runtime"]["choices"], folders(config.hydra.runtime))
         return Composed(self, self._bases[rest], [o for o, _ in read], [o for o, plain in read if plain])
 
     def load(self, words: Iterable[str]) -> "DictConfig":
@@ -238,8 +236,7 @@ def _with_diagnostics(values: dict[str, Any], folders: Sequence[Path]) -> dict[s
     from omegaconf import OmegaConf
 
     diagnostics = values.get("diagnostics")
-    names = diagnostics.get("more") if isinstance(diagnostics, dict) else None
-    if not names or isinstance(names, Mapping):
+    if not isinstance(diagnostics, dict) or not (names := diagnostics.get("more")) or isinstance(names, Mapping):
         return values
     nodes = {}
     for name in [names] if isinstance(names, str) else names:

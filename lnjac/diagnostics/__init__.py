@@ -1,1 +1,1 @@
-"""What is measured on a run beyond the rows of its norms."""
+"""Measurements on a run beyond the rows of its norms."""

@@ -1,4 +1,4 @@
-"""How far a method's gradient is the true one: per norm, per parameter and as a whole, at the same weights and batches."""
+"""Compare a method's gradient with the true one: at each norm, of each parameter and as a whole."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lnjac.columns import Column
+from lnjac.columns import KEY, Column
 from lnjac.diagnostics.base import Diagnostic, Rows, Subject
 from lnjac.gpt import model as gpt
 from lnjac.gpt.credit import backprop, both_ways, is_feedback, linears
@@ -22,10 +22,14 @@ from lnjac.norms.probe import Pass, block_of, fresh_grads, replay
 
 TENSORS = [
     Column(
-        "kind", "string", "", "model: the whole gradient; parameter; norm_output, norm_input: ∂L/∂y and ∂L/∂x of a norm"
+        "kind",
+        "string",
+        "",
+        "model: the whole gradient; parameter; norm_output, norm_input: ∂L/∂y and ∂L/∂x of a norm",
+        KEY,
     ),
-    Column("name", "string", "", "all, the parameter's name, or the norm's site"),
-    Column("call", "int64", "", "which call of the norm in one forward pass, from 0; 0 for a parameter"),
+    Column("name", "string", "", "all, the parameter's name, or the norm's site", KEY),
+    Column("call", "int64", "", "which call of the norm in one forward pass, from 0; 0 for a parameter", KEY),
     Column("block", "int64", "", "block number; null outside the blocks"),
     Column("n_entries", "int64", "", "entries of the tensor"),
     Column("norm", "float64", "", "‖ĝ‖, ĝ the gradient by the run's method and backward, of the mean loss"),
@@ -48,7 +52,7 @@ Key = tuple[str, str, int]
 
 
 @dataclass
-class Pair:
+class GradientSums:
     """Additive statistics of two gradients, the method's ĝ and the true g, of the summed loss."""
 
     n: int = 0
@@ -57,21 +61,21 @@ class Pair:
     bp_sq: float = 0.0
 
     def add(self, own: Tensor, bp: Tensor, scale: float = 1.0) -> None:
-        """own, bp: of one shape; `scale` takes them to the summed loss's."""
+        """Add two gradients of one shape, times `scale` those of the summed loss."""
         self.n += own.numel()
         self.dot += dot(own, bp) * scale**2
         self.own_sq += dot(own, own) * scale**2
         self.bp_sq += dot(bp, bp) * scale**2
 
 
-def total(pairs: Iterable[Pair]) -> Pair:
-    """The two gradients of all the pairs' tensors together."""
+def total(pairs: Iterable[GradientSums]) -> GradientSums:
+    """Return the statistics of all tensors together."""
     parts = list(pairs)
-    return Pair(*(sum(getattr(part, name) for part in parts) for name in ("n", "dot", "own_sq", "bp_sq")))
+    return GradientSums(*(sum(getattr(part, name) for part in parts) for name in ("n", "dot", "own_sq", "bp_sq")))
 
 
-class Comparison:
-    """Watches the method's pass on a batch, then makes bp's on it; holds the one's gradients at the norms until the other."""
+class AgainstBackprop:
+    """Watch the method's pass on a batch, then make backprop's, and accumulate the statistics of both gradients."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         self.model, self.loss = model, loss
@@ -79,7 +83,7 @@ class Comparison:
         self.tokens = 0
         self.own: dict[str, Tensor] = {}  # gradients of the summed loss by parameter
         self.bp: dict[str, Tensor] = {}
-        self.at_norms: dict[Key, Pair] = {}
+        self.at_norms: dict[Key, GradientSums] = {}
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -96,7 +100,7 @@ class Comparison:
         self.tokens += tokens
 
     def make(self, batch: Any) -> None:
-        """Both passes, by one forward pass where nothing but layers' feedback tells the method from bp."""
+        """Make both passes, with one forward pass where the method differs from backprop in its layers' feedback alone."""
         if getattr(self.model, "broadcast", None) is None and all(map(_is_exact, self.rules.values())):
             self._make_at_once(batch)
             return
@@ -137,7 +141,7 @@ class Comparison:
             sums[name] = summed if name not in sums else sums[name].add_(summed)
 
     def _compare(self, call: Capture, tokens: int) -> None:
-        """Add one call of a norm, whose true gradient this is, to what the method's was there."""
+        """Accumulate the method's gradient against the true gradient for one norm call."""
         own = self.arrived.pop((call.site, call.call), None)
         own = torch.zeros_like(call.grad) if own is None else own
         sides = {
@@ -145,12 +149,12 @@ class Comparison:
             "norm_input": (_below(call, own, self.rules.get(call.site)), _below(call, call.grad, None)),
         }
         for kind, (mine, true) in sides.items():
-            self.at_norms.setdefault((kind, call.site, call.call), Pair()).add(mine, true, tokens)
+            self.at_norms.setdefault((kind, call.site, call.call), GradientSums()).add(mine, true, tokens)
 
-    def pairs(self) -> dict[Key, Pair]:
-        found: dict[Key, Pair] = {}
+    def pairs(self) -> dict[Key, GradientSums]:
+        found: dict[Key, GradientSums] = {}
         for name, own in self.own.items():
-            found["parameter", name, 0] = pair = Pair()
+            found["parameter", name, 0] = pair = GradientSums()
             pair.add(own, self.bp[name])
         sites = [name for name, _ in self.model.named_modules()]
         by_site = sorted(self.at_norms, key=lambda key: (sites.index(key[1]), key[2]))
@@ -162,7 +166,7 @@ def _is_exact(rule: Surrogate | None) -> bool:
 
 
 def _below(call: Capture, grad: Tensor, rule: Surrogate | None) -> Tensor:
-    """∂L/∂x through this norm alone of grad = ∂L/∂y: (…, d), by the rule's backward; None: the exact one."""
+    """Pull grad = ∂L/∂y: (…, d) back through this norm alone by the rule's backward, None for the exact one."""
     with torch.enable_grad(), torch.autocast(call.x.device.type, enabled=False):
         x = call.x.clone().requires_grad_()
         expression = None if rule is None else rule.surrogate(x, call.eps, rms=call.rms)
@@ -174,7 +178,7 @@ def _below(call: Capture, grad: Tensor, rule: Surrogate | None) -> Tensor:
 
 @dataclass
 class Alignment(Diagnostic):
-    """The method's gradient against the true one: at the present weights and, as a control, at the blocks' initial ones."""
+    """Compare the method's gradient with the true one, now and, as a control, at the blocks' initial weights."""
 
     table = "tensors"
     columns = TENSORS
@@ -182,7 +186,7 @@ class Alignment(Diagnostic):
 
     def begin(self, subject: Subject) -> None:
         self.subject, self.batches = subject, list[Any]()
-        self.now = Comparison(subject.model, subject.loss)
+        self.now = AgainstBackprop(subject.model, subject.loss)
 
     def watch(self) -> AbstractContextManager[None]:
         return self.now.watch()
@@ -218,21 +222,21 @@ class Alignment(Diagnostic):
             )
         return found
 
-    def _control(self) -> Comparison:
-        """The comparison at the blocks' initial weights; where they still are those, as at step 0, it is the one at hand."""
+    def _control(self) -> AgainstBackprop:
+        """Return the comparison at the blocks' initial weights, which is the one at hand where they never moved."""
         model = self.subject.model
         initial = gpt.block_weights(gpt.build(self.subject.config, self.subject.vocab_size).to(self.subject.device))
         now = dict(model.named_parameters())
         if all(torch.equal(now[name], value) for name, value in initial.items()):
             return self.now
-        control = Comparison(model, self.subject.loss)
+        control = AgainstBackprop(model, self.subject.loss)
         with gpt.replaced(model, initial):
             for batch in self.batches:
                 control.make(batch)
         return control
 
-    def _cosines(self, pairs: Mapping[Key, Pair]) -> dict[Key, float]:
-        """Each pair's cosine; NaN where either gradient is rounding noise: beside the whole one, or at norms the largest."""
+    def _cosines(self, pairs: Mapping[Key, GradientSums]) -> dict[Key, float]:
+        """Return each cosine; NaN where a gradient is rounding noise beside the whole one, or at norms beside the largest."""
         scales: dict[str, tuple[float, float]] = {}
         for (kind, _, _), pair in pairs.items():
             own, bp = scales.get(kind, (0.0, 0.0))
@@ -247,7 +251,7 @@ class Alignment(Diagnostic):
 
 
 def feedback_cosines(model: nn.Module) -> dict[str, float]:
-    """cos(B, W) by the weight's name, for every layer with feedback."""
+    """Return cos(B, W) by the weight's name, for every layer with feedback."""
     found = {}
     for name, layer in linears(model):
         if layer.feedback_rule is None:

@@ -1,4 +1,4 @@
-"""Where a norm's radial part Σ⟨g,z⟩ comes from, path by path, and what the residual and the attention beside it do.
+"""Split a norm's radial part Σ⟨g,z⟩ by path, and measure the residual's gradients and attention's weights.
 
 With y = γ⊙z + β what a norm hands on, ⟨g,z⟩ = ⟨∂L/∂y, y − β⟩. The part of it that returns through a linear layer with
 feedback B (bp: B = W) is ⟨∂L/∂W − ∂L/∂b·βᵀ, B⟩; docs/diagnostics.md derives it, and the predictions.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lnjac.columns import Column
+from lnjac.columns import KEY, Column
 from lnjac.diagnostics.base import Diagnostic, Rows, Subject
 from lnjac.gpt.attention import Attention, causal_mask
 from lnjac.gpt.model import Block, SelfAttention
@@ -25,9 +25,9 @@ from lnjac.norms.layers import Norm, norms
 from lnjac.norms.probe import Pass
 
 MECHANISM = [
-    Column("place", "string", "", "a norm's site, or an attention or MLP layer's module name"),
-    Column("call", "int64", "", "which call of that module in one forward pass, from 0"),
-    Column("quantity", "string", "", "what was measured there: one of the quantities below"),
+    Column("place", "string", "", "a norm's site, or an attention or MLP layer's module name", KEY),
+    Column("call", "int64", "", "which call of that module in one forward pass, from 0", KEY),
+    Column("quantity", "string", "", "what was measured there: one of the quantities below", KEY),
     Column("value", "float64", "", "its value; sums over tokens are of the summed loss"),
     Column("n", "int64", "", "tokens, rows, weights or draws it was taken over"),
 ]
@@ -66,7 +66,7 @@ SQUARES = ("branch_sq", "residual_sq", "branch_residual_cos")
 
 @dataclass
 class Mechanism(Diagnostic):
-    """The radial part by path, the residual's two gradients and attention's weights; its hooks are there in a pass only."""
+    """Measure the radial part by path, the residual's two gradients and attention's weights, by hooks on the shared pass."""
 
     table = "mechanism"
     columns = MECHANISM
@@ -136,11 +136,11 @@ class Mechanism(Diagnostic):
         _on_grad(output, lambda grad: self._record(norm, "gz", dot(grad, _without_bias(y, norm)), grad[..., 0].numel()))
 
     def _source(self, x: Tensor) -> Norm | None:
-        """The norm whose very output x is: not its detached value, through which no gradient returns."""
+        """Return the norm whose very output x is, not its detached value, through which no gradient returns."""
         return next((norm for output, norm in self.outputs if output() is x), None)
 
     def _reads(self, linear: nn.Module, args: Any, output: Tensor) -> None:
-        """At qkv and at the head, where a norm feeds them."""
+        """Note the norm that feeds qkv or the head, and at the head measure its path."""
         if (norm := self._source(args[0])) is None:
             return
         self.fed_by[linear] = norm
@@ -149,7 +149,7 @@ class Mechanism(Diagnostic):
             _on_grad(output, lambda grad: self._logits(norm, _without_bias(y, norm), logits, grad))
 
     def _logits(self, norm: Norm, scaled: Tensor, logits: Tensor, grad: Tensor) -> None:
-        """⟨p − y, logits − Wβ⟩ and, by feedback, ⟨p − y, B(γ⊙z)⟩. scaled: (B, T, d) = γ⊙z; logits, grad: (B, T, vocab)."""
+        """Record ⟨p − y, logits − Wβ⟩ and ⟨p − y, B(γ⊙z)⟩. scaled: (B, T, d) = γ⊙z; logits, grad: (B, T, vocab)."""
         head, n = self.model.head, grad[..., 0].numel()
         by_token = wide(grad).flatten(0, -2).T @ scaled.flatten(0, -2)
         beta = None if norm.bias is None else norm.bias.detach()
@@ -158,7 +158,7 @@ class Mechanism(Diagnostic):
         self._record(norm, "gz_from_logits", dot(grad, logits) - shift, n)
 
     def _paths(self, layer: SelfAttention, norm: Norm) -> None:
-        """Σ⟨g,z⟩ of the norm that feeds attention by path, from qkv's gradients, and as attention's own scales predict it."""
+        """Record Σ⟨g,z⟩ of attention's norm by path, from qkv's gradients and as attention's scales predict it."""
         qkv = layer.qkv
         assert qkv.weight.grad is not None
         (of_scores, n), (of_values, _) = (
@@ -187,7 +187,7 @@ class Mechanism(Diagnostic):
     # The residual
 
     def _branches(self, entry: nn.Module, args: Any) -> tuple[Any, ...] | None:
-        """At the start of a branch: tell what returns through it from all that returns to the residual."""
+        """Separate, where a branch starts, the gradient that returns through it from the residual's."""
         x, *rest = args
         if not x.requires_grad:
             return None
@@ -210,7 +210,7 @@ class Mechanism(Diagnostic):
     # Attention
 
     def _attention(self, layer: SelfAttention) -> Iterator[RemovableHandle]:
-        """Hooks that hold q, k, v and the output o until o's gradient is there."""
+        """Yield hooks that hold q, k, v and the output o until o's gradient is there."""
         held: dict[str, Tensor] = {}
 
         def keep(name: str, x: Tensor) -> None:
@@ -226,7 +226,7 @@ class Mechanism(Diagnostic):
         yield layer.proj.register_forward_pre_hook(attended)
 
     def _attended(self, layer: SelfAttention, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> None:
-        """q, k: (B, heads, T, d_h); v, o, grad = ∂L/∂o: (B, T, d)."""
+        """Record attention's quantities. q, k: (B, heads, T, d_h); v, o, grad = ∂L/∂o: (B, T, d)."""
         q, k, n = wide(q), wide(k), grad[..., 0].numel()
         v_heads, grad_heads = (wide(x).view(*x.shape[:2], layer.n_head, -1).transpose(1, 2) for x in (v, grad))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -246,18 +246,18 @@ class Mechanism(Diagnostic):
 
 
 def _on_grad(x: Tensor, call: Callable[[Tensor], None]) -> None:
-    """Call with the whole gradient at x once it is there, if any can come."""
+    """Call `call` with the whole gradient at x once it is there, if any can come."""
     if x.requires_grad:
         x.register_hook(call)  # type: ignore[no-untyped-call]
 
 
 def _without_bias(y: Tensor, norm: Norm) -> Tensor:
-    """γ⊙z of a norm's output y = γ⊙z + β."""
+    """Return γ⊙z of a norm's output y = γ⊙z + β."""
     return wide(y) if norm.bias is None else wide(y) - norm.bias.detach()
 
 
 def entropy(weights: Tensor) -> Tensor:
-    """Entropy in nats of each row, divided by its mass: (…, T, T) -> (n,), rows without mass left out.
+    """Return the entropy in nats of each row, divided by its mass: (…, T, T) -> (n,), without rows that have no mass.
 
     NaN throughout where a weight is negative: such weights are no distribution.
     """
@@ -267,7 +267,7 @@ def entropy(weights: Tensor) -> Tensor:
 
 
 def own_slopes(mode: Attention, scores: Tensor, block_size: int) -> Tensor:
-    """∂wᵢⱼ/∂sᵢⱼ at KEYS of the keys j and every query i ≥ j: (1, heads, T, T) -> (n,), exact for a mode of any kind."""
+    """Return ∂wᵢⱼ/∂sᵢⱼ at KEYS of the keys j and every query i ≥ j: (1, heads, T, T) -> (n,), exact for any mode."""
     t, mask = scores.shape[-1], causal_mask(scores)
     keys = torch.arange(min(KEYS, t), device=scores.device) * t // min(KEYS, t)
     copies = torch.arange(len(keys), device=scores.device)  # one for each key, so that rows may couple their weights
@@ -280,7 +280,7 @@ def own_slopes(mode: Attention, scores: Tensor, block_size: int) -> Tensor:
 
 
 def steepest(mode: Attention, block_size: int) -> float:
-    """The largest |∂w/∂s| of a key beside one of score 0, over scores s from −20 to 20."""
+    """Return the largest |∂w/∂s| of a key beside one of score 0, over scores s from −20 to 20."""
     grid = torch.zeros(801, 1, 2, 2, dtype=torch.float64)
     grid[:, 0, 1, 1] = torch.linspace(-20, 20, 801, dtype=torch.float64)
     with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""What a diagnostic is, and the one pass over the diagnostic batches that all of them share."""
+"""The interface of a diagnostic, and the pass over the diagnostic batches that all diagnostics share."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ class Subject(Protocol):
 
 
 class Diagnostic:
-    """Rows of one table, measured on a run beside those of its norms. A subclass takes part in the moments that it defines.
+    """A measurement on a run that fills one table. A subclass takes part in the moments whose methods it defines.
 
     It is a dataclass of settings, as its yaml file has them. Each measurement is made by a copy of its own, so what it
     gathers in `begin`, `watch` and `passed` is its own too. It leaves the model as it was found.
@@ -47,16 +47,16 @@ class Diagnostic:
 
     table: ClassVar[str]
     columns: ClassVar[Sequence[Column]]
-    """Those of `rows`; run_id, diag_id and step come before them in the table."""
+    """The columns of `rows`; run_id, diag_id and step come before them in the table."""
     quantities: ClassVar[Mapping[str, str]] = {}
-    """What its column `quantity` holds, if it has one, and what each means."""
+    """The values of its column `quantity`, if it has one, and their meanings."""
     cost: ClassVar[str]
     """The time that a measurement takes, in words."""
     needs_tokens: ClassVar[bool] = False
     """Whether `passed` needs each token's numbers, beside the sums at each call of a norm."""
 
     def before(self, subject: Subject) -> Rows:
-        """Return rows that are measured once, before the first update, whatever the schedule."""
+        """Measure once, before the first update, whatever the schedule; return the rows."""
         return []
 
     def begin(self, subject: Subject) -> None:
@@ -68,7 +68,7 @@ class Diagnostic:
         return nullcontext()
 
     def passed(self, batch: Any, seen: Pass) -> None:
-        """Take what a pass left: parameters' `.grad` of the mean loss, and what was measured at each call of a norm."""
+        """Read parameters' `.grad` of the mean loss after a pass, and the sums of each norm call in `seen`."""
 
     def rows(self) -> Rows:
         """Return the rows of this measurement; further passes may be made here."""
@@ -76,7 +76,7 @@ class Diagnostic:
 
 
 def before(diagnostics: Sequence[Diagnostic], subject: Subject) -> dict[str, Rows]:
-    """Return what is measured once, before the first update, by table."""
+    """Make the measurements before the first update; return their rows by table."""
     subject.model.eval()
     found: dict[str, Rows] = {}
     for diagnostic in diagnostics:
@@ -111,10 +111,9 @@ def measure(diagnostics: Sequence[Diagnostic], subject: Subject) -> "dict[str, p
                 mean.backward()  # type: ignore[no-untyped-call]
             for diagnostic in running:
                 diagnostic.passed(batch, seen)
+        del mean  # and with its graph the tensors that hooks on it hold
     layers, found = norms.rows(step), dict[str, Rows]()
-    del norms, seen
-    while running:  # each is let go with what it holds before the next one takes memory
-        diagnostic = running.pop(0)
+    for diagnostic in running:
         if rows := diagnostic.rows():
             found.setdefault(diagnostic.table, []).extend(rows)
     return {"layers": layers, **found}

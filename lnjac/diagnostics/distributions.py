@@ -4,16 +4,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from lnjac.diagnostics.base import Diagnostic, Rows, Subject
+from lnjac.norms.distribution import COLUMNS
 from lnjac.norms.probe import Pass, distributions
-from lnjac.runs.schema import DISTRIBUTIONS, MEASURED_AT
 
 
 @dataclass
 class Distributions(Diagnostic):
-    """How a norm's per-token quantities spread over the tokens of all diagnostic batches."""
+    """Measure the spread of each norm's per-token quantities over the tokens of all diagnostic batches."""
 
     table = "distributions"
-    columns = DISTRIBUTIONS[len(MEASURED_AT) :]
+    columns = COLUMNS
     cost = "no pass of its own"
     needs_tokens = True
 

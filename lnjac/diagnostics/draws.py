@@ -1,4 +1,4 @@
-"""Each norm's enrichments over other draws of the feedback, before the first update: expected to be 1 by chance alone."""
+"""Measure each norm's enrichments over other draws of the feedback, before the first update; 1 is expected by chance."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ QUANTITIES = {
 
 @dataclass
 class FeedbackDraws(Diagnostic):
-    """Enrichments over draws of the feedback from seeds apart from the run's own streams."""
+    """Measure enrichments over draws of the feedback, from seeds apart from the run's own streams."""
 
     table = "mechanism"
     columns = MECHANISM
@@ -56,7 +56,7 @@ def over_draws(
     *,
     grad_at: GradAt | str = GradAt.normalized,
 ) -> Rows:
-    """Rows of `mechanism`: mean and standard error over draws of the feedback, given by name, of each norm's enrichments.
+    """Return the mean and standard error of each norm's enrichments over draws of the feedback, given by name.
 
     No rows where the draws leave the model's feedback as it is: where it has none, or no random one.
     """

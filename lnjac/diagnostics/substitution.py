@@ -1,4 +1,4 @@
-"""What each surrogate, put in place of the exact backward at some norms, does to the gradient and to the next update."""
+"""Put each surrogate in place of the exact backward at some norms; compare the gradients and the next updates."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lnjac.columns import Column
-from lnjac.diagnostics.base import Diagnostic, Rows
+from lnjac.columns import KEY, Column
+from lnjac.diagnostics.base import Diagnostic, Rows, Subject
 from lnjac.diagnostics.settings import Parts
 from lnjac.diagnostics.switch import DOSES, Gradient, Graphs, add
 from lnjac.gpt.credit import backprop, is_feedback
@@ -24,17 +24,24 @@ from lnjac.norms.layers import exact_norms, norms
 
 SWAPS = [
     Column(
-        "place", "string", "", "where the backward was replaced: a site, a role of several sites (ln_1, ln_2), or all"
+        "place",
+        "string",
+        "",
+        "where the backward was replaced: a site, a role of several sites (ln_1, ln_2), or all",
+        KEY,
     ),
     Column(
         "surrogate",
         "string",
         "",
         "the backward put there: one of the seven; partial_radial, center_scale with a part of z·m subtracted; or exact",
+        KEY,
     ),
-    Column("radial", "float64", "", "how much of z·m the backward subtracts: 0, 1, or the part under partial_radial"),
-    Column("part", "string", "", "all, a block (embedding, blocks.0, …, ln_f, head), or a parameter's name"),
+    Column(
+        "radial", "float64", "", "how much of z·m the backward subtracts: 0, 1, or the part under partial_radial", KEY
+    ),
     Column("level", "string", "", "what is compared: model, block or tensor"),
+    Column("part", "string", "", "all, a block (embedding, blocks.0, …, ln_f, head), or a parameter's name", KEY),
     Column(
         "grad_norm",
         "float64",
@@ -107,7 +114,7 @@ WHOLE = ("predicted_nats", "decrease_nats", "compounding", "shapley_center", "sh
 
 @dataclass
 class Substitution(Diagnostic):
-    """Each surrogate in place of the exact backward, at each norm and together."""
+    """Put each surrogate in place of the exact backward, at each norm and at all together."""
 
     table = "swaps"
     columns = SWAPS
@@ -115,37 +122,18 @@ class Substitution(Diagnostic):
 
     parts: Parts
 
+    def begin(self, subject: Subject) -> None:
+        self.measured = measure(subject, self.parts)  # here, before others hold memory: it takes the most
+
     def rows(self) -> Rows:
-        subject = self.subject
-        return measure(
-            subject.model,
-            subject.diagnostic_batches(),
-            subject.loss,
-            trained=subject.trained,
-            optimizer=subject.optimizer,
-            settings=subject.config.optimizer,
-            dtype=subject.dtype,
-            parts=self.parts,
-        )
+        return self.measured
 
 
-def measure(
-    model: nn.Module,
-    batches: Sequence[Any],
-    loss: Loss,
-    *,
-    trained: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    settings: Optimizer,
-    dtype: torch.dtype,
-    parts: Parts = Parts.tensor,
-) -> Rows:
-    """Rows of `swaps` (docs/columns.md) for the model as it stands, by the method it was given, without run and step.
-
-    `trained`: the parameters the optimizer gets, by name; `dtype`: what the passes compute in, whose rounding is the
-    gate. Model, optimizer and every `.grad` are left as they were. There are no rows where the exact gradient is not finite.
-    """
-    named = {name: p for name, p in trained.items() if not is_feedback(name)}
+def measure(subject: Subject, parts: Parts) -> Rows:
+    """Return rows of `swaps`, none where the exact gradient is not finite. Model, optimizer and `.grad` stay as they were."""
+    model, batches, loss = subject.model, subject.diagnostic_batches(), subject.loss
+    optimizer, settings, dtype = subject.optimizer, subject.config.optimizer, subject.dtype
+    named = {name: p for name, p in subject.trained.items() if not is_feedback(name)}
     parameters = list(named.values())
     before, tokens = mean_loss(model, batches, loss)
     true = true_gradient(model, batches, loss, parameters, tokens)
@@ -184,7 +172,7 @@ def measure(
 
 
 def places(model: nn.Module) -> dict[str, list[str]]:
-    """Where a backward is replaced, and the sites that means: each site, each role of several sites, all."""
+    """Return the places where a backward is replaced, with their sites: each site, each role of several sites, all."""
     sites = [site for site, _ in norms(model)]
     roles: dict[str, list[str]] = {}
     for site in sites:
@@ -194,18 +182,18 @@ def places(model: nn.Module) -> dict[str, list[str]]:
 
 
 def is_group(sites: Sequence[str], every: Sequence[tuple[str, nn.Module]]) -> bool:
-    """Whether these are all sites of their roles, be it a single one, such as ln_f."""
+    """Return whether these are all sites of their roles; a role may have a single one, such as ln_f."""
     roles = {site.rpartition(".")[2] for site in sites}
     return all(site in sites for site, _ in every if site.rpartition(".")[2] in roles)
 
 
 def canonical(swap: Backward, *, rms: bool) -> Backward:
-    """The same backward by one name: RMSNorm has no mean to subtract."""
+    """Return the one name of equal backwards: RMSNorm has no mean to subtract."""
     return swap._replace(center=True) if rms else swap
 
 
 def shapley(damage: Mapping[Backward, float]) -> dict[str, float]:
-    """Each factor's Shapley share in the damage of leaving out all three: its mean over the orders of leaving them out.
+    """Return each factor's Shapley share in the damage of leaving out all three: its mean over the orders of doing so.
 
     `damage` of each of the seven surrogates; that of the exact backward is 0.
     """
@@ -225,7 +213,7 @@ def shapley(damage: Mapping[Backward, float]) -> dict[str, float]:
 
 
 class Part(NamedTuple):
-    """A part of the gradient, and the tensors it consists of by their numbers."""
+    """A part of the gradient, and the numbers of its tensors."""
 
     level: str
     name: str
@@ -233,7 +221,7 @@ class Part(NamedTuple):
 
 
 def divide(names: Sequence[str], finest: Parts) -> list[Part]:
-    """The gradient's parts: the whole, then the blocks, then the tensors, as far as `finest` says."""
+    """Divide the gradient: the whole, then the blocks, then the tensors, down to `finest`."""
     blocks: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         blocks.setdefault(part_of(name), []).append(i)
@@ -246,7 +234,7 @@ def divide(names: Sequence[str], finest: Parts) -> list[Part]:
 
 
 def part_of(parameter: str) -> str:
-    """`blocks.0.attn.qkv.weight` -> blocks.0, `wte.weight` and `wpe.weight` -> embedding, `head.weight` -> head."""
+    """Return a parameter's part: blocks.0 of `blocks.0.attn.qkv.weight`, embedding of `wte.weight`, head of `head.weight`."""
     words = parameter.split(".")
     for i, word in enumerate(words):
         if word.isdigit():
@@ -268,7 +256,7 @@ class Products(NamedTuple):
 
 
 class Yardstick:
-    """The exact gradient g, with its update, P and P∇L: what another gradient is compared with."""
+    """The exact gradient g with its update, P and P∇L, with which other gradients are compared."""
 
     def __init__(
         self,
@@ -300,7 +288,7 @@ class Yardstick:
         self.steepest = Products(*(self._products(true, self.update, range(len(exact))) @ self.members)).slope
 
     def compare(self, gradient: Gradient) -> Rows:
-        """A row for each part, the whole first: every column of `swaps` but the place's, those of WHOLE still null."""
+        """Return a row for each part, the whole first, without the place's columns and with those of WHOLE still null."""
         clipped = self.rehearsal.clip is not None  # by the whole gradient's norm: then every tensor's update changes
         changed = [i for i, (a, b) in enumerate(zip(gradient, self.exact, strict=True)) if clipped or a is not b]
         update = self.rehearsal.update([g if i in changed else None for i, g in enumerate(gradient)])
@@ -327,14 +315,14 @@ class Yardstick:
         return rows
 
     def _products(self, gradient: Gradient, update: Gradient, tensors: Sequence[int]) -> Tensor:
-        """`Products` of these tensors: (7, n). Of one tensor after the other, so that its float64 copies stay in cache."""
+        """Return `Products` of these tensors: (7, n), one tensor after the other, so that float64 copies stay in cache."""
         fixed = (self.exact, self.update, self.p, self.true_step)
         columns = [_products(*(each[i].flatten().double() for each in (gradient, update, *fixed))) for i in tensors]
         return torch.stack(columns, dim=1)
 
 
 def _products(hat: Tensor, hat_update: Tensor, g: Tensor, update: Tensor, p: Tensor, true_step: Tensor) -> Tensor:
-    """`Products` of one tensor: (7,). All given as (n,)."""
+    """Return `Products` of one tensor: (7,), all given as (n,)."""
     step = hat * p
     pairs = (
         (hat, hat),
@@ -351,7 +339,7 @@ def _products(hat: Tensor, hat_update: Tensor, g: Tensor, update: Tensor, p: Ten
 def preconditioner(
     optimizer: torch.optim.Optimizer, settings: Optimizer, parameters: Sequence[nn.Parameter]
 ) -> Gradient | None:
-    """The optimizer's P; None where it has none. A parameter without state has had no gradient yet: 0 there."""
+    """Return the optimizer's P, None where it has none; 0 for a parameter without state, which has had no gradient yet."""
     found = [settings.preconditioner(optimizer, p) for p in parameters]
     if all(p is None for p in found):
         return None
@@ -361,7 +349,7 @@ def preconditioner(
 def true_gradient(
     model: nn.Module, batches: Sequence[Any], loss: Loss, parameters: Sequence[nn.Parameter], total: int
 ) -> Gradient:
-    """∇L: backprop through exact norms, whatever the model's method."""
+    """Return ∇L by backprop through exact norms, whatever the model's method."""
     found = []
     for batch in batches:
         with backprop(model), exact_norms(model):
@@ -373,7 +361,7 @@ def true_gradient(
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Sequence[Any], loss: Loss) -> tuple[float, int]:
-    """The loss over all batches in nats per token, and their tokens."""
+    """Return the loss over all batches in nats per token, and the number of their tokens."""
     total, count = 0.0, 0
     for batch in batches:
         value, tokens = loss(model, batch)

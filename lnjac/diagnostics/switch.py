@@ -1,4 +1,4 @@
-"""A forward pass whose norms' backwards are chosen after it: one graph gives the gradient under any of them, anywhere.
+"""Choose norms' backwards after the forward pass: one graph gives the gradient under any of them, at any norm.
 
 Notation as in `lnjac.norms.decompose`. The exact pullback and every replaced one are linear in the parts u, z·m, ḡ of g,
 so at a single norm a replacement changes the gradient by the pullback, through the layers below, of a combination of five
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lnjac.norms.capture import Loss
 from lnjac.norms.decompose import center, normalise, pull_back, remove_radial, wide
 from lnjac.norms.formulas import EXACT, Backward
-from lnjac.norms.layers import norms
+from lnjac.norms.layers import other_backwards
 
 Gradient = list[Tensor]
 """A tensor for each parameter."""
@@ -28,7 +28,7 @@ DOSES = tuple(Backward(True, radial, True) for radial in (0.25, 0.5, 0.75))
 
 
 def basis(g: Tensor, z: Tensor, rstd: Tensor, *, rms: bool = False) -> list[Tensor]:
-    """What every (swapped − exact) pullback of g is made of: z·m/σ, u − u/σ, z·m, then ḡ/σ, ḡ except with rms."""
+    """Return the vectors that span every (swapped − exact) pullback of g: z·m/σ, u − u/σ, z·m, and ḡ/σ, ḡ without rms."""
     h = g if rms else center(g)
     u = remove_radial(z, h)
     radial, mean = h - u, g - h
@@ -36,7 +36,7 @@ def basis(g: Tensor, z: Tensor, rstd: Tensor, *, rms: bool = False) -> list[Tens
 
 
 def coefficients(swap: Backward, *, rms: bool = False) -> list[float]:
-    """Of `basis`, in its order."""
+    """Return the coefficients of `basis`, in its order."""
     radial, mean, scaled = 1 - swap.radial, float(not swap.center), float(swap.scale)
     unscaled = 1 - scaled
     found = [scaled * radial, unscaled, unscaled * radial]
@@ -56,7 +56,7 @@ class Call:
 
     @property
     def z(self) -> Tensor:
-        """Made again each time: the graph of all calls would be an eighth larger with it."""
+        """Compute z anew each time: the graph of all calls would be an eighth larger with it."""
         x = self.x.detach().to(self.rstd.dtype)
         return (x if self.rms else center(x)) * self.rstd
 
@@ -64,7 +64,7 @@ class Call:
         return pull_back(g, self.z, self.rstd, self.swap, rms=self.rms).to(self.x.dtype)
 
     def change(self) -> Tensor:
-        """(swapped − exact) pullback of the exact g."""
+        """Return the (swapped − exact) pullback of the exact g."""
         assert self.g is not None
         z = self.z
         swapped, exact = (pull_back(self.g, z, self.rstd, swap, rms=self.rms) for swap in (self.swap, EXACT))
@@ -72,7 +72,7 @@ class Call:
 
 
 class _Switched(torch.autograd.Function):
-    """x, whose gradient is pulled back as its call says when it arrives; for the graphs of this module alone."""
+    """The identity, whose gradient is pulled back by the backward that its call has then; for this module alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: Call) -> Tensor:
@@ -105,20 +105,14 @@ class _Recorder:
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[list[Call]]:
-    """Within the context a forward pass makes its norms switchable; yields the list of their calls, in forward order."""
-    modules, calls = norms(model), list[Call]()
-    rules = [module.backward_rule for _, module in modules]
-    try:
-        for site, module in modules:
-            module.backward_rule = _Recorder(site, calls)
+    """Within the context a forward pass makes its norms switchable; yield the list of their calls, in forward order."""
+    calls: list[Call] = []
+    with other_backwards(model, lambda site: _Recorder(site, calls)):
         yield calls
-    finally:
-        for (_, module), rule in zip(modules, rules, strict=True):
-            module.backward_rule = rule
 
 
 class Graph:
-    """One batch's graph, kept, of share·loss, share being its part of all `total` tokens. No `.grad` is touched.
+    """The graph of one batch's share·loss, share being its part of all `total` tokens. No `.grad` is touched.
 
     `exact` is the gradient with every norm's exact backward, whatever the model trains with. What a swap cannot change of
     it is given out as the very tensor that stands there.
@@ -132,12 +126,12 @@ class Graph:
         self.exact = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
     def swapped(self, sites: Collection[str], swaps: Sequence[Backward]) -> Iterator[Gradient]:
-        """For each swap the gradient with it at these sites, exact elsewhere."""
+        """Yield for each swap the gradient with it at these sites, exact elsewhere."""
         calls = [call for call in self.calls if call.site in sites and call.g is not None]
         return self._at_one(calls[0], swaps) if len(calls) == 1 else self._together(calls, swaps)
 
     def _at_one(self, call: Call, swaps: Sequence[Backward]) -> Iterator[Gradient]:
-        """At most five passes through the layers below serve all swaps."""
+        """Serve all swaps by at most five passes through the layers below."""
         assert call.g is not None
         parts = basis(call.g, call.z, call.rstd, rms=call.rms)
         deltas = list(zip(*(self._pull([call.x], [part.to(call.x.dtype)]) for part in parts), strict=True))
@@ -146,7 +140,7 @@ class Graph:
             yield [_changed(g, c, of_one) for g, of_one in zip(self.exact, deltas, strict=True)]
 
     def _together(self, calls: Sequence[Call], swaps: Sequence[Backward]) -> Iterator[Gradient]:
-        """A pass for each swap, of the change alone, through the layers below.
+        """Serve each swap by a pass of the change alone through the layers below.
 
         With g the exact gradient at a norm and δ what reaches it from the norms above that are changed too,
         swapped(g + δ) − exact(g) = swapped(δ) + (swapped − exact)(g): its own pullback of δ, and a cotangent for its input.
@@ -165,13 +159,13 @@ class Graph:
             yield [_changed(g, [1.0], [delta]) for g, delta in zip(self.exact, found, strict=True)]
 
     def _pull(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None = None) -> tuple[Tensor | None, ...]:
-        """The parameters' gradients, None for those that the outputs do not depend on."""
+        """Return the parameters' gradients, None for those that the outputs do not depend on."""
         found = torch.autograd.grad(outputs, self.parameters, cotangents, retain_graph=True, allow_unused=True)
         return tuple(None if g is None else g.contiguous() for g in found)
 
 
 def _changed(g: Tensor, c: Sequence[float], deltas: Sequence[Tensor | None]) -> Tensor:
-    """g + Σ c·delta, g itself where that adds nothing."""
+    """Return g + Σ c·delta, g itself where that adds nothing."""
     for factor, delta in zip(c, deltas, strict=True):
         if factor and delta is not None:
             g = g.add(delta, alpha=factor)
@@ -186,11 +180,11 @@ class Graphs:
         self.only = self._made(batches[0]) if len(batches) == 1 else None
 
     def exact(self) -> Gradient:
-        """The gradient with every norm's exact backward."""
+        """Return the gradient with every norm's exact backward."""
         return reduce(add, (graph.exact for graph in self._each()))
 
     def swapped(self, sites: Collection[str], swaps: Sequence[Backward]) -> Iterator[Gradient]:
-        """For each swap the gradient with it at these sites, exact elsewhere."""
+        """Yield for each swap the gradient with it at these sites, exact elsewhere."""
         if self.only is not None:
             return self.only.swapped(sites, swaps)
         found: list[Gradient] = []

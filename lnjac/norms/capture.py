@@ -1,4 +1,4 @@
-"""Read each call of every norm of a model: what went in, and the gradient at what came out. The model is not disturbed."""
+"""Capture the input and the output gradient of every call of every norm of a model, without disturbing the model."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
 
 @dataclass
 class Capture:
-    """One call of a norm: x: (…, d) its input, grad: (…, d) = ∂L/∂y at its output, and what the norm is."""
+    """One call of a norm: its input x: (…, d), the gradient at its output grad = ∂L/∂y: (…, d), and the norm's parameters."""
 
     site: str
     call: int
@@ -106,7 +106,7 @@ def capture(
 
 
 class _Call:
-    """One pass through a norm's forward: the input is held until its gradient has come."""
+    """One pass through a norm's forward, which holds its input until its gradient has come."""
 
     def __init__(
         self, when: int | None, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -115,7 +115,7 @@ class _Call:
 
 
 class _Recorder:
-    """Numbers the calls and pairs each with its gradient.
+    """Number the calls and pair each with its gradient.
 
     Under a reentrant checkpoint a segment's first pass runs without grad, and its recomputation, in the backward pass,
     gets the gradient. Segments are recomputed last to first, and each is done with before the next, so the calls of a site
@@ -161,7 +161,7 @@ class _Recorder:
         return on_forward
 
     def close(self) -> list[Any]:
-        """The results in the order of the forward pass; what a spent graph still holds of this recorder is let go."""
+        """Return the results in the order of the forward pass, and drop the references that a spent graph still holds."""
         self.open = False
         results, self.results = self.results, {}
         return [results[when] for when in sorted(results)]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lnjac.columns import Column, evaluate
 from lnjac.norms import formulas
-from lnjac.norms.formulas import BY_MEASURABLE, COLUMNS, ENERGIES, EXACT, RSTD_POWERS, SIGMA_QUANTILES, Backward
+from lnjac.norms.formulas import BY_MEASURABLE, ENERGIES, EXACT, RSTD_POWERS, SIGMA_QUANTILES, Backward
 
 CHUNK_ELEMENTS = 1 << 16
 """Elements taken to float64 at a time on a CPU: half a megabyte, so that the passes over a chunk stay in cache."""

@@ -6,8 +6,8 @@ applying it to x itself, with z and σ held constant, gives an expression whose 
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -21,14 +21,14 @@ from lnjac.norms.formulas import EXACT, SURROGATES, Backward
 
 
 class Surrogate(Protocol):
-    """What conf/ln_backward/*.yaml names: how a norm's normalisation is differentiated, and at which sites."""
+    """A backward of a norm's normalisation, and the sites that have it (conf/ln_backward)."""
 
     name: str
     sites: list[str]
 
     @abstractmethod
     def surrogate(self, x: Tensor, eps: float, *, rms: bool) -> Tensor | None:
-        """An expression with the wanted gradient with respect to x: (…, d) -> (…, d); None for the exact backward."""
+        """Return an expression whose gradient with respect to x is the backward: (…, d) -> (…, d); None for the exact one."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Factors:
             yield f"ln_backward={self.name} with other factors than its own would be mislabelled: use ln_backward={right}"
 
     def surrogate(self, x: Tensor, eps: float, *, rms: bool) -> Tensor | None:
-        """M(x), where M pulls ∂L/∂z back through the chosen factors with z and σ constant; its gradient is Mᵀ = M."""
+        """Return M(x), where M pulls ∂L/∂z back by the chosen factors with z and σ constant; its gradient is Mᵀ = M."""
         if self.value() == EXACT:
             return None
         z, rstd = normalise(x.detach(), eps, rms=rms)  # not no_grad, which forward mode would look through
@@ -73,7 +73,7 @@ class Norm(nn.Module):
         self.backward_rule: Surrogate | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (…, d) -> γ⊙z + β: (…, d)."""
+        """Map x: (…, d) to γ⊙z + β: (…, d)."""
         surrogate = None if self.backward_rule is None else self.backward_rule.surrogate(x, self.eps, rms=self.rms)
         if surrogate is None:
             return self._plain(x, self.weight, self.bias)
@@ -94,13 +94,21 @@ class Norm(nn.Module):
 
 
 def matches(site: str, patterns: Iterable[str]) -> bool:
-    """Whether a site (`blocks.0.ln_1`) is meant by `all`, by its dotted name, its role (`ln_1`), or a glob of either."""
+    """Return whether `all`, a site's dotted name (`blocks.0.ln_1`), its role (`ln_1`) or a glob of either is a pattern."""
     role = site.rpartition(".")[2]
     return any(p == "all" or fnmatchcase(site, p) or fnmatchcase(role, p) for p in patterns)
 
 
 def set_backward(model: nn.Module, rule: Surrogate) -> list[str]:
-    """Give every matching Norm of the model this backward, every other one the exact one; returns the matching sites."""
+    """Give every Norm that the rule's sites match its backward, and every other Norm the exact one.
+
+    Args:
+        model: A model with lnjac's Norm in it (other norms keep their backward).
+        rule: The backward and its sites, such as `Factors("ste", ["ln_f"], center=False, radial=False, scale=False)`.
+
+    Returns:
+        The matching sites, in order of definition.
+    """
     chosen = []
     for site, module in norms(model):
         module.backward_rule = rule if matches(site, rule.sites) else None
@@ -110,25 +118,29 @@ def set_backward(model: nn.Module, rule: Surrogate) -> list[str]:
 
 
 @contextmanager
-def exact_norms(model: nn.Module) -> Iterator[None]:
-    """Within the context every norm of the model has its exact backward."""
-    modules = [module for _, module in norms(model)]
-    rules = [module.backward_rule for module in modules]
+def other_backwards(model: nn.Module, rule_of: Callable[[str], Surrogate | None]) -> Iterator[None]:
+    """Within the context each norm has the backward that `rule_of(site)` gives, None for the exact one."""
+    before = [(module, module.backward_rule) for _, module in norms(model)]
     try:
-        for module in modules:
-            module.backward_rule = None
+        for site, module in norms(model):
+            module.backward_rule = rule_of(site)
         yield
     finally:
-        for module, rule in zip(modules, rules, strict=True):
+        for module, rule in before:
             module.backward_rule = rule
 
 
+def exact_norms(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context within which every norm of the model has its exact backward."""
+    return other_backwards(model, lambda site: None)
+
+
 def norms(model: nn.Module) -> list[tuple[str, Norm]]:
-    """The model's norms of this class with their dotted names, in order of definition."""
+    """Return the model's norms of this class with their dotted names, in order of definition."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Norm)]
 
 
 def unmatched(sites: Iterable[str], rule: Any) -> list[str]:
-    """The patterns of the rule that mean none of the model's sites."""
+    """Return the patterns of the rule that match none of these sites."""
     names = list(sites)
     return [pattern for pattern in rule.sites if not any(matches(name, [pattern]) for name in names)]

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lnjac.columns import Column
 from lnjac.errors import ConfigError
+from lnjac.norms import formulas
 from lnjac.runs import folder as runs
-from lnjac.runs.schema import LAYERS, MEASURED_AT, RUNS, TABLES
+from lnjac.runs.schema import CURVES, MEASURED_AT, RUNS, TABLES
 from lnjac.runs.state import FOREIGN, state
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ def record(
     if plain["seed"] != seed:
         raise ConfigError(f"seed={seed}, but config has seed={plain['seed']}: give one of them")
     columns = list(_columns(plain))
-    taken = Counter(column.name for column, _ in columns) + Counter({column.name for column in (*LAYERS, *RUNS)})
+    taken = Counter(column.name for column, _ in columns) + Counter(
+        {column.name for column in (*MEASURED_AT, *formulas.columns(), *RUNS)}
+    )
     if clash := [column.name for column, _ in columns if taken[column.name] > 1]:
         raise ConfigError(f"the config has {', '.join(clash)}, as another column is called too: rename this key")
     for table in tables or {}:
@@ -118,7 +121,9 @@ class Record:
     ) -> None:
         self.path, self.identity, self.columns = Path(folder), dict(identity), columns
         self.metadata, self.listener = dict(metadata), listener
-        self.declared = {**TABLES, **{name: [*MEASURED_AT, *own] for name, own in (tables or {}).items()}}
+        own = {name: [*MEASURED_AT, *columns] for name, columns in (tables or {}).items()}
+        layers = [*MEASURED_AT, *formulas.columns()]
+        self.declared = {**TABLES, "layers": layers, "runs": RUNS, "curves": CURVES, **own}
         self.status, self.found = runs.RUNNING, ""
         self.tables: dict[str, list[dict[str, Any]]] = {"layers": [], "curves": []}
         self.described: dict[str, Any] = {"started_at": runs.now(), "resumed_at": 0, **runs.provenance()}

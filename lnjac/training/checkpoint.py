@@ -57,7 +57,7 @@ def restore(training: Training, tensors: Mapping[str, Tensor], note: Mapping[str
 
 
 class Timer:
-    """Returns, when it is called after an update, whether `every` seconds have passed since it last was True; None: never."""
+    """Return, called after an update, whether `every` seconds have passed since the last True; never for None."""
 
     def __init__(self, every: float | None) -> None:
         self.every, self.last = every, time.monotonic()

@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 Passes = Callable[[Batch], Tensor]
-"""Runs the forward and the backward pass on a batch; leaves gradients in `.grad`, returns the loss: ()."""
+"""A forward and backward pass on a batch, which leaves gradients in `.grad` and returns the loss: ()."""
 
 
 def captured(passes: Passes, batch: Batch, parameters: Iterable[nn.Parameter], device: torch.device) -> Passes:

@@ -1,4 +1,4 @@
-"""Being told to stop: Ctrl-C, SIGTERM, or a cluster's notice, obeyed where a run can go on from later."""
+"""Obey Ctrl-C, SIGTERM and a cluster's notice between two updates, where a run can be resumed later."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
-"""Ctrl-C, the end of a process, and what Slurm and the like send ahead of a time limit or a preemption."""
+"""The signals of Ctrl-C, of the end of a process, and of Slurm and the like ahead of a time limit or a preemption."""
 
 
 @contextmanager

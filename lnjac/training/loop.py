@@ -78,7 +78,7 @@ def observe(training: "Training", record: Record, train_loss: float | None = Non
 
 @contextmanager
 def _timing(record: Record, column: str) -> Iterator[None]:
-    """Time what is no update: what is left of the last update on the device comes first."""
+    """Time a part that is no update, once the device has finished the last update."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
     with record.timing(column):
@@ -109,17 +109,17 @@ class Training:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the matrix products are computed in."""
+        """The dtype of the matrix products."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[self.config.precision.value]
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-        """Mean cross-entropy of a batch (idx, targets): (B, T) each, and the number of tokens it is the mean of."""
+        """Return the mean cross-entropy of a batch (idx, targets), (B, T) each, and the number of its tokens."""
         idx, targets = (part.to(self.device, non_blocking=True) for part in batch)
         with self.autocast():
             return model(idx, targets)[1], targets.numel()
 
     def update(self) -> float:
-        """One update; returns its batch's loss in nats. A non-finite loss leaves model and optimizer as they were."""
+        """Make one update and return its batch's loss in nats. A non-finite loss leaves model and optimizer as they were."""
         config = self.config
         self.model.train()
         config.method.refresh(self.model, config.seed, self.updates)
@@ -147,7 +147,7 @@ class Training:
 
     @torch.no_grad()
     def validation_loss(self) -> float:
-        """Mean loss in nats per token over the validation windows."""
+        """Return the mean loss in nats per token over the validation windows."""
         evaluation = self.config.eval
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -161,7 +161,7 @@ class Training:
         return float(total) / count
 
     def diagnostic_batches(self) -> list[tuple[Tensor, Tensor]]:
-        """The batches (idx, targets) the norms are analysed on: the same at every step and for every mode of one seed."""
+        """Return the batches (idx, targets) of each measurement: the same at every step and for every mode of one seed."""
         settings = self.config.diagnostics
         split = self.corpus.train if settings.split is Split.train else self.corpus.val
         source = data.Batches(
@@ -173,7 +173,7 @@ class Training:
         return [source.next() for _ in range(settings.batches)]
 
     def before(self) -> dict[str, Rows]:
-        """Return what diagnostics measure once, before the first update, by table."""
+        """Make the diagnostics' measurements before the first update; return their rows by table."""
         return diagnostics.before(self.diagnostics, self)
 
     def diagnose(self) -> dict[str, Any]:

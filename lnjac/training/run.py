@@ -1,4 +1,4 @@
-"""One run: admission, execution, resumption; its record."""
+"""Make one run: admit its config, set up torch, resume its checkpoint, train it within its record."""
 
 import json
 import logging
@@ -97,17 +97,17 @@ def _hardware_problems(config: RunConfig) -> list[str]:
 
 
 def _computes_bf16() -> bool:
-    """Whether oneDNN has bf16 products for this CPU (from AVX-512 on, in x86); where torch has no oneDNN, nobody knows."""
+    """Return whether oneDNN has bf16 products for this CPU (from AVX-512 on, in x86); True where torch has no oneDNN."""
     return not ONEDNN or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 _warn = cache(log.warning)
-"""Once a process: a sweep checks all its jobs before it starts the first."""
+"""Warn once a process: a sweep checks all its jobs before it starts the first."""
 
 
 @contextmanager
 def execution(config: RunConfig) -> Iterator[None]:
-    """torch's threads, determinism and dropout stream as configured, and as they were afterwards."""
+    """Within the context, torch has the configured threads, determinism and dropout stream; afterwards those from before."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.set_num_threads(config.threads or threads)
@@ -152,7 +152,7 @@ def run(config: RunConfig, folder: str | Path, corpus: Corpus | None = None) -> 
 
 
 def opened(config: RunConfig, folder: str | Path, corpus: Corpus) -> Record:
-    """Return the record of the run, to be entered."""
+    """Return the run's record, a context manager."""
     identity = {
         "run_id": config_identity.run_id(config, corpus.sha256),
         "diag_id": config_identity.diag_id(config),
@@ -172,7 +172,7 @@ def opened(config: RunConfig, folder: str | Path, corpus: Corpus) -> Record:
 
 
 def begin(config: RunConfig, corpus: Corpus, record: Record) -> Training:
-    """Build what is trained, and put it where its last checkpoint left off, if it has one that can be used."""
+    """Build the training, and resume it from the run's last checkpoint if that can be used."""
     for part in config.parts().values():
         for warning in part.warnings(config) if hasattr(part, "warnings") else ():
             log.warning(warning)
@@ -204,7 +204,7 @@ def _resume(training: Training, record: Record) -> None:
 
 
 def save(training: Training, record: Record) -> None:
-    """Write a checkpoint, if any are wanted. A full disk costs the checkpoint, not the run: it is said."""
+    """Write a checkpoint, if any are wanted. On a full disk there is none, with a warning, and the run goes on."""
     if training.config.checkpoint.every is None:
         return
     tensors, note = checkpoint.state(training)
@@ -216,7 +216,7 @@ def save(training: Training, record: Record) -> None:
 
 
 def conclude(training: Training, record: Record) -> None:
-    """Describe the trained run in its record, and save what `load_run` opens it with."""
+    """Describe the trained run in its record, and save its weights and diagnostic batch for `load_run`."""
     config = training.config
     with record.timing("eval_s"):
         baselines = batches.baselines(training.corpus, config.eval.tokens)
@@ -241,7 +241,7 @@ def _size(parameters: Mapping[str, nn.Parameter]) -> int:
 
 
 def _environment(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
-    """Which code, machine and data make the numbers."""
+    """Return the code, machine and data that make the numbers."""
     from lnjac import __version__
 
     device = device_of(config)
@@ -264,7 +264,7 @@ def _brief(config: RunConfig) -> str:
 
 
 def _say(record: Record) -> None:
-    """The run's outcome and the original script's table."""
+    """Log the run's outcome and the original script's table."""
     (result,), layers = record.tables["runs"], record.tables["layers"]
     if record.status == runs.DIVERGED:
         log.warning("diverged after %d updates: the loss is not finite", result["diverged_step"])

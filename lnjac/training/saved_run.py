@@ -36,7 +36,7 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
-        """The run's config. Its classes are imported by name, so those of other packages only when `trust` is given."""
+        """The run's config. Classes of other packages are imported, by their names, only with `trust`."""
         plain = self.metadata["config"] | {"tracker": tracking.NONE}  # opened again, it tells nobody
         members = [plain[group] for group in PLUGIN_GROUPS] + list(plain["diagnostics"].get("more", {}).values())
         targets = [member["_target_"] for member in members]
@@ -61,18 +61,23 @@ class Run:
         return self._frame("curves")
 
     def table(self, name: str) -> pd.DataFrame:
-        """Return one of the run's tables by its name in docs/columns.md, those in long form too.
+        """Return one of the run's tables by name: layers, runs, curves, or one that its diagnostics filled.
 
-        Raises ConfigError for one that the run's diagnostics did not ask for.
+        Raises:
+            ConfigError: The run has no such table.
         """
-        if runs.file_of(name) not in self.status.get("sha256", {}):
+        if runs.file_of(name) not in (written := self.status.get("sha256", {})):
+            known = {file: table for table, file in runs.FILES.items()}
+            there = ", ".join(
+                known.get(file, file.removesuffix(".parquet")) for file in written if file.endswith(".parquet")
+            )
             raise ConfigError(
-                f"{self.folder} has no {name}: its diagnostics did not ask for them (docs/diagnostics.md)"
+                f"{self.folder} has no table {name}, but {there}: diagnostics add tables (docs/diagnostics.md)"
             )
         return self._frame(name)
 
     def model(self) -> GPT:
-        """The model as it was when the run ended: weights, feedback and norms' backward; in eval mode, on the CPU.
+        """Return the model at the run's end, with its weights, feedback and norms' backward, in eval mode on the CPU.
 
         Raises ConfigError when the run was made with save_model=false.
         """
@@ -87,7 +92,7 @@ class Run:
         return model.eval()
 
     def diagnostic_batch(self) -> tuple[Tensor, Tensor]:
-        """(idx, targets) the norms were analysed on: (batches, B, T) int64 each."""
+        """Return (idx, targets) of the measurements: (batches, B, T) int64 each."""
         from safetensors.torch import load_file
 
         found = load_file(self._verified(runs.BATCH))
@@ -98,14 +103,14 @@ class Run:
         return frame
 
     def _read(self, name: str) -> tuple[pa.Table, dict[str, Any]]:
-        """A table and its note, held to what a merge holds it to: schema version, columns and types."""
+        """Read a table and its note, and check schema version, columns and types as a merge does."""
         try:
             return sources.read_checked(self._verified(runs.file_of(name)), name, merged=False)
         except sources.Unfit as error:
             raise ConfigError(f"{self.folder}: {error}") from None
 
     def _verified(self, file: str) -> Path:
-        """The file's path; ConfigError where it is not, to the last bit, what the run wrote."""
+        """Return the file's path. Raises ConfigError unless the file is, to the last bit, the one that the run wrote."""
         path = self.folder / file
         if not path.exists() or file_sha256(path) != self.status.get("sha256", {}).get(file):
             raise ConfigError(f"{path} is missing or not the file that the run wrote: run it again")
@@ -113,8 +118,16 @@ class Run:
 
 
 def load_run(folder: str | Path, *, trust: bool = False) -> Run:
-    """Open the run in folder; `trust` lets it import the modules its config names beside lnjac's own.
+    """Open a finished run.
 
-    Raises ConfigError unless the run's status is done or diverged, and its tables are those of this lnjac.
+    Args:
+        folder: The run's folder.
+        trust: Import the modules beside lnjac's own that the run's config names.
+
+    Returns:
+        The run, with `.config`, `.layers`, `.run`, `.curve`, `.table(name)`, `.model()` and `.diagnostic_batch()`.
+
+    Raises:
+        ConfigError: The run's status is neither done nor diverged, or its tables are not those of this lnjac.
     """
     return Run(folder, trust=trust)

@@ -1,6 +1,6 @@
-"""Trackers: another tool that shows a run's curves and layer scalars while it trains (conf/tracker, docs/tracking.md).
+"""Show a run's curves and layer scalars in another tool while the run trains (conf/tracker, docs/tracking.md).
 
-Its tables hold the same and more: a tracker is for watching, and nothing is read back from it.
+The run's tables hold the same and more, and nothing is read back from a tracker.
 """
 
 import copy
@@ -24,7 +24,7 @@ MEASURED = [column.name for column in COLUMNS if column.dtype == "float64"]
 """The columns of layers that can be drawn as curves."""
 
 EVENTS = "events.out.tfevents"
-"""What TensorBoard knows its files by."""
+"""The beginning of the names by which TensorBoard finds its files."""
 
 NONE = {"_target_": "lnjac.training.trackers.Untracked", "name": "none"}
 """The config of a run that is not tracked."""
@@ -32,7 +32,7 @@ NONE = {"_target_": "lnjac.training.trackers.Untracked", "name": "none"}
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run. `id`: run_id-diag_id; `config`: its config columns, None where one has no value.
+    """A run as its tracker sees it. `id`: run_id-diag_id; `config`: its config columns, None where one has no value.
 
     The run starts anew (`after` = 0: whatever was tracked of it in an earlier attempt is void), or it goes on from a
     checkpoint after so many updates (what was tracked of later ones is void).
@@ -45,7 +45,7 @@ class TrackedRun:
 
     @property
     def title(self) -> str:
-        """What a reader tells runs apart by, in a few words; the whole of it is `config`."""
+        """A short name that tells runs apart; `config` has the rest."""
         config = self.config
         members = [str(config[group]) for group in ("attn_mode", "method", "ln_backward")]
         return "-".join([*members, f"seed{config['seed']}"])
@@ -64,19 +64,19 @@ class Tracker(Protocol):
 
     @abstractmethod
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """After update number `step`: what is known of train_loss_nats, val_loss_nats and lr."""
+        """Show train_loss_nats, val_loss_nats and lr after update number `step`, as far as they are known."""
 
     @abstractmethod
     def layers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """What was measured at this step: a row for each norm, by the names of the columns of layers."""
+        """Show the measurement at this step: a row of layers for each norm."""
 
     @abstractmethod
     def end(self, status: str) -> None:
-        """The run's status: done, diverged, failed or interrupted."""
+        """Close, with the run's status: done, diverged, failed or interrupted."""
 
 
 class Guarded:
-    """A run's tracker, which cannot harm it: its first error is said, and nothing more is tracked."""
+    """A tracker that cannot harm its run: its first error is logged and ends the tracking."""
 
     def __init__(self, tracker: Tracker) -> None:
         self.settings = tracker
@@ -192,19 +192,19 @@ class TensorBoard:
 
 
 def _place(row: Mapping[str, Any]) -> str:
-    """The site, and which call of it where that is not the first."""
+    """Return the site, with the call's number where that is not the first."""
     return f"{row['site']}[{row['call']}]" if row["call"] else str(row["site"])
 
 
 def _table(run: TrackedRun) -> str:
-    """The config in Markdown."""
+    """Return the config in Markdown."""
     rows = {"run": run.id, **run.config}
     lines = [f"| {markdown(name)} | {markdown(str(value))} |" for name, value in rows.items()]
     return "\n".join(["| | |", "| --- | --- |", *lines])
 
 
 def _text(tag: str, text: str) -> Any:
-    """A summary that TensorBoard shows as text."""
+    """Return a summary that TensorBoard shows as text."""
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
     from tensorboard.util.tensor_util import make_tensor_proto
 

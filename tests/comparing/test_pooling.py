@@ -11,11 +11,12 @@ from lnjac.columns import Column
 from lnjac.comparing.pooling import NORM, needed, pooled
 from lnjac.errors import ConfigError
 from lnjac.norms import decompose as jacobian
+from lnjac.norms import formulas
 from lnjac.norms.decompose import Tokens
 from lnjac.norms.formulas import ENERGIES, RSTD_POWERS
 
 D = 12
-KNOWN = {column.name: column for column in jacobian.columns()}
+KNOWN = {column.name: column for column in formulas.columns()}
 SPREAD = ("sigma_std", "sigma_q50", "jacobian_residual", "cos_center_vs_ste")
 """What a sum does not hold, and, of rmsnorm, what is NaN throughout."""
 
@@ -58,18 +59,18 @@ def test_what_does_not_add_is_missing_where_there_are_several_calls():
 
 
 def test_a_metric_of_ones_own_is_pooled_as_its_mean_over_all_tokens(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(jacobian, "METRICS", {})
+    monkeypatch.setattr(formulas, "METRICS", {})
 
     @jacobian.metric("mean over tokens of log₂ σ", "octaves")
     def log2_sigma(tokens: Tokens) -> torch.Tensor:
         return tokens.sigma.log2()
 
-    assert jacobian.columns()[-1][:4] == ("log2_sigma", "float64", "octaves", "mean over tokens of log₂ σ")
+    assert formulas.columns()[-1][:4] == ("log2_sigma", "float64", "octaves", "mean over tokens of log₂ σ")
     parts = [tokens(1, 40, rms=False), tokens(5, 10, rms=False)]
     parts[0].measurable[:25] = False
     rows = pd.DataFrame([row(part, "ln", call, rms=False) for call, part in enumerate(parts)])
     whole = row(jacobian.concatenate(parts), "ln", 0, rms=False)["log2_sigma"]
-    known = {column.name: column for column in jacobian.columns()}
+    known = {column.name: column for column in formulas.columns()}
     assert needed(["log2_sigma"], known) == [*NORM, "log2_sigma", "n_tokens", "n_zero"]
     np.testing.assert_allclose(pooled(rows, ["log2_sigma"], known)["log2_sigma"], [whole], rtol=1e-12)
     assert np.isnan(pooled(rows, ["log2_sigma"], KNOWN)["log2_sigma"][0])  # without its description

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lnjac.config.compose import compose
 from lnjac.config.schema import RunConfig, check
-from lnjac.diagnostics.alignment import TENSORS, Alignment, Comparison
+from lnjac.diagnostics.alignment import TENSORS, AgainstBackprop, Alignment
 from lnjac.diagnostics.base import measure
 from lnjac.diagnostics.draws import over_draws
 from lnjac.gpt import credit
@@ -201,7 +201,7 @@ def test_control_is_the_comparison_where_blocks_never_moved(method: str, updates
 @pytest.mark.parametrize("method", ["fa", "kp", "frsf"])
 def test_one_forward_pass_serves_both(method: str, precision: str) -> None:
     training = trained(compose(*SMALL, f"precision={precision}", f"method={method}", "model.qk_norm=true"))
-    at_once, apart = (Comparison(training.model, training.loss) for _ in range(2))
+    at_once, apart = (AgainstBackprop(training.model, training.loss) for _ in range(2))
     for part in BATCHES:
         at_once.make(part)
         with fresh_grads(training.model):

@@ -59,11 +59,9 @@ def subject(*overrides: str, updates: int = 2) -> Training:
     return training
 
 
-def measured(training: Training, batches: Sequence[Any] = ONE, **more: Any) -> Rows:
-    given = {"settings": training.config.optimizer, "dtype": training.dtype} | more
-    return swap.measure(
-        training.model, batches, training.loss, trained=training.trained, optimizer=training.optimizer, **given
-    )
+def measured(training: Training, batches: Sequence[Any] = ONE, parts: Parts = Parts.tensor) -> Rows:
+    training.diagnostic_batches = lambda: list(batches)
+    return swap.measure(training, parts)
 
 
 def row(rows: Rows, place: str, surrogate: str, part: str = "all", radial: float | None = None) -> dict[str, Any]:
@@ -240,7 +238,9 @@ def test_small_steps_decrease_the_loss_as_predicted(method: str) -> None:
     training = subject(f"method={method}", "optimizer.eps=0.1")
     errors = []
     for lr in (1e-5, 1e-6):
-        rows = measured(training, settings=dataclasses.replace(training.config.optimizer, lr=lr))
+        optimizer = dataclasses.replace(training.config.optimizer, lr=lr)
+        training.config = dataclasses.replace(training.config, optimizer=optimizer)
+        rows = measured(training)
         whole = [r for r in rows if r["part"] == "all" and r["decrease_nats"] is not None]
         assert {r["place"] for r in whole} == {"ln_1", "ln_2", "ln_f", "all"}
         errors.append([abs(r["decrease_nats"] - r["predicted_nats"]) / lr for r in whole])
@@ -473,5 +473,5 @@ def test_a_run_with_swaps_trains_as_without_and_writes_their_table(tmp_path: Pat
     assert not swaps.duplicated(["run_id", "diag_id", "step", "place", "surrogate", "radial", "part"]).any()
     assert set(swaps["surrogate"]) == {*SURROGATES, "partial_radial", "exact"}
     assert swaps["precond_cos"].notna().groupby(swaps["step"]).any().tolist() == [False, True, True, True]
-    with pytest.raises(lnjac.errors.ConfigError, match="no swaps"):
+    with pytest.raises(lnjac.errors.ConfigError, match="has no table swaps, but layers, curves, runs:"):
         off.table("swaps")

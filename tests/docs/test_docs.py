@@ -19,6 +19,7 @@ from lnjac.columns import Column
 from lnjac.config import compose, schema
 from lnjac.gpt import attention, methods
 from lnjac.norms import decompose as jacobian
+from lnjac.norms import formulas
 from lnjac.norms import layers as norm
 from lnjac.runs import folder as runs
 from lnjac.training import run as train
@@ -93,10 +94,10 @@ def defined(monkeypatch: pytest.MonkeyPatch, module: object, code: str, name: st
 
 def test_how_to_add_a_metric(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = root / "docs" / "extending.md"
-    monkeypatch.setattr(jacobian, "METRICS", {})
+    monkeypatch.setattr(formulas, "METRICS", {})
     exec(example(page, "@metric"), {**vars(jacobian)})
     ratio = eval(example(page, 'Column("mean_to_radial"'), {"Column": Column})
-    monkeypatch.setattr(jacobian, "COLUMNS", [*jacobian.COLUMNS, ratio])
+    monkeypatch.setattr(formulas, "COLUMNS", [*formulas.COLUMNS, ratio])
     settings = compose.compose(*SHORT, f"data.dir={tmp_path}/play", "diagnostics.distributions=true")
     assert train.run(settings, tmp_path / "run") == "done"
     layers = runs.read_table(tmp_path / "run" / "layers.parquet").to_pandas()

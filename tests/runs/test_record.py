@@ -9,15 +9,14 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from lnjac.comparing.study import read
 from torch import Tensor, nn
 
 import lnjac
 from lnjac.columns import Column
 from lnjac.errors import ConfigError
+from lnjac.norms import formulas
 from lnjac.runs import folder as runs
 from lnjac.runs.record import Record
-from lnjac.runs.schema import LAYERS
 
 CONFIG = {"lr": 0.1, "model": {"width": 8, "norms": ["a", "b"], "tied": False}, "note": None}
 MINE = [Column("place", "string", "", "where"), Column("value", "float64", "", "how much")]
@@ -68,20 +67,34 @@ def train(folder: Path, activation: str, seed: int) -> None:
         run.describe(n_params=sum(p.numel() for p in model.parameters()))
 
 
-def test_runs_of_a_plain_loop_merge_and_compare(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
     for activation in ("relu", "tanh"):
         for seed in (1, 2, 3):
-            train(tmp_path / "runs" / f"{activation}{seed}", activation, seed)
-    report = lnjac.merge([str(tmp_path / "runs")], str(tmp_path / "all.parquet"))
+            train(folder / "runs" / f"{activation}{seed}", activation, seed)
+    report = lnjac.merge([str(folder / "runs")], str(folder / "all.parquet"))
     assert (report.merged, report.skipped, report.rows) == (6, [], {"layers": 24, "runs": 6, "curves": 24})
-    layers = lnjac.load(tmp_path / "all.parquet")
+    return folder / "all.parquet"
+
+
+def test_runs_of_a_plain_loop_make_a_report(merged: Path, tmp_path: Path) -> None:
+    pytest.importorskip("altair", reason="needs the extra [report]")
+    made = lnjac.report(str(merged), str(tmp_path / "new" / "page.html"), by="activation")
+    html = (tmp_path / "new" / "page.html").read_text()
+    assert html == made.html
+    assert "6 runs, by activation" in html
+
+
+def test_runs_of_a_plain_loop_merge_and_compare(merged: Path) -> None:
+    layers = lnjac.load(merged)
     assert layers.groupby("activation")["seed"].unique().map(sorted).to_dict() == {"relu": [1, 2, 3], "tanh": [1, 2, 3]}
     assert set(layers["model.width"]) == {8}
-    whole = lnjac.load(tmp_path / "all.runs.parquet")
+    whole = lnjac.load(merged.with_name("all.runs.parquet"))
     assert whole["train_loss_nats"].notna().all()
     assert whole["val_loss_nats"].notna().all()
     assert set(whole["steps_done"]) == {4}
-    found = lnjac.compare(read([tmp_path / "all.parquet"]), "activation", metrics=["radial_share"])
+    found = lnjac.compare(merged, "activation", metrics=["radial_share"])
     rows = pd.DataFrame(found.rows)
     assert set(rows["site"]) == {"ln", "rms"}
     last = layers[layers["step"] == 4].pivot_table(index=["site", "seed"], columns="activation", values="radial_share")
@@ -218,7 +231,7 @@ def test_rows_are_frames_or_dicts_and_missing_is_null(tmp_path: Path) -> None:
 
 
 def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    row = {column.name: None for column in LAYERS if column.name not in ("run_id", "diag_id", "step")}
+    row = {column.name: None for column in formulas.columns()}
     with record(tmp_path / "a", tables={"mine": MINE}) as run:
         run.layers([row], 0)
         with pytest.raises(ConfigError, match=r"rows of layers .* differ in r_mean"):
