@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from lnjac.comparing.cost import cost
     from lnjac.comparing.scaling import scaling
     from lnjac.config.compose import compose
+    from lnjac.norms.backward import set_backward
     from lnjac.norms.capture import capture
-    from lnjac.norms.layers import set_backward
     from lnjac.norms.probe import probe
     from lnjac.reporting.report import report
     from lnjac.runs.diff import diff
@@ -38,7 +38,7 @@ _HOME = {
     "report": "reporting.report",
     "run": "training.run",
     "scaling": "comparing.scaling",
-    "set_backward": "norms.layers",
+    "set_backward": "norms.backward",
 }
 """The public names, and the module that each lives in."""
 

@@ -100,10 +100,11 @@ def measure(diagnostics: Sequence[Diagnostic], subject: Subject) -> "dict[str, p
     )
     for diagnostic in running:
         diagnostic.begin(subject)
-    for batch in subject.diagnostic_batches():
+    batches = subject.diagnostic_batches()
+    for batch in batches:
         with fresh_grads(model):
             with ExitStack() as watching:
-                seen = watching.enter_context(norms.watch(step))
+                seen = watching.enter_context(norms.watch(step, scale=len(batches)))  # no part of one mean
                 for diagnostic in running:
                     watching.enter_context(diagnostic.watch())
                 mean, tokens = subject.loss(model, batch)

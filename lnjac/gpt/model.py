@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lnjac.gpt.attention import Attention
 from lnjac.gpt.credit import Broadcast, Cut, FeedbackLinear, is_feedback, keep
 from lnjac.gpt.settings import Model, NormKind, Placement, Precision
-from lnjac.norms.layers import Norm, set_backward
+from lnjac.norms.backward import set_backward
+from lnjac.norms.layers import Norm
 from lnjac.seeding import normal, stream
 
 INIT_STD = 0.02

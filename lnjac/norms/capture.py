@@ -1,32 +1,66 @@
 """Capture the input and the output gradient of every call of every norm of a model, without disturbing the model."""
 
+import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lnjac.norms.backward import declared, functional_backward
+from lnjac.norms.calls import Frame, FunctionalCall, followed, plain_model, site_name
 from lnjac.norms.decompose import wide_dtype
+from lnjac.norms.layers import Surrogate
 from lnjac.norms.recognise import (
-    KNOWN,
+    Adapter,
     NormFormula,
     Unrecognised,
-    is_candidate,
+    adapter_of,
+    candidates,
+    is_known,
+    other_kind,
     own_forward,
+    own_state,
     recognise,
+    recognise_function,
+    require_backward,
     require_formula,
+    require_pullback,
 )
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
 """`loss(model, batch)`: the mean loss, and the number of tokens it is the mean of."""
 
+Unknown = Literal["raise", "warn", "skip"]
+
+MEASURED, FUNCTIONAL, NO_GRADIENT = "measured", "functional call", "no gradient"
+NEVER, NO_TOKENS, NOT_FINITE = "never called", "no tokens", "not finite"
+OTHER, REFUSED = "other kind of norm", "refused"
+
 
 @dataclass
 class Capture:
-    """One call of a norm: its input x: (…, d), the gradient at its output grad = ∂L/∂y: (…, d), and the norm's parameters."""
+    """One call of a norm, as tokens (…, d): the normalised axis is the last.
+
+    Attributes:
+        site: The norm's dotted name; of a function called by no norm module, the calling module's with a number.
+        call: Which call of it in this forward pass, from 0.
+        x: The input: (…, d).
+        grad: ∂L/∂y at the output: (…, d).
+        weight: γ: (d,) in float64; None where it is 1 throughout.
+        bias: β: (d,) in float64; None where it is 0 throughout.
+        eps: Added to the variance, or to the mean square.
+        rms: Whether it is an RMSNorm.
+        backward: The declared surrogate backward; None for the exact one.
+        replayed: Autograd's ∂L/∂x through the module's own forward with its exact backward: (…, d), in float32 or wider.
+        forward_sq: ‖y − formula‖² and ‖formula‖² over a sample of tokens, y the module's own output.
+        kept: Which of the call's tokens these are: (n,) int64; None for all.
+        shape: The input's shape before the normalised axis.
+    """
 
     site: str
     call: int
@@ -36,82 +70,114 @@ class Capture:
     bias: Tensor | None
     eps: float
     rms: bool
-    forward: Callable[[Tensor], Tensor] | None = None
-    """The module's own forward of x: (…, d), with its exact backward, for half inputs in float32."""
+    backward: Surrogate | None = None
+    replayed: Tensor | None = None
+    forward_sq: tuple[float, float] = (0.0, 0.0)
+    kept: Tensor | None = None
+    shape: tuple[int, ...] = ()
 
 
-Unknown = Literal["raise", "warn", "skip"]
+@dataclass
+class Coverage:
+    """What became of each norm-like module and function: a state by site, and for a refused one the reason."""
 
+    states: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    classes: dict[str, str] = field(default_factory=dict)
 
-def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that look like a LayerNorm or an RMSNorm, by dotted name; of nested ones the innermost."""
-    found = {name: module for name, module in model.named_modules() if is_candidate(module)}
-    outer = {parent for name in found for parent in _parents(name)}
-    return {name: module for name, module in found.items() if name not in outer}
-
-
-def _parents(name: str) -> list[str]:
-    """Return the names of the modules around this one, the model's own, empty one first."""
-    words = name.split(".")
-    return [".".join(words[:n]) for n in range(len(words))] if name else []
+    def lines(self) -> list[str]:
+        """Return a line for each refused site."""
+        return [
+            f"{site or 'the model'} ({self.classes[site]}) is not measured: {reason}"
+            for site, reason in self.reasons.items()
+        ]
 
 
 @contextmanager
 def capture(
-    model: nn.Module, reduce: Callable[[Capture], Any] | None = None, *, unknown: Unknown = "raise"
+    model: nn.Module,
+    reduce: Callable[[Capture], Any] | None = None,
+    *,
+    unknown: Unknown = "raise",
+    adapters: Mapping[Any, Adapter] | None = None,
+    max_tokens: int | None = None,
+    coverage: Coverage | None = None,
 ) -> Iterator[list[Any]]:
-    """Within the context, record every call of every norm whose gradient arrives; yields the list they go to.
+    """Within the context, record every call of every norm whose gradient arrives; yield the list of the calls.
 
         with capture(model) as calls:
             loss(model(batch)).backward()
         for c in calls: print(c.site, c.call, c.x.shape, c.grad.shape)
 
-    One forward and backward pass per context. `reduce` turns each Capture into something smaller at the moment its
-    gradient arrives, so that nothing else need be kept. Calls come in the order of the forward pass, and a module called
+    One forward and backward pass per context. Calls come in the order of the forward pass, and a module called
     more than once (tied layers) has its calls numbered in that order; recomputation under activation checkpointing,
-    reentrant or not, counts as the call it repeats. A norm that nothing trainable feeds is captured too.
+    reentrant or not, counts as the call it repeats. A norm that nothing trainable feeds is captured too. Code that
+    torch.compile compiled runs uncompiled meanwhile.
 
     A module is a norm by what it computes: its γ, β, ε and axis are found from its outputs on chosen tokens, and its
-    output on the real ones is compared with the formula's (`lnjac.norms.recognise`). Unless `unknown` is "warn" or
-    "skip", one that looks like a norm and computes something else is refused at the end of the context.
+    output and its pullback on the real ones are compared with the formula's (`lnjac.norms.recognise`). F.layer_norm and
+    F.rms_norm called by no norm module are sites of their own, such as `blocks.0.layer_norm_1`.
+
+    Args:
+        model: Any module.
+        reduce: Turns each Capture into something smaller when its gradient arrives, so that nothing else need be kept.
+        unknown: `raise` refuses, at the end of the context, a module that looks like a norm and computes something else;
+            `warn` warns of it, and `skip` leaves it to `coverage`.
+        adapters: Adapters by class or class name, for norms that cannot be recognised by their outputs.
+        max_tokens: At most so many tokens of each call are kept, spread evenly over them.
+        coverage: Is filled with what became of each norm-like module.
 
     Raises:
-        ValueError: when the model has no norm, when it is compiled (hooks on a compiled module never fire), and when a
-            module is refused; the text names each with the reason.
+        ValueError: The model has no norm, it is run by torch.func, or a module is refused; the text names each with the
+            reason.
     """
-    sites = candidates(model)
-    if not sites:
-        raise ValueError("the model has no LayerNorm or RMSNorm to capture")
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
-        raise ValueError(
-            "hooks do not fire in a compiled module: capture one that is not compiled (compiled._orig_mod)"
-        )
-    recorder = _Recorder(reduce)
+    model = plain_model(model)
+    sites = candidates(model, adapters)
+    coverage = Coverage() if coverage is None else coverage
+    recorder = _Recorder(sites, reduce, adapters or {}, max_tokens, coverage)
+    coverage.classes |= {site: type(module).__name__ for site, module in sites.items()}
+    for name, module in model.named_modules():
+        if other_kind(module):
+            coverage.states[site_name(name)] = OTHER
+            coverage.classes[site_name(name)] = type(module).__name__
     found: list[Any] = []
-    handles = [module.register_forward_hook(recorder.hook(site), with_kwargs=True) for site, module in sites.items()]
     try:
-        yield found
+        with eagerly(), followed(model, recorder.left, recorder.function):
+            yield found
     finally:
-        for handle in handles:
-            handle.remove()
         found += recorder.close()
-    if recorder.refused and unknown != "skip":
-        lines = [
-            f"{site or 'the model'} ({type(sites[site]).__name__}) is not measured: {why}"
-            for site, why in recorder.refused.items()
-        ]
+    if not sites and not recorder.functions:
+        raise ValueError("the model has no LayerNorm or RMSNorm: give an adapter for a norm under another name")
+    if coverage.reasons and unknown != "skip":
         if unknown == "raise":
-            raise ValueError("\n".join([*lines, 'to measure the other norms alone, give unknown="warn" or "skip"']))
-        warnings.warn("\n".join(lines), stacklevel=3)
+            hint = 'to measure the other norms alone, give unknown="warn" or "skip"'
+            raise ValueError("\n".join([*coverage.lines(), hint]))
+        warnings.warn("\n".join(coverage.lines()), stacklevel=3)
 
 
+def eagerly() -> AbstractContextManager[Any]:
+    """Return a context within which code that torch.compile compiled runs as it was written, so that hooks fire."""
+    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled, and importing it takes a second
+        return nullcontext()
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
+
+
+@dataclass
 class _Call:
-    """One pass through a norm's forward, which holds its input until its gradient has come."""
+    """One call of a norm, which holds its input until its gradient has come."""
 
-    def __init__(
-        self, when: int | None, module: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self.when, self.module, self.x, self.args, self.kwargs = when, module, x, args, kwargs
+    site: str
+    when: int | None
+    norm: NormFormula
+    forward: Callable[[Tensor], Any]
+    x: Tensor
+    version: int
+    kept: Tensor | None
+    shape: tuple[int, ...]
+    backward: Surrogate | None
+    declared: Callable[[Tensor], Any] | None
+    live: bool = True
 
 
 class _Recorder:
@@ -122,54 +188,165 @@ class _Recorder:
     that were recomputed when a gradient first arrives there are its last ones still without.
     """
 
-    def __init__(self, reduce: Callable[[Capture], Any] | None) -> None:
-        self.reduce = reduce or (lambda call: call)
+    def __init__(
+        self,
+        sites: Mapping[str, nn.Module],
+        reduce: Callable[[Capture], Any] | None,
+        adapters: Mapping[Any, Adapter],
+        max_tokens: int | None,
+        coverage: Coverage,
+    ) -> None:
+        self.sites, self.reduce = sites, reduce or (lambda call: call)
+        self.adapters, self.max_tokens, self.coverage = adapters, max_tokens, coverage
         self.open = True
+        self.quiet = False  # while a norm is replayed
         self.clock = 0  # calls of any norm seen so far
         self.order: dict[str, list[int]] = {}  # site -> the clock of each of its calls, recomputations left out
         self.waiting: dict[str, list[int]] = {}  # site -> calls made without grad
         self.repeats: dict[str, list[_Call]] = {}  # site -> recomputations not yet paired with a waiting call
         self.results: dict[int, Any] = {}
-        self.refused: dict[str, str] = {}  # site -> why it is no norm
+        self.functions: set[str] = set()
 
-    def hook(self, site: str) -> Callable[..., Tensor | None]:
-        def on_forward(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> Tensor | None:
-            recomputed = torch._C._current_graph_task_id() != -1  # within a backward pass
-            when = None if recomputed else self._new_call(site)
-            if not torch.is_grad_enabled():
-                if when is not None:
-                    self.waiting.setdefault(site, []).append(when)
+    # what the forward pass tells
+
+    def left(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        """Take note of a module that has computed its output; return another output where it needs one."""
+        if frame.site not in self.sites or self.quiet or not self.open:
+            return None
+        when = self._called(frame.site)
+        if not torch.is_grad_enabled():
+            return None
+        module, named = frame.module, dict(kwargs)
+        first, *rest = args or (named.pop(next(iter(named))),)
+        try:
+            if not isinstance(output, Tensor) or not isinstance(first, Tensor):
+                raise Unrecognised(f"it returns {type(output).__name__} and no tensor")
+            if first.numel() == 0:
+                self.coverage.states[frame.site] = NO_TOKENS
                 return None
-            if not isinstance(output, Tensor):
-                self.refused[site] = f"it returns {type(output).__name__} and no tensor"
-                return None
-            named = dict(kwargs)
-            first, *rest = args or (named.pop(next(iter(named))),)
-            x, replaced = first.detach(), None
-            if type(module) not in KNOWN or not output.requires_grad:
-                x = x.clone()  # autograd, which may keep no input here, would not notice one changed in place
-            if not output.requires_grad:  # nothing below is trainable: give the gradient a place to arrive
-                replaced = output = output.detach().requires_grad_().clone()
-            call = _Call(when, module, x, tuple(rest), named)
-            if recomputed:
-                self.repeats.setdefault(site, []).append(call)
-            output.register_hook(lambda grad: self._arrived(site, call, grad))  # type: ignore[no-untyped-call]
-            return replaced
+            state = own_state(module)
+            with self._replaying():
+                adapter = adapter_of(module, self.adapters)
+                norm = recognise(module, first, rest, named, adapter)
+        except Unrecognised as error:
+            self._refuse(frame, str(error))
+            return None
+        for call in frame.notes:  # the functions by which it computes are its own
+            self._forget(call)
+        forward = own_forward(module, rest, named, wide_dtype(first.dtype), state)
+        rule = declared(module)
+        surrogate = (
+            None if rule is None else own_forward(module, rest, named, wide_dtype(first.dtype), state, exact=False)
+        )
+        return self._noted(
+            frame.site,
+            when,
+            norm,
+            forward,
+            first,
+            output,
+            rule,
+            surrogate,
+            alone=not rest and not named,
+            guarded=is_known(module),
+        )[1]
 
-        return on_forward
+    def function(self, call: FunctionalCall, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """Take note of F.layer_norm or F.rms_norm, unless a norm module of a known class calls it."""
+        owner = next((frame for frame in reversed(call.frames) if frame.site in self.sites), None)
+        if self.quiet or not self.open or (owner is not None and is_known(owner.module)):
+            return run(call.x)
+        site = call.numbered()
+        rule, output = functional_backward(site), run(call.x)
+        self.functions.add(site)
+        self.coverage.classes[site] = f"F.{call.name}"
+        when = self._called(site)
+        if not torch.is_grad_enabled() or call.x.numel() == 0:
+            return output
+        dtype = wide_dtype(call.x.dtype)
+        norm, forward = recognise_function(call), partial(call.on, dtype=dtype)
+        surrogate = None if rule is None else partial(rule.through, call)
+        note, replaced = self._noted(
+            site,
+            when,
+            norm,
+            forward,
+            call.x,
+            output,
+            None if rule is None else rule.rule,
+            surrogate,
+            alone=True,
+            guarded=True,
+        )
+        if owner is not None:
+            owner.notes.append(note)
+        return output if replaced is None else replaced
 
-    def close(self) -> list[Any]:
-        """Return the results in the order of the forward pass, and drop the references that a spent graph still holds."""
-        self.open = False
-        results, self.results = self.results, {}
-        return [results[when] for when in sorted(results)]
-
-    def _new_call(self, site: str) -> int:
+    def _called(self, site: str) -> int | None:
+        """Number a call, and return its number; None for a recomputation within a backward pass."""
+        if torch._C._current_graph_task_id() != -1:
+            return None
         self.clock += 1
         self.order.setdefault(site, []).append(self.clock)
+        if not torch.is_grad_enabled():
+            self.waiting.setdefault(site, []).append(self.clock)
         return self.clock
+
+    def _noted(
+        self,
+        site: str,
+        when: int | None,
+        norm: NormFormula,
+        forward: Callable[[Tensor], Any],
+        given: Tensor,
+        output: Tensor,
+        backward: Surrogate | None,
+        surrogate: Callable[[Tensor], Any] | None,
+        *,
+        alone: bool,
+        guarded: bool,
+    ) -> tuple[_Call, Tensor | None]:
+        """Keep a call until its gradient arrives; return it, and another output where the module's can have no gradient.
+
+        `alone`: whether it has no other argument; `guarded`: whether autograd keeps its very input, and guards it.
+        """
+        if torch._C._functorch.is_functorch_wrapped_tensor(output):
+            raise ValueError(
+                f"{site} is run by torch.func (vmap, grad), which hides its gradients: call backward() on the plain model"
+            )
+        x, kept = norm.tokens(given.detach()), None
+        shape, n = tuple(x.shape[:-1]), x.numel() // x.shape[-1]
+        if self.max_tokens is not None and n > self.max_tokens and alone and norm.axis == -1:
+            kept = torch.linspace(0, n - 1, self.max_tokens, dtype=torch.float64, device=x.device).round().long()
+            x = x.reshape(n, -1)[kept]
+        elif not guarded or torch.is_autocast_enabled(given.device.type) or not output.requires_grad:
+            x = x.clone()  # autograd, which may keep another tensor than this, would not notice a change in place
+        replaced = None
+        if not output.requires_grad:  # nothing below is trainable: give the gradient a place to arrive
+            replaced = output = output.detach().requires_grad_().clone()
+        call = _Call(site, when, norm, forward, x, x._version, kept, shape, backward, surrogate)
+        if when is None:
+            self.repeats.setdefault(site, []).append(call)
+        output.register_hook(lambda grad: self._arrived(call, grad))  # type: ignore[no-untyped-call]
+        return call, replaced
+
+    def _forget(self, call: _Call) -> None:
+        call.live = False
+        if call.when is not None:
+            self.order[call.site].remove(call.when)
+        elif call in self.repeats.get(call.site, []):
+            self.repeats[call.site].remove(call)
+        if call.when is not None:
+            self.results.pop(call.when, None)
+
+    def _refuse(self, frame: Frame, reason: str) -> None:
+        """Refuse a module, unless it calls functional norms, which are measured in its place."""
+        if any(call.live for call in frame.notes):
+            self.coverage.states[frame.site] = FUNCTIONAL
+        else:
+            self.coverage.reasons[frame.site] = reason
+
+    # what the backward pass tells
 
     def _pair(self, site: str) -> None:
         repeats, waiting = self.repeats.pop(site), self.waiting.get(site, [])
@@ -177,37 +354,83 @@ class _Recorder:
             call.when = when
         del waiting[-len(repeats) :]
 
-    def _arrived(self, site: str, call: _Call, grad: Tensor) -> None:
-        if not self.open or site in self.refused:
+    def _arrived(self, call: _Call, grad: Tensor) -> None:
+        if not self.open or not call.live or call.site in self.coverage.reasons:
             return
         if call.when is None:
-            self._pair(site)
+            self._pair(call.site)
         assert call.when is not None
-        try:
-            # in float32 for a half input, whose rounding would hide a fault
-            forward = own_forward(call.module, call.args, call.kwargs, wide_dtype(call.x.dtype))
-            norm = recognise(call.module, call.x, call.args, call.kwargs)
-            seen = Capture(
-                site=site,
-                call=self.order[site].index(call.when),
-                x=norm.tokens(call.x),
-                grad=norm.tokens(grad.detach()),
-                weight=norm.weight,
-                bias=norm.bias,
-                eps=norm.eps,
-                rms=norm.rms,
-                forward=_on_tokens(norm, forward, call.x.shape),
+        if call.when in self.results:
+            raise ValueError(
+                f"a second gradient arrived at {call.site}: make one backward pass in each context, without create_graph"
             )
-            with torch.no_grad(), torch.autocast(call.x.device.type, enabled=False):
-                require_formula(norm, seen.x, norm.tokens(forward(call.x)))
-            self.results[call.when] = self.reduce(seen)
+        try:
+            with self._replaying():
+                self.results[call.when] = self.reduce(self._replayed(call, grad.detach()))
         except Unrecognised as error:
-            self.refused[site] = str(error)
-        del call.x
+            self.coverage.reasons[call.site] = str(error)
+        call.x = call.forward = call.declared = None  # type: ignore[assignment]
 
+    def _replayed(self, call: _Call, grad: Tensor) -> Capture:
+        """Run the norm alone once more, for its output and its pullback, and compare its output with the formula's."""
+        norm, x = call.norm, call.x
+        if x._version != call.version:
+            raise Unrecognised("its input was changed in place after the call: write x = x + … in place of x += …")
+        grad = norm.tokens(grad)
+        if call.kept is not None:
+            grad = grad.reshape(-1, grad.shape[-1])[call.kept]
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            leaf = x.to(wide_dtype(x.dtype)).detach().requires_grad_()
+            y = norm.tokens(call.forward(norm.untokens(leaf)))
+            (replayed,) = torch.autograd.grad(y, leaf, grad.to(y.dtype))
+        with torch.no_grad():
+            forward_sq = require_formula(norm, x, y.detach())
+            require_pullback(norm, x, grad, replayed)
+        if call.declared is not None:
+            assert call.backward is not None
+            with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+                again = x.to(wide_dtype(x.dtype)).detach().requires_grad_()
+                through = norm.tokens(call.declared(norm.untokens(again)))
+                (found,) = torch.autograd.grad(through, again, grad.to(through.dtype))
+            require_backward(norm, call.backward, leaf.detach(), grad, found)
+        return Capture(
+            site=call.site,
+            call=self.order[call.site].index(call.when),  # type: ignore[arg-type]
+            x=x,
+            grad=grad,
+            weight=norm.weight,
+            bias=norm.bias,
+            eps=norm.eps,
+            rms=norm.rms,
+            backward=call.backward,
+            replayed=replayed,
+            forward_sq=forward_sq,
+            kept=call.kept,
+            shape=call.shape,
+        )
 
-def _on_tokens(norm: NormFormula, forward: Callable[[Tensor], Tensor], shape: torch.Size) -> Callable[[Tensor], Tensor]:
-    """Return a module's forward of an input of this shape as a function of its tokens: (…, d)."""
-    if norm.dims > 1:
-        return lambda x: norm.tokens(forward(x.reshape(shape)))
-    return lambda x: norm.tokens(forward(x.movedim(-1, norm.axis)))
+    @contextmanager
+    def _replaying(self) -> Iterator[None]:
+        before, self.quiet = self.quiet, True
+        try:
+            yield
+        finally:
+            self.quiet = before
+
+    def close(self) -> list[Any]:
+        """Return the results in the order of the forward pass, and drop the references that a spent graph still holds."""
+        self.open = False
+        results, self.results = self.results, {}
+        site_at = {when: site for site, calls in self.order.items() for when in calls}
+        arrived = {site_at[when] for when in results}
+        states = self.coverage.states
+        for site in [*self.sites, *sorted(self.functions)]:
+            if site in self.coverage.reasons:
+                states[site] = REFUSED
+            elif site in arrived:
+                states[site] = FUNCTIONAL if site in self.functions else MEASURED
+            elif self.order.get(site):
+                states.setdefault(site, NO_GRADIENT)
+            elif site in self.sites:
+                states.setdefault(site, NEVER)
+        return [results[when] for when in sorted(results)]

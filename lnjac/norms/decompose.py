@@ -8,7 +8,7 @@ out some of its three factors. With A = d·ḡ², B = d·m²/ρ, C = ‖g‖² �
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -154,7 +154,8 @@ def decompose(
         )
     found = concatenate(parts)
     g_sq = found.A + found.B + found.C
-    found.measurable &= g_sq > (NOISE * min(torch.finfo(grad.dtype).eps, HALF_EPS)) ** 2 * g_sq.max()
+    largest = g_sq.nan_to_num(0, 0, 0).max() if len(g_sq) else 0.0
+    found.measurable &= g_sq > (NOISE * min(torch.finfo(grad.dtype).eps, HALF_EPS)) ** 2 * largest
     return found
 
 
@@ -230,7 +231,27 @@ def sums(tokens: Tokens, *, rms: bool = False) -> Sums:
     found["sum_residual_sq"] = tokens.residual_sq.sum()
     found["n_zero"] = (~tokens.measurable).sum()
     values = torch.stack([value.double() for value in found.values()]).tolist()  # the device is waited for once
-    return {**dict(zip(found, values, strict=True)), "n_tokens": tokens.sigma.numel()}
+    return {**dict(zip(found, values, strict=True)), "n_tokens": tokens.sigma.numel(), "n_nonfinite": 0}
+
+
+def scaled(total: Sums, factor: float) -> Sums:
+    """Return the statistics of `factor` times the loss: its energies grow with the square."""
+    energies = {f"sum_{name}{suffix}" for name in ENERGIES for suffix in RSTD_POWERS} | {"sum_residual_sq"}
+    return {name: value * factor**2 if name in energies else value for name, value in total.items()}
+
+
+def scaled_tokens(tokens: Tokens, factor: float) -> Tokens:
+    """Return the tokens of `factor` times the loss."""
+    squares = {name: getattr(tokens, name) * factor**2 for name in ("A", "B", "C", "residual_sq")}
+    return replace(tokens, **squares)
+
+
+def finite(tokens: Tokens) -> tuple[Tokens, Tensor]:
+    """Return those of a replayed norm's tokens whose numbers are finite, and which they are: (n,) bool."""
+    kept = (tokens.A + tokens.B + tokens.C + tokens.sigma + tokens.residual_sq).isfinite()
+    if bool(kept.all()):
+        return tokens, kept
+    return Tokens(**{f.name: getattr(tokens, f.name)[kept] for f in fields(tokens)}), kept
 
 
 def add(parts: Sequence[Sums]) -> Sums:
@@ -259,6 +280,7 @@ def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = Fa
     return found | {
         "n_tokens": n,
         "n_zero": n_zero,
+        "n_nonfinite": int(total["n_nonfinite"]),
         "sigma_mean": total["sum_sigma"] / n,
         "sigma_std": float(sigmas.std(ddof=1)) if n > 1 else math.nan,
         "rho_mean": total["sum_rho"] / n,

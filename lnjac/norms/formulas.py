@@ -122,6 +122,7 @@ COLUMNS = [
         "tokens whose g or t vanishes (below the dtype's tiny, or rounding noise): left out of the mean cosines",
         pool=SUM,
     ),
+    Column("n_nonfinite", "int64", "tokens", "tokens whose input or gradient is not finite: left out", pool=SUM),
     # the original script's columns, under its names
     _number(
         "r_mean",
@@ -183,6 +184,13 @@ COLUMNS = [
         "‖t − autograd‖/‖t‖ of this norm replayed alone with the exact backward",
         VOLATILE,
     ),
+    Column(
+        "forward_residual",
+        "float64",
+        "",
+        "‖y − γ⊙z − β‖/‖γ⊙z + β‖ of the module's own output y, over a sample of tokens",
+        VOLATILE,
+    ),
     *(
         _number(f"{stat}_{name}", f"{what} over all tokens as one long vector", formula(backward))
         for name, backward in SURROGATES.items()
@@ -194,7 +202,7 @@ COLUMNS = [
         for suffix, power in RSTD_POWERS.items()
     ),
 ]
-"""The measured columns of `layers`. `jacobian_residual` is volatile: it is nothing but rounding error."""
+"""The measured columns of `layers`. The two residuals are volatile: they are nothing but rounding error."""
 
 
 class Metric(NamedTuple):

@@ -99,24 +99,6 @@ def matches(site: str, patterns: Iterable[str]) -> bool:
     return any(p == "all" or fnmatchcase(site, p) or fnmatchcase(role, p) for p in patterns)
 
 
-def set_backward(model: nn.Module, rule: Surrogate) -> list[str]:
-    """Give every Norm that the rule's sites match its backward, and every other Norm the exact one.
-
-    Args:
-        model: A model with lnjac's Norm in it (other norms keep their backward).
-        rule: The backward and its sites, such as `Factors("ste", ["ln_f"], center=False, radial=False, scale=False)`.
-
-    Returns:
-        The matching sites, in order of definition.
-    """
-    chosen = []
-    for site, module in norms(model):
-        module.backward_rule = rule if matches(site, rule.sites) else None
-        if module.backward_rule is not None:
-            chosen.append(site)
-    return chosen
-
-
 @contextmanager
 def other_backwards(model: nn.Module, rule_of: Callable[[str], Surrogate | None]) -> Iterator[None]:
     """Within the context each norm has the backward that `rule_of(site)` gives, None for the exact one."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,20 +14,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lnjac.norms import decompose, distribution
-from lnjac.norms.capture import Capture, Loss, capture
+from lnjac.norms import decompose, distribution, ranks
+from lnjac.norms.calls import plain_model, site_name
+from lnjac.norms.capture import (
+    FUNCTIONAL,
+    MEASURED,
+    NOT_FINITE,
+    OTHER,
+    REFUSED,
+    Capture,
+    Coverage,
+    Loss,
+    Unknown,
+    capture,
+)
 from lnjac.norms.formulas import GradAt
-from lnjac.norms.layers import Norm
-from lnjac.norms.recognise import Unrecognised
+from lnjac.norms.recognise import (
+    Adapter,
+    Unrecognised,
+    adapter_of,
+    candidates,
+    is_known,
+    other_kind,
+    recognise,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def probe(model: nn.Module, *, grad_at: GradAt | str = GradAt.normalized, keep_tokens: bool = False) -> Probe:
+def probe(
+    model: nn.Module,
+    *,
+    adapters: Mapping[Any, Adapter] | None = None,
+    unknown: Unknown = "raise",
+    max_tokens: int | None = None,
+    grad_at: GradAt | str = GradAt.normalized,
+    keep_tokens: bool = False,
+    distributed: bool = True,
+) -> Probe:
     """Return a probe that measures the backward of each norm of the model.
 
         probe = lnjac.probe(model)
+        print(probe.plan())                       # each norm-like module, and as what it is recognised
         table = probe.measure(batches, loss)      # loss(model, batch) -> (mean loss, number of tokens)
 
         with probe.watch(step) as seen:           # or in your own loop, around its forward and backward pass
@@ -35,50 +65,86 @@ def probe(model: nn.Module, *, grad_at: GradAt | str = GradAt.normalized, keep_t
             mean.backward()
         table = probe.rows(step)
 
+    A module is a norm by what it computes, whatever its class. At each call its own output, and autograd's gradient through
+    its own forward, are compared with the formula's. F.layer_norm and F.rms_norm called by no norm module are measured as
+    sites of their own. `coverage()` tells what became of each norm-like module.
+
     Args:
-        model: Any module with nn.LayerNorm, nn.RMSNorm or lnjac's Norm in it. Of a compiled one, the original.
+        model: Any module, compiled or not, or inside DistributedDataParallel.
+        adapters: `lnjac.Layer` or `lnjac.Rms` by class or class name, for norms that cannot be recognised by their outputs.
+        unknown: `raise` refuses a module that looks like a norm and computes something else; `warn` warns of it and measures
+            the others; `skip` tells of it in `coverage` alone.
+        max_tokens: Measure at most so many tokens of each call, spread evenly. Bounds the memory.
         grad_at: Where a norm's gradient is read: `normalized`, before its affine part (g = γ⊙∂L/∂y), or `output` (g = ∂L/∂y).
         keep_tokens: Keep seven numbers of each token at each norm, for `distributions`.
+        distributed: Pool over the processes of torch.distributed: `rows` and `measure` are then collective calls. With
+            False, or without torch.distributed, this process is measured alone.
 
     Raises:
-        ValueError: `grad_at` is neither of the two.
+        ValueError: `grad_at` is neither of the two, or `unknown` none of the three.
     """
-    return Probe(model, GradAt(grad_at), keep_tokens)
+    if unknown not in ("raise", "warn", "skip"):
+        raise ValueError(f'unknown={unknown!r}: choose "raise", "warn" or "skip"')
+    return Probe(model, adapters or {}, unknown, max_tokens, GradAt(grad_at), keep_tokens, distributed)
 
 
 @dataclass
 class CallSums:
-    """Statistics of one call of a norm in one pass; `sigma`: (n,) is kept for its quantiles, which do not add.
+    """Statistics of one call of a norm in one pass, of the loss as its backward pass had it.
 
-    `tokens`, and the `length` of the sequences that they come in, serve distributions; `tokens` is None unless kept.
+    `sigma`: (n,) is kept for its quantiles, which do not add. `tokens` and their `positions` in their sequences serve
+    distributions; they are None unless kept. `forward_sq` is ‖y − formula‖² and ‖formula‖² over a sample of tokens.
     """
 
     site: str
     call: int
     d: int
     rms: bool
-    dtype: torch.dtype
+    dtype: str
+    backward: str
     sums: decompose.Sums
     sigma: Tensor
-    length: int
-    tokens: decompose.Tokens | None
+    forward_sq: tuple[float, float]
+    positions: np.ndarray[Any, Any] | None = None
+    tokens: decompose.Tokens | None = None
+
+    def scaled(self, factor: float) -> CallSums:
+        """Return the statistics of `factor` times the loss."""
+        tokens = None if self.tokens is None else decompose.scaled_tokens(self.tokens, factor)
+        return replace(self, sums=decompose.scaled(self.sums, factor), tokens=tokens)
 
 
 @dataclass
 class Pass:
-    """One forward and backward pass that a probe watches."""
+    """One forward and backward pass that a probe watches. `scale`: what the loss was multiplied by before its backward."""
 
+    scale: float = 1.0
     n_tokens: int = 0
     loss: Tensor | float = float("nan")
+    mask: Tensor | None = None
     calls: list[CallSums] = field(default_factory=list)
     """What was measured at each call of a norm, in the order of the forward pass; filled when the pass is over."""
+    begun: bool = False
 
-    def tokens(self, n: int, loss: Tensor | float | None = None) -> None:
-        """Tell, before the backward pass, how many tokens the loss is the mean of, and its value for the column loss_nats.
+    def tokens(self, n: int, loss: Tensor | float | None = None, *, mask: Tensor | None = None) -> None:
+        """Tell how many tokens the loss is the mean of.
 
-        A loss that is divided once more, as by the k micro-batches of an update, is a mean of k times as many tokens.
+        Args:
+            n: The number of tokens.
+            loss: The mean loss, for the column loss_nats.
+            mask: Which tokens count, (B, T) bool or whatever shape the norms' inputs have before their last axis: padded
+                ones can be left out. Norms of another shape are measured whole. To be told before the backward pass.
+
+        Raises:
+            ValueError: n is not positive, or a mask comes after the backward pass has begun.
         """
-        self.n_tokens = n
+        if n < 1:
+            raise ValueError(f"the loss is the mean of {n} tokens: leave out a batch whose targets are all ignored")
+        if mask is not None and self.begun:
+            raise ValueError(
+                "a mask came after the backward pass had begun: call seen.tokens(n, mask=…) before backward()"
+            )
+        self.n_tokens, self.mask = n, mask
         if loss is not None:
             self.loss = loss.detach() if isinstance(loss, Tensor) else loss
 
@@ -86,59 +152,134 @@ class Pass:
 class Probe:
     """Measures a model's norms: on given batches by `measure`, or in a loop of one's own by `watch` and `rows`."""
 
-    def __init__(self, model: nn.Module, grad_at: GradAt, keep_tokens: bool) -> None:
-        self.model, self.grad_at, self.keep_tokens = model, grad_at, keep_tokens
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: Mapping[Any, Adapter],
+        unknown: Unknown,
+        max_tokens: int | None,
+        grad_at: GradAt,
+        keep_tokens: bool,
+        distributed: bool,
+    ) -> None:
+        self.model, self.adapters, self.unknown, self.max_tokens = model, adapters, unknown, max_tokens
+        self.grad_at, self.keep_tokens, self.distributed = grad_at, keep_tokens, distributed
         self.step: int | None = None
         self.passes: list[Pass] = []
+        self.covered = Coverage()
+        self.summed = False  # whether the passes' statistics are of the summed loss already
 
-    def measure(self, batches: Iterable[Any], loss: Loss) -> pd.DataFrame:
-        """Return a row for each norm and call over all batches; parameters' `.grad` are left as they were found.
+    def plan(self) -> pd.DataFrame:
+        """Return a row for each norm-like module: site, class, kind (layernorm, rmsnorm, …), by which check, or why not."""
+        import pandas as pd
+
+        model = plain_model(self.model)
+        sites = candidates(model, self.adapters)
+        rows = []
+        for name, module in model.named_modules():
+            site = site_name(name)
+            if site in sites:
+                rows.append({"site": site, "class": type(module).__name__, **_planned(module, self.adapters)})
+            elif other_kind(module):
+                rows.append({"site": site, "class": type(module).__name__, "kind": OTHER, "check": "", "reason": ""})
+        return pd.DataFrame(rows, columns=["site", "class", "kind", "check", "reason"])
+
+    def coverage(self) -> pd.DataFrame:
+        """Return a row for each norm-like module and function: site, class, state, reason.
+
+        The state, over the passes watched at the last step: measured, functional call, no gradient, never called, no
+        tokens, not finite, other kind of norm, or refused, for the reason given.
+        """
+        import pandas as pd
+
+        covered = self.covered
+        rows = [
+            {"site": site, "class": covered.classes[site], "state": state, "reason": covered.reasons.get(site, "")}
+            for site, state in covered.states.items()
+        ]
+        return pd.DataFrame(rows, columns=["site", "class", "state", "reason"])
+
+    def measure(
+        self, batches: Iterable[Any], loss: Loss, *, mask: Callable[[Any], Tensor] | None = None
+    ) -> pd.DataFrame:
+        """Return a row for each norm and call over all batches. The model is left as it was found.
+
+        Parameters' `.grad`, buffers and torch's random generators are put back. Hooks on parameters (such as those that step
+        an optimizer in the backward pass) are suspended.
 
         Args:
             batches: Whatever `loss` takes, one after the other.
             loss: `loss(model, batch)` gives the mean loss and the number of tokens it is the mean of.
+            mask: `mask(batch)` gives which tokens count, as `Pass.tokens` takes it.
 
         Returns:
-            The measured columns of the table layers (docs/columns.md).
+            The measured columns of the table layers (docs/columns.md). `.attrs["coverage"]` has the state of each site.
 
         Raises:
-            ValueError: The model has no norm, is compiled, or no gradient arrived at any norm.
+            ValueError: A module is refused, no gradient arrived at any norm, or the backward pass changed a parameter.
         """
-        self.step, self.passes = None, []
+        passes, covered = [], Coverage()
         for batch in batches:
-            with fresh_grads(self.model), self.watch() as seen:
+            with left_as_found(self.model), self.watch() as seen:
                 mean, tokens = loss(self.model, batch)
-                seen.tokens(tokens, mean)
+                seen.tokens(tokens, mean, mask=None if mask is None else mask(batch))
                 if mean.requires_grad:  # else no gradient arrives, as `rows` says
                     mean.backward()  # type: ignore[no-untyped-call]
+            seen.calls = [call.scaled(seen.n_tokens) for call in seen.calls]  # each batch's loss is a mean of its own
+            passes.append(seen)
+            covered = _joined(covered, self.covered)
+            self.step = None
+        self.step, self.passes, self.covered, self.summed = 0, passes, covered, True
         return self.rows()
 
     @contextmanager
-    def watch(self, step: int = 0) -> Iterator[Pass]:
+    def watch(self, step: int = 0, *, scale: float = 1.0) -> Iterator[Pass]:
         """Within the context, measure one forward and backward pass; several of one step are pooled.
 
-        The first pass of another step forgets those of the step before. The pass must be told its number of tokens
-        (`seen.tokens(n)`) before its backward, which raises ValueError otherwise.
+        The passes of one step add up to one gradient, that of the mean loss over all their tokens: k micro-batches of an
+        update divide their losses by k. The first pass of another step forgets those of the step before.
+
+        Args:
+            step: The number of updates done, say.
+            scale: What the loss is multiplied by before its backward, such as `scaler.get_scale()`.
+
+        Yields:
+            The pass, which must be told its number of tokens: `seen.tokens(n)`.
         """
         if step != self.step:
-            self.step, self.passes = step, []
-        seen = Pass()
-        with capture(self.model, lambda call: self._reduced(call, seen.n_tokens)) as seen.calls:
-            yield seen
+            self.step, self.passes, self.covered, self.summed = step, [], Coverage(), False
+        seen, covered = Pass(scale), Coverage()
+        try:
+            with capture(
+                self.model,
+                lambda call: self._reduced(call, seen),
+                unknown=self.unknown,
+                adapters=self.adapters,
+                max_tokens=self.max_tokens,
+                coverage=covered,
+            ) as found:
+                yield seen
+        finally:
+            self.covered = _joined(self.covered, covered)
+        seen.calls = [call for call in found if call.sums["n_tokens"]]
+        for call in found:
+            if not call.sums["n_tokens"]:
+                self.covered.states[call.site] = NOT_FINITE
         self.passes.append(seen)
 
     def rows(self, step: int = 0) -> pd.DataFrame:
-        """Return a row for each norm and call, pooled over the passes watched at this step.
+        """Return a row for each norm and call, pooled over the passes watched at this step, and over ranks.
+
+        Returns:
+            The measured columns of the table layers (docs/columns.md). `.attrs["coverage"]` has the state of each site.
 
         Raises:
-            ValueError: No gradient arrived at any norm, or another step is the one that was watched last.
+            ValueError: No gradient arrived at any norm, another step is the one that was watched last, or a pass was not told
+                its tokens.
         """
-        import pandas as pd
-
         passes = self._watched(step)
-        loss = sum(float(seen.loss) * seen.n_tokens for seen in passes) / sum(seen.n_tokens for seen in passes)
-        rows = [{**_row(self.model, parts), "loss_nats": loss} for parts in _by_call(passes)]
-        return pd.DataFrame(rows).astype({"block": "Int64"})
+        tokens = 1 if self.summed else sum(seen.n_tokens for seen in passes)
+        return self._table(passes, tokens)
 
     def distributions(self, bins: int, step: int = 0) -> pd.DataFrame:
         """Return the spread of each norm's quantities over the tokens seen at this step, and over positions in `bins` bins.
@@ -153,39 +294,71 @@ class Probe:
     def _watched(self, step: int) -> list[Pass]:
         if step != self.step and self.passes:
             raise ValueError(f"step {step} is not the one that was watched last, {self.step}: ask for its rows in time")
-        if not any(seen.calls for seen in self.passes):
-            raise ValueError(
-                "no gradient arrived at any norm: is the loss computed from the model's output, with grad enabled?"
-            )
+        if any(not seen.n_tokens for seen in self.passes):
+            raise ValueError("a pass was not told its tokens: call seen.tokens(n) within its context")
         return self.passes
 
-    def _reduced(self, call: Capture, loss_tokens: int) -> CallSums:
-        """Replay the norm alone for autograd's own pullback, decompose its gradient, add up."""
-        if loss_tokens < 1:
-            raise ValueError(
-                "a gradient came before the pass was told its tokens: call seen.tokens(n) before backward()"
-            )
+    def _table(self, passes: Sequence[Pass], factor: int) -> pd.DataFrame:
+        """Return the rows of `factor` times the loss."""
+        import pandas as pd
+
+        calls = [call.scaled(factor) for seen in passes for call in seen.calls]
+        losses = [(float(seen.loss) * seen.n_tokens, seen.n_tokens) for seen in passes]
+        states = {site: self.covered.states[site] for site in self.covered.states}
+        if self.distributed and ranks.ranks() > 1:
+            calls, losses, states = _over_ranks(calls, losses, states)
+        if not calls:
+            raise ValueError(self._nothing())
+        loss = sum(value for value, _ in losses) / sum(n for _, n in losses)
+        rows = [{**_row(parts), "loss_nats": loss} for parts in _by_call(calls)]
+        if bad := [f"{row['site']} {row['n_nonfinite']}" for row in rows if row["n_nonfinite"]]:
+            warnings.warn(f"tokens that are not finite are left out: {', '.join(bad)}", stacklevel=3)
+        table = pd.DataFrame(rows).astype({"block": "Int64"})
+        table.attrs["coverage"] = states
+        return table
+
+    def _nothing(self) -> str:
+        states = self.covered.states
+        if not any(state != OTHER for state in states.values()):
+            return "no gradient arrived at any norm: no pass was watched"
+        known = ", ".join(f"{site or 'the model'}: {state}" for site, state in states.items() if state != OTHER)
+        return f"no gradient arrived at any norm: is the loss computed from the model's output, with grad enabled? ({known})"
+
+    def _reduced(self, call: Capture, seen: Pass) -> CallSums:
+        """Decompose the call's gradient and add up."""
+        seen.begun = True
+        x, grad, replayed = call.x, call.grad, call.replayed
+        assert replayed is not None
+        if seen.scale != 1:
+            grad, replayed = decompose.wide(grad) / seen.scale, replayed / seen.scale
         weight = call.weight if self.grad_at is GradAt.normalized else None
-        if call.forward is not None and self.grad_at is GradAt.normalized:
-            replayed = _through(call.forward, call.x, call.grad)
-        else:
-            replayed = replay(call.x, call.grad, call.eps, weight=weight, rms=call.rms)
-        tokens = decompose.decompose(
-            call.x, call.grad, call.eps, weight=weight, rms=call.rms, replayed=replayed, loss_tokens=loss_tokens
-        )
-        sums = decompose.sums(tokens, rms=call.rms)
-        size = math.sqrt(sum(sums[f"sum_{energy}_rstd2"] for energy in "ABC"))
-        if (apart := math.sqrt(sums["sum_residual_sq"])) > PULLBACK * size:
-            raise Unrecognised(f"its input gradient is {apart / size:.2g} of its size away from the formula's")
+        if weight is None and call.weight is not None:
+            replayed = replay(decompose.wide(x), grad, call.eps, weight=None, rms=call.rms)
+        index = call.kept
+        if seen.mask is not None and tuple(seen.mask.shape) == call.shape:
+            counted = seen.mask.to(x.device).reshape(-1).bool()
+            index = counted.nonzero()[:, 0] if index is None else index[counted[index]]
+            chosen = counted if call.kept is None else counted[call.kept]
+            x, grad, replayed = (part.reshape(-1, part.shape[-1])[chosen] for part in (x, grad, replayed))
+        tokens = decompose.decompose(x, grad, call.eps, weight=weight, rms=call.rms, replayed=replayed)
+        tokens, finite = decompose.finite(tokens)
+        sums = {**decompose.sums(tokens, rms=call.rms), "n_nonfinite": int(finite.numel() - len(tokens.sigma))}
+        positions = None
+        if self.keep_tokens:
+            length = call.shape[-1] if call.shape else 1
+            at = torch.arange(finite.numel()) if index is None else index.cpu()
+            positions = (at[finite.cpu()] % length).numpy()
         return CallSums(
             site=call.site,
             call=call.call,
-            d=call.x.shape[-1],
+            d=x.shape[-1],
             rms=call.rms,
-            dtype=call.x.dtype,
+            dtype=str(x.dtype).removeprefix("torch."),
+            backward="exact" if call.backward is None else call.backward.name,
             sums=sums,
             sigma=tokens.sigma,
-            length=call.x.shape[-2] if call.x.dim() > 1 else 1,
+            forward_sq=call.forward_sq,
+            positions=positions,
             tokens=tokens if self.keep_tokens else None,
         )
 
@@ -193,11 +366,11 @@ class Probe:
 def distributions(passes: Iterable[Pass], bins: int) -> list[dict[str, Any]]:
     """Return rows of the table distributions over the passes' tokens. Raises ValueError where those were not kept."""
     found = []
-    for parts in _by_call(passes):
+    for parts in _by_call([call for seen in passes for call in seen.calls]):
         one, kept = parts[0], [part.tokens for part in parts if part.tokens is not None]
         if not kept:
             raise ValueError("distributions need each token's numbers: make the probe with keep_tokens=True")
-        positions = np.concatenate([np.arange(len(part.sigma)) % part.length for part in parts])
+        positions = np.concatenate([part.positions for part in parts if part.positions is not None])
         for quantity in distribution.quantities(decompose.concatenate(kept), rms=one.rms):
             for statistic in (*distribution.spread(quantity), *distribution.profile(quantity, positions, bins)):
                 found.append({"site": one.site, "call": one.call, **statistic._asdict()})
@@ -217,20 +390,48 @@ def fresh_grads(model: nn.Module) -> Iterator[None]:
             p.grad = grad
 
 
-PULLBACK = 0.02
-"""How far a norm's own pullback may be from the formula's, relative to ‖g‖/σ: bf16 rounds by 3e-3."""
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Within the context a pass may run that leaves no trace: `.grad`, buffers and torch's generators are put back.
+
+    Raises:
+        ValueError: A parameter changed, by a hook that cannot be suspended.
+    """
+    parameters, buffers = list(model.parameters()), [(b, b.detach().clone()) for b in model.buffers()]
+    devices = {p.device.index for p in parameters if p.device.type == "cuda"}
+    versions = [p._version for p in parameters]
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=sorted(d or 0 for d in devices)))
+        stack.enter_context(fresh_grads(model))
+        stack.enter_context(_without_parameter_hooks(parameters))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+    if versions != [p._version for p in parameters]:
+        raise ValueError(
+            "the backward pass changed parameters: take off the hook that steps an optimizer, or use `watch` in the loop"
+        )
 
 
-def _through(forward: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Tensor:
-    """Return autograd's ∂L/∂x through a norm's own forward. x, grad: (…, d)."""
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        leaf = x.detach().clone().requires_grad_()
-        y = forward(leaf)
-        return torch.autograd.grad(y, leaf, grad.to(y.dtype))[0]
+@contextmanager
+def _without_parameter_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    held = [(p, name, getattr(p, name, None)) for p in parameters for name in names]
+    try:
+        for p, name, _ in held:
+            setattr(p, name, None)
+        yield
+    finally:
+        for p, name, hooks in held:
+            setattr(p, name, hooks)
 
 
 def replay(x: Tensor, grad: Tensor, eps: float, *, weight: Tensor | None, rms: bool) -> Tensor:
-    """Autograd's ∂L/∂x through this norm alone, with its exact backward, in x's dtype. x, grad: (…, d); weight: (d,)."""
+    """Return autograd's ∂L/∂x through this norm alone by its exact backward, in x's dtype. x, grad: (…, d); weight: (d,)."""
     d = (x.shape[-1],)
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         leaf = x.detach().clone().requires_grad_()
@@ -240,33 +441,93 @@ def replay(x: Tensor, grad: Tensor, eps: float, *, weight: Tensor | None, rms: b
 
 
 def block_of(name: str) -> int | None:
-    """The first number in a dotted name: `blocks.0.ln_1` -> 0; None where there is none."""
+    """Return the first number in a dotted name: `blocks.0.ln_1` -> 0; None where there is none."""
     return next((int(word) for word in name.split(".") if word.isdigit()), None)
 
 
-def _by_call(passes: Iterable[Pass]) -> list[list[CallSums]]:
-    """The statistics of all passes, by call of a norm."""
+def _planned(module: nn.Module, adapters: Mapping[Any, Adapter]) -> dict[str, str]:
+    """Return the kind of a norm-like module, the check by which it is recognised, and why it is not."""
+    sizes = [getattr(module, "normalized_shape", ()), *(p.shape for p in module.parameters(recurse=False))]
+    d = next((math.prod(size) for size in sizes if len(size)), None)
+    if d is None:
+        return {"kind": "", "check": "its outputs, when it is called", "reason": ""}
+    adapter = adapter_of(module, adapters)
+    check = (
+        "its adapter" if adapter else "its class's attributes" if is_known(module) else "its outputs on chosen tokens"
+    )
+    tail = sizes[0] if sizes[0] else (d,)
+    first = next(module.parameters(), torch.empty(0))
+    try:
+        norm = recognise(module, torch.zeros(2, 2, *tail, dtype=first.dtype, device=first.device), adapter=adapter)
+    except Unrecognised as error:
+        return {"kind": REFUSED, "check": check, "reason": str(error)}
+    return {"kind": _kind(norm.rms), "check": f"{check}, and its output and gradient at each call", "reason": ""}
+
+
+def _kind(rms: bool) -> str:
+    return "rmsnorm" if rms else "layernorm"
+
+
+def _joined(before: Coverage, now: Coverage) -> Coverage:
+    """Return the coverage of both; a site measured in one is measured."""
+    counts = (MEASURED, FUNCTIONAL)
+    states = {**before.states, **now.states}
+    states |= {
+        site: state for site, state in before.states.items() if state in counts and now.states.get(site) != REFUSED
+    }
+    return Coverage(states, {**before.reasons, **now.reasons}, {**before.classes, **now.classes})
+
+
+def _by_call(calls: Iterable[CallSums]) -> list[list[CallSums]]:
+    """Return the statistics of all passes, by call of a norm."""
     found: dict[tuple[str, int], list[CallSums]] = {}
-    for seen in passes:
-        for part in seen.calls:
-            found.setdefault((part.site, part.call), []).append(part)
+    for part in calls:
+        found.setdefault((part.site, part.call), []).append(part)
     return list(found.values())
 
 
-def _row(model: nn.Module, parts: Sequence[CallSums]) -> dict[str, Any]:
+def _over_ranks(
+    calls: list[CallSums], losses: list[tuple[float, int]], states: dict[str, str]
+) -> tuple[list[CallSums], list[tuple[float, int]], dict[str, str]]:
+    """Return the calls, losses and states of all ranks, in the order of the lowest rank that has each."""
+    plain = [{**_plain(call), "sigma": call.sigma.double().tolist()} for call in calls]
+    found = ranks.gathered({"calls": plain, "losses": losses, "states": states})
+    whole = [
+        CallSums(
+            **{
+                **call,
+                "sigma": torch.tensor(call["sigma"], dtype=torch.float64),
+                "forward_sq": tuple(call["forward_sq"]),
+            }
+        )
+        for part in found
+        for call in part["calls"]
+    ]
+    joined = Coverage()
+    for part in found:
+        joined = _joined(joined, Coverage(part["states"]))
+    return whole, [(value, n) for part in found for value, n in part["losses"]], joined.states
+
+
+def _plain(call: CallSums) -> dict[str, Any]:
+    """Return a call's statistics without its tokens."""
+    return {name: value for name, value in vars(call).items() if name not in ("tokens", "positions", "sigma")}
+
+
+def _row(parts: Sequence[CallSums]) -> dict[str, Any]:
     one = parts[0]
-    module = model.get_submodule(one.site)
-    rule = module.backward_rule if isinstance(module, Norm) else None
     total, sigma = decompose.add([part.sums for part in parts]), torch.cat([part.sigma for part in parts])
+    apart, size = (sum(part.forward_sq[i] for part in parts) for i in (0, 1))
     return {
         "site": one.site,
         "call": one.call,
         "block": block_of(one.site),
         "role": one.site.rpartition(".")[2],
-        "norm": "rmsnorm" if one.rms else "layernorm",
-        "site_backward": "exact" if rule is None else rule.name,
+        "norm": _kind(one.rms),
+        "site_backward": one.backward,
         "n_backwards": 4 if one.rms else 8,
         "d": one.d,
-        "dtype": str(one.dtype).removeprefix("torch."),
+        "dtype": one.dtype,
         **decompose.summary(total, sigma, one.d, rms=one.rms),
+        "forward_residual": math.sqrt(apart / size) if size > 0 else math.nan,
     }

@@ -8,15 +8,16 @@ direction as a check. `require_formula` then compares the formula with the modul
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lnjac.norms.decompose import normalise, wide_dtype
-from lnjac.norms.layers import Norm, exact_norms
+from lnjac.norms.calls import FunctionalCall, site_name
+from lnjac.norms.decompose import normalise, pull_back, wide_dtype
+from lnjac.norms.layers import Norm, Surrogate, exact_norms
 
 LARGE = 1e6
 """Size of the chosen token: its variance makes any ε vanish."""
@@ -29,6 +30,9 @@ SAMPLE = 128
 
 ROUNDING = 64
 """Times the dtype's ε: how far the module's output may be from the formula's, relative to its size."""
+
+BACKWARD_ROUNDING = 4096
+"""The same of the gradient by a declared backward, which may cancel to a small part of what it is made from."""
 
 EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "norm_eps")
 """Attributes in which modules keep their ε: the exact value of the one that the outputs show to be near."""
@@ -72,6 +76,17 @@ class NormFormula:
         """Return the module's input or output as (…, d), the normalised axis last."""
         return as_tokens(x, self.axis, self.dims)
 
+    sizes: tuple[int, ...] = ()
+    """The sizes of the normalised axes, where `dims` > 1."""
+
+    def untokens(self, x: Tensor) -> Tensor:
+        """Return tokens (…, d) as the module takes them."""
+        return x.movedim(-1, self.axis) if self.dims == 1 else x.reshape(*x.shape[:-1], *self.sizes)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Return z of tokens x: (…, d)."""
+        return normalise(x, self.eps, rms=self.rms).z
+
     def output(self, z: Tensor) -> Tensor:
         """Return γ⊙z + β: (…, d)."""
         y = z if self.weight is None else z * self.weight
@@ -81,6 +96,87 @@ class NormFormula:
 def as_tokens(x: Tensor, axis: int, dims: int) -> Tensor:
     """Return x as (…, d): one axis moved to the end, or the last `dims` of them as one."""
     return x.movedim(axis, -1) if dims == 1 else x.flatten(-dims)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An adapter: the LayerNorm that a class computes, for one that cannot be recognised by its outputs.
+
+        lnjac.probe(model, adapters={MyNorm: lnjac.Layer(gamma=lambda m: 1 + m.scale)})
+
+    It is verified at each call as every norm is.
+
+    Attributes:
+        axis: The normalised axis of the module's first argument.
+        eps: The number added to the variance, or a function of the module; its attribute `eps` or the like unless given.
+        gamma: A function of the module that gives γ: (d,); its parameter `weight`, if it has one, unless given.
+        beta: A function of the module that gives β: (d,); its parameter `bias`, if it has one, unless given.
+    """
+
+    axis: int = -1
+    eps: float | Callable[[Any], float] | None = None
+    gamma: Callable[[Any], Tensor | None] | None = None
+    beta: Callable[[Any], Tensor | None] | None = None
+    rms: ClassVar[bool] = False
+
+    def of(self, module: nn.Module, x: Tensor) -> "NormFormula":
+        """Return the norm that the module computes. Raises Unrecognised if it has no ε."""
+        eps = self.eps(module) if callable(self.eps) else self.eps
+        if eps is None:
+            eps = next(
+                (float(getattr(module, name)) for name in EPS_NAMES if getattr(module, name, None) is not None), None
+            )
+        if eps is None:
+            raise Unrecognised(f"it has no attribute {', '.join(EPS_NAMES)}: give eps in its adapter")
+        gamma = self.gamma(module) if self.gamma else getattr(module, "weight", None)
+        beta = self.beta(module) if self.beta else getattr(module, "bias", None)
+        axis = self.axis if self.axis < 0 else self.axis - x.dim()
+        return NormFormula(self.rms, axis, 1, eps, _constant(gamma), _constant(beta))
+
+
+@dataclass(frozen=True)
+class Rms(Layer):
+    """An adapter: the RMSNorm that a class computes; see Layer."""
+
+    rms: ClassVar[bool] = True
+
+
+Adapter = Layer
+
+
+def _constant(p: Any) -> Tensor | None:
+    return p.detach().flatten().to(torch.float64, copy=True) if isinstance(p, Tensor) else None
+
+
+def adapter_of(module: nn.Module, adapters: Mapping[Any, Adapter]) -> Adapter | None:
+    """Return the adapter of a module's class, given by the class or by its name."""
+    for cls in type(module).__mro__ if adapters else ():
+        for key in (cls, cls.__name__):
+            if key in adapters:
+                return adapters[key]
+    return None
+
+
+def candidates(model: nn.Module, adapters: Mapping[Any, Adapter] | None = None) -> dict[str, nn.Module]:
+    """Return the modules that look like a LayerNorm or an RMSNorm, by dotted name; of nested ones the innermost."""
+    found = {
+        site_name(name): module
+        for name, module in model.named_modules()
+        if is_candidate(module) or adapter_of(module, adapters or {}) is not None
+    }
+    outer = {parent for name in found for parent in _parents(name)}
+    return {name: module for name, module in found.items() if name not in outer}
+
+
+def _parents(name: str) -> list[str]:
+    """Return the names of the modules around this one, the model's own, empty one first."""
+    words = name.split(".")
+    return [".".join(words[:n]) for n in range(len(words))] if name else []
+
+
+def is_known(module: nn.Module) -> bool:
+    """Return whether a module's forward is that of a KNOWN class: of the class itself, and not replaced in the module."""
+    return type(module) in KNOWN and "forward" not in vars(module) and math.prod(module.normalized_shape) > 1  # type: ignore[arg-type]
 
 
 def is_candidate(module: nn.Module) -> bool:
@@ -97,7 +193,11 @@ def other_kind(module: nn.Module) -> bool:
 
 
 def recognise(
-    module: nn.Module, x: Tensor, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    module: nn.Module,
+    x: Tensor,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    adapter: Adapter | None = None,
 ) -> NormFormula:
     """Find the norm that a module computes, from its outputs on five chosen tokens.
 
@@ -109,15 +209,18 @@ def recognise(
         x: an input of the module, for its shape, which says along which axes it may normalise.
         args: the module's other arguments by place.
         kwargs: the module's arguments by name.
+        adapter: what is known of the module's class.
 
     Raises:
         Unrecognised: when its outputs are not γ⊙z + β for one γ and one β, along the last axis, all trailing axes of
             `normalized_shape`, or the second axis (channels first).
     """
+    if adapter is not None:
+        return adapter.of(module, x)
+    if is_known(module):
+        return _as_declared(module, x)
     sizes = getattr(module, "normalized_shape", None)
     dims = max(len(sizes), 1) if isinstance(sizes, (tuple, list)) else 1
-    if type(module) in KNOWN and math.prod(module.normalized_shape) > 1:  # type: ignore[arg-type]
-        return _as_declared(module, x)
     call = own_forward(module, args, kwargs or {}, torch.float64)
     reasons = []
     for axis, count in dict.fromkeys([(-1, dims), *([(1 - x.dim(), 1)] if x.dim() > 2 else [])]):
@@ -140,11 +243,17 @@ def _as_declared(module: Any, x: Tensor) -> NormFormula:
         axis=-1,
         dims=len(module.normalized_shape),
         eps=_default_eps(x) if module.eps is None else module.eps,
-        **{
-            name: None if (p := getattr(module, name, None)) is None else p.detach().flatten().double()
-            for name in PARTS
-        },
+        weight=_constant(module.weight),
+        bias=_constant(getattr(module, "bias", None)),
+        sizes=tuple(module.normalized_shape),
     )
+
+
+def recognise_function(call: FunctionalCall) -> NormFormula:
+    """Return the norm that F.layer_norm or F.rms_norm computes by its arguments."""
+    eps = _default_eps(call.x) if call.eps is None else call.eps
+    weight, bias = _constant(call.weight), _constant(call.bias)
+    return NormFormula(call.rms, -1, len(call.shape), eps, weight, bias, call.shape)
 
 
 def _default_eps(x: Tensor) -> float:
@@ -152,16 +261,40 @@ def _default_eps(x: Tensor) -> float:
     return torch.finfo(wide_dtype(x.dtype)).eps
 
 
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the module's parameters and buffers as they are now; those of a norm are small."""
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: t.detach().clone() for name, t in state.items()}
+
+
 def own_forward(
-    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dtype: torch.dtype,
+    state: Mapping[str, Tensor] | None = None,
+    *,
+    exact: bool = True,
 ) -> Callable[[Tensor], Any]:
-    """Return the module's own forward of its first argument, in this dtype, with its exact backward and without its hooks."""
+    """Return the module's own forward as a function of its first argument, in one dtype.
+
+    Args:
+        module: Any module.
+        args: Its other arguments by place.
+        kwargs: Its arguments by name.
+        dtype: Of the computation.
+        state: Its parameters and buffers; those that it has now unless given.
+        exact: Whether with the exact backward and without its hooks, or as it is.
+    """
+    known = own_state(module) if state is None else state
 
     def forward(x: Tensor) -> Any:
-        state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        cast = {name: t.detach().to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+        cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in known.items()}
         rest = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-        with _without_hooks(module), exact_norms(module):
+        with ExitStack() as stack:
+            if exact:
+                stack.enter_context(_without_hooks(module))
+                stack.enter_context(exact_norms(module))
             return torch.func.functional_call(module, cast, (x.to(dtype), *rest), dict(kwargs))
 
     return forward
@@ -225,6 +358,7 @@ def _along(module: nn.Module, call: Callable[[Tensor], Any], x: Tensor, axis: in
         eps=eps,
         weight=None if torch.allclose(weight, torch.ones_like(weight), rtol=0, atol=1e-12) else weight,
         bias=None if not bias.abs().max() > 1e-12 * scale else bias,
+        sizes=tuple(shape) if len(shape) > 1 else (),
     )
     if (apart := residual(found.output(normalise(tokens, eps, rms=rms).z), y)) > 1e-3:
         raise Unrecognised(f"its outputs on chosen tokens are {apart:.2g} away from a norm's")
@@ -243,24 +377,85 @@ def _exactly(module: nn.Module, name: str, values: Tensor) -> Tensor:
     return values
 
 
-def require_formula(norm: NormFormula, x: Tensor, y: Tensor) -> None:
-    """Raise Unrecognised unless y is the formula's output of x but for rounding.
+def require_formula(norm: NormFormula, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Return ‖y − formula‖² and ‖formula‖² over a sample of tokens; raise Unrecognised if they differ by more than rounding.
 
-    x, y: (…, d), the module's input and its output as it computes them. Up to `SAMPLE` tokens, spread evenly, are
-    compared; the bound grows with |x|/σ, by which the subtraction of the mean loses digits.
+    x, y: (…, d), the module's input and its output as it computes them.
     """
-    rows, outputs = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    every = max(1, len(rows) // SAMPLE)
-    rows, outputs = rows[::every].double(), outputs[::every]
-    if not (rows.isfinite().all() and outputs.isfinite().all()):
-        return  # the analysis counts what is not finite
+    sample = _sampled(norm, x, y)
+    return _require_equal(norm, "its output", norm.output(sample.z), sample)
+
+
+def require_pullback(norm: NormFormula, x: Tensor, grad: Tensor, found: Tensor) -> None:
+    """Raise Unrecognised unless ∂L/∂x is, on a sample of tokens, the formula's but for rounding.
+
+    x, grad, found: (…, d), the input, ∂L/∂y, and ∂L/∂x through the module's own forward. What is left of g/σ may be a
+    small part of it, so that their difference is compared with g/σ.
+    """
+    sample = _sampled(norm, x, found, grad)
+    g = sample.more if norm.weight is None else sample.more * norm.weight
+    true = pull_back(g, sample.z, sample.rstd, rms=norm.rms)
+    _require_equal(norm, "its input gradient", true, sample, g * sample.rstd)
+
+
+class _Sample(NamedTuple):
+    """Tokens on which a module is compared with a formula; `lost` is |x|/σ at most, by which rounding errors grow."""
+
+    z: Tensor
+    rstd: Tensor
+    found: Tensor
+    more: Tensor
+    eps: float
+    lost: Tensor
+
+
+def _sampled(norm: NormFormula, x: Tensor, found: Tensor, more: Tensor | None = None) -> _Sample:
+    """Return up to SAMPLE tokens, spread evenly, without those whose squares the dtype of `found` cannot hold."""
+    d = x.shape[-1]
+    every = max(1, x.numel() // d // SAMPLE)
+    parts = [t.reshape(-1, d)[::every].double() for t in (x, found, found if more is None else more)]
+    limits = torch.finfo(found.dtype)
+    held = parts[0].square().sum(-1) < limits.max / 4  # not if one is NaN
+    for part in parts[1:]:
+        held &= part.isfinite().all(-1)
+    rows, found_, more_ = (part[held] for part in parts)
     z, rstd = normalise(rows, norm.eps, rms=norm.rms)
-    lost = float((rows.abs() * rstd).max()) if len(rows) else 0.0
-    bound = ROUNDING * torch.finfo(outputs.dtype).eps * (1 + lost)
-    if (off := residual(norm.output(z), outputs)) > bound:
+    lost = (rows.abs() * rstd).max() if len(rows) else rows.sum()
+    return _Sample(z, rstd, found_, more_, limits.eps, lost)
+
+
+def _require_equal(
+    norm: NormFormula, what: str, true: Tensor, sample: _Sample, scale: Tensor | None = None
+) -> tuple[float, float]:
+    """Return ‖found − true‖² and ‖scale‖², by default ‖true‖²; raise Unrecognised if the former is more than rounding."""
+    sizes = [(true - sample.found).square().sum(), (true if scale is None else scale).square().sum(), sample.lost]
+    apart, size, lost = torch.stack(sizes).tolist()  # the device is waited for once
+    bound = ROUNDING * sample.eps * (1 + lost)
+    if apart > bound**2 * size:
+        off = math.sqrt(apart / size) if size > 0 else math.inf
         name = "RMSNorm" if norm.rms else "LayerNorm"
         raise Unrecognised(
-            f"its output is {off:.2g} of its size away from a {name}'s, more than the {bound:.1g} of rounding"
+            f"{what} is {off:.2g} of its size away from a {name}'s, more than the {bound:.1g} of rounding"
+        )
+    return apart, size
+
+
+def require_backward(norm: NormFormula, rule: Surrogate, x: Tensor, grad: Tensor, found: Tensor) -> None:
+    """Raise Unrecognised unless the gradient that a norm's declared backward gives is the one of the rule's own expression.
+
+    x: the input, grad: ∂L/∂y, found: ∂L/∂x with the declared backward: (…, d) each.
+    """
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        expression = rule.surrogate(leaf, norm.eps, rms=norm.rms)
+        expression = norm.normalised(leaf) if expression is None else expression
+        g = grad.to(leaf.dtype) if norm.weight is None else (grad * norm.weight).to(leaf.dtype)
+        (true,) = torch.autograd.grad(expression, leaf, g)
+    off, bound = residual(found, true), BACKWARD_ROUNDING * torch.finfo(leaf.dtype).eps
+    if off > bound:
+        raise Unrecognised(
+            f"its backward {rule.name} gives a gradient {off:.2g} of its size away from the formula's, "
+            f"more than the {bound:.1g} of rounding"
         )
 
 

@@ -24,8 +24,9 @@ from lnjac.diagnostics.settings import Parts
 from lnjac.gpt import credit
 from lnjac.gpt import optimizers as optim
 from lnjac.norms import decompose as jacobian
+from lnjac.norms.backward import set_backward
 from lnjac.norms.formulas import EXACT, SURROGATES, Backward
-from lnjac.norms.layers import Factors, matches, norms, set_backward
+from lnjac.norms.layers import Factors, matches, norms
 from lnjac.runs import folder as runs
 from lnjac.training import run as train
 from lnjac.training.loop import Training
@@ -104,11 +105,13 @@ def truths(training: Training, batches: Sequence[Any]) -> Iterator[tuple[str, st
     model = training.model
     for place, sites in swap.places(model).items():
         for name, (center, radial, scale) in SURROGATES.items():
-            set_backward(model, Factors(name, sites, center, bool(radial), scale))
-            yield place, name, radial, gradients(training, batches)
+            with set_backward(model, Factors(name, sites, center, bool(radial), scale)):
+                found = gradients(training, batches)
+            yield place, name, radial, found
         for radial in (0.25, 0.5, 0.75):
-            set_backward(model, Dose(radial, sites))
-            yield place, "partial_radial", radial, gradients(training, batches)
+            with set_backward(model, Dose(radial, sites)):
+                found = gradients(training, batches)
+            yield place, "partial_radial", radial, found
 
 
 def flat(gradient: dict[str, Tensor], part: str = "all") -> Tensor:

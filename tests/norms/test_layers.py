@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lnjac.norms.backward import set_backward
 from lnjac.norms.formulas import SURROGATES
-from lnjac.norms.layers import Factors, Norm, matches, norms, set_backward, unmatched
+from lnjac.norms.layers import Factors, Norm, matches, norms, unmatched
 
 laws = settings(deadline=None, max_examples=40, derandomize=True)
 
@@ -354,17 +355,29 @@ BLOCKS = [f"blocks.{i}.{role}" for i in range(11) for role in ("ln_1", "ln_2")]
 def test_patterns_mean_sites(patterns: list[str], expected: list[str]) -> None:
     model = gpt_like()
     assert [name for name, _ in norms(model)] == [*BLOCKS, "ln_f"]
-    chosen = set_backward(model, rule("ste", *patterns))
-    assert chosen == expected
+    if unmatched([*BLOCKS, "ln_f"], rule("ste", *patterns)):
+        with pytest.raises(ValueError, match=f"no norm is called {patterns[0]!r}: the model has blocks.0.ln_1"):
+            set_backward(model, rule("ste", *patterns))
+    else:
+        assert set_backward(model, rule("ste", *patterns)).sites == expected
     assert [name for name, norm in norms(model) if norm.backward_rule is not None] == expected
     assert [site for site in [*BLOCKS, "ln_f"] if matches(site, patterns)] == expected
 
 
-def test_a_second_rule_replaces_the_first() -> None:
+def test_a_second_rule_replaces_the_first_where_it_matches_until_it_is_undone() -> None:
     model = gpt_like()
-    set_backward(model, rule("ste", "all"))
-    set_backward(model, rule("center", "ln_f"))
-    assert {name: n.backward_rule.name for name, n in norms(model) if n.backward_rule is not None} == {"ln_f": "center"}
+
+    def named() -> dict[str, str]:
+        return {name: n.backward_rule.name for name, n in norms(model) if n.backward_rule is not None}
+
+    first = set_backward(model, rule("ste", "ln_1"))
+    with set_backward(model, "center", sites=["ln_f", "blocks.0.*"]):
+        assert named() == {"blocks.0.ln_1": "center", "blocks.0.ln_2": "center", "ln_f": "center"} | {
+            name: "ste" for name in BLOCKS if name.endswith("ln_1") and not name.startswith("blocks.0")
+        }
+    assert named() == {name: "ste" for name in BLOCKS if name.endswith("ln_1")}
+    first.undo()
+    assert named() == {}
     x, grad = draw(15, 2, 4)
     norm = dict(norms(model.double()))["blocks.0.ln_1"]
     leaf = x.clone().requires_grad_()

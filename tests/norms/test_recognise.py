@@ -1,16 +1,19 @@
 """Norms by what they compute: modules of many classes against autograd in float64 through their own forward."""
 
 import math
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from lnjac.norms.capture import candidates, capture
+from lnjac.norms.capture import capture
 from lnjac.norms.probe import probe
-from lnjac.norms.recognise import Unrecognised, is_candidate, recognise
+from lnjac.norms.recognise import Unrecognised, candidates, is_candidate, recognise
 
 D = 8
 
@@ -76,6 +79,33 @@ class ConditionalNorm(nn.LayerNorm):
 
 
 class TwoNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), x
+
+
+class WithResidual(nn.LayerNorm):
+    """Normalises its input and a residual together."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return super().forward(x + residual)
+
+
+class OwnActivatedRMSNorm(OwnRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(super().forward(x))
+
+
+class OwnDoubledRMSNorm(OwnRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x
+
+
+class OwnConditionalRMSNorm(OwnRMSNorm):
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * (1 + condition)
+
+
+class OwnTwoRMSNorm(OwnRMSNorm):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return super().forward(x), x
 
@@ -176,11 +206,11 @@ def test_rows_are_the_truth_whatever_the_class(norm: nn.Module, shape: tuple[int
 
 
 REFUSED = [
-    (ActivatedLayerNorm(D), (), "away from"),
-    (DoubledLayerNorm(D), (), "constant added|away from"),
     (ClippedNorm(D), (), "away from a LayerNorm's"),
-    (ConditionalNorm(D), (torch.randn(3, 5, D, dtype=torch.float64),), "chosen tokens"),
-    (TwoNorm(D), (), "returns tuple"),
+    (OwnActivatedRMSNorm(), (), "away from"),
+    (OwnDoubledRMSNorm(), (), "constant added|away from"),
+    (OwnConditionalRMSNorm(), (torch.randn(3, 5, D, dtype=torch.float64),), "chosen tokens"),
+    (OwnTwoRMSNorm(), (), "returns tuple"),
 ]
 
 
@@ -191,17 +221,67 @@ def test_a_module_that_computes_something_else_is_refused_by_name(
     model, x = around(norm), torch.randn(3, 5, D, dtype=torch.float64)
     with pytest.raises(ValueError, match=rf"^norm \({type(norm).__name__}\) is not measured: .*({said})"):
         probe(model).measure([(x, *more)], loss)
+    skipping = probe(model, unknown="skip")
+    with pytest.raises(ValueError, match=r"no gradient arrived at any norm.*\(norm: refused\)"):
+        skipping.measure([(x, *more)], loss)
+    ((site, name, state, reason),) = skipping.coverage().itertuples(index=False)
+    assert (site, name, state) == ("norm", type(norm).__name__, "refused")
+    assert re.search(said, reason)
+
+
+def functional_truth(model: Around, *batch: Tensor) -> dict[str, float]:
+    """The radial share, and σ's mean, of the one F.layer_norm that the model calls."""
+    seen: list[tuple[Tensor, Tensor, Any]] = []
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            y = func(*args, **(kwargs or {}))
+            if func is F.layer_norm:
+                y.retain_grad()
+                seen.append((args[0].detach(), y, args[2]))
+            return y
+
+    with Watching():
+        model(*batch).backward()
+    model.zero_grad()
+    ((h, y, weight),) = seen
+    g = (y.grad * weight.detach()).reshape(-1, D)
+    g, centred = (a - a.mean(-1, keepdim=True) for a in (g, h.reshape(-1, D)))
+    radial = (g * centred / centred.norm(dim=-1, keepdim=True)).sum(-1).square()
+    sigma = (centred.square().mean(-1) + 1e-5).sqrt().mean()
+    return {"radial_share": float(radial.sum() / g.square().sum()), "sigma_mean": float(sigma)}
+
+
+@pytest.mark.parametrize(
+    ("norm", "more"),
+    [
+        (ActivatedLayerNorm(D), ()),
+        (DoubledLayerNorm(D), ()),
+        (ConditionalNorm(D), (torch.randn(3, 5, D, dtype=torch.float64),)),
+        (TwoNorm(D), ()),
+        (WithResidual(D), (torch.randn(3, 5, D, dtype=torch.float64),)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_function_within_a_module_that_is_no_norm_is_measured_in_its_place(
+    norm: nn.Module, more: tuple[Tensor, ...]
+) -> None:
+    model, x = around(norm), torch.randn(3, 5, D, dtype=torch.float64)
+    measuring = probe(model)
+    row = measuring.measure([(x, *more)], loss).set_index("site").loc["norm.layer_norm_0"]
+    for name, value in functional_truth(model, x, *more).items():
+        assert row[name] == pytest.approx(value, rel=1e-9)
+    states = measuring.coverage().set_index("site")["state"].to_dict()
+    assert states == {"norm": "functional call", "norm.layer_norm_0": "functional call"}
 
 
 def test_the_other_norms_are_measured_where_the_user_says_so() -> None:
-    model = nn.Sequential(
-        around(ActivatedLayerNorm(D)).norm, nn.LayerNorm(D, dtype=torch.float64), nn.Linear(D, 1, dtype=torch.float64)
-    )
+    model = nn.Sequential(OwnActivatedRMSNorm(), nn.LayerNorm(D), nn.Linear(D, 1)).double()
     x = torch.randn(4, D, dtype=torch.float64)
     with capture(model, unknown="skip") as calls:
         model(x).sum().backward()
     assert [call.site for call in calls] == ["1"]
-    with pytest.warns(UserWarning, match="0 \\(ActivatedLayerNorm\\) is not measured"), capture(model, unknown="warn"):
+    with pytest.warns(UserWarning, match="0 \\(OwnActivatedRMSNorm\\) is not measured"), capture(model, unknown="warn"):
         model(x).sum().backward()
 
 
@@ -266,12 +346,11 @@ def test_an_input_changed_in_place_after_an_upcast_is_read_as_it_was() -> None:
     assert torch.equal(calls[0].x, model.embed(x).detach())
 
 
-def test_a_known_class_is_believed_only_as_far_as_its_output_shows() -> None:
-    """Its constants are read from its attributes, and another forward put in its place is noticed all the same."""
+def test_a_forward_put_in_a_known_modules_place_is_measured_as_it_computes() -> None:
     norm = nn.LayerNorm(D)
     model, x = around(norm), torch.randn(3, 5, D, dtype=torch.float64)
     norm.forward = lambda h: F.layer_norm(h, (D,), norm.weight + 1, norm.bias, norm.eps)  # type: ignore[method-assign]
-    with pytest.raises(
-        ValueError, match=r"^norm \(LayerNorm\) is not measured: its output is .* away from a LayerNorm's"
-    ):
-        probe(model).measure([(x,)], loss)
+    row = probe(model).measure([(x,)], loss).iloc[0]
+    plus = around(OnePlusLayerNorm(D))
+    true = truth(plus, x)
+    assert row[list(true)].tolist() == pytest.approx(list(true.values()), rel=1e-6)
