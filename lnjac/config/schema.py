@@ -265,7 +265,7 @@ def is_group(field: "dataclasses.Field[Any]") -> bool:
 def _class(group: str, target: str) -> type:
     """Return the dataclass of that dotted name. Raises ConfigError if it cannot be imported, made or checked against."""
     module, _, name = target.rpartition(".")
-    if module == PLUGIN_GROUPS[group].hashed_as:  # of a finished run
+    if group in PLUGIN_GROUPS and module == PLUGIN_GROUPS[group].hashed_as:  # of a finished run
         target = f"{PLUGIN_GROUPS[group].offers.rpartition('.')[0]}.{name}"
     try:
         cls = _named(target)
