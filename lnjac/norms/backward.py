@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lnjac.norms.calls import FunctionalCall, followed, plain_model
+from lnjac.norms.calls import FunctionalCall, followed, plain_model, replaying
 from lnjac.norms.decompose import wide, wide_dtype
 from lnjac.norms.formulas import EXACT, SURROGATES
 from lnjac.norms.layers import Factors, Norm, Surrogate, matches
@@ -22,6 +23,7 @@ from lnjac.norms.recognise import (
     Unrecognised,
     adapter_of,
     candidates,
+    own_forward,
     recognise,
     recognise_function,
     require_formula,
@@ -142,6 +144,26 @@ def declared(module: nn.Module) -> Surrogate | None:
     return rule
 
 
+_HOOKS: WeakKeyDictionary[nn.Module, tuple[Callable[..., Any], Callable[..., Any]]] = WeakKeyDictionary()
+"""What `set_backward` does before and after the forward of a norm that is not lnjac's own."""
+
+
+def declared_forward(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype, state: Mapping[str, Tensor]
+) -> Callable[[Tensor], Any]:
+    """Return a norm's own forward with its declared backward, as `own_forward` does with the exact one."""
+    forward = own_forward(module, args, kwargs, dtype, state, exact=not isinstance(module, Norm))
+    if isinstance(module, Norm):
+        return forward
+    enter, leave = _HOOKS[module]
+
+    def declared(x: Tensor) -> Any:
+        given, named = enter(module, (x, *args), dict(kwargs))
+        return leave(module, given, named, forward(given[0]))
+
+    return declared
+
+
 def _hooked(site: str, module: nn.Module, rule: Surrogate, adapter: Adapter | None) -> list[RemovableHandle]:
     """Give a norm of another class the backward; return the handles of the hooks that do.
 
@@ -169,7 +191,8 @@ def _hooked(site: str, module: nn.Module, rule: Surrogate, adapter: Adapter | No
         if output is None or not torch.is_grad_enabled() or x.numel() == 0:
             return output
         try:
-            norm = recognise(module, x, rest, named, adapter)
+            with replaying():
+                norm = recognise(module, x, rest, named, adapter)
             if not verified:
                 require_formula(norm, norm.tokens(x.detach()), norm.tokens(output.detach()))
                 verified = True
@@ -177,6 +200,7 @@ def _hooked(site: str, module: nn.Module, rule: Surrogate, adapter: Adapter | No
             raise ValueError(f"{site} ({type(module).__name__}) can have no other backward: {error}") from None
         return _with_gradient(rule, norm, x, output)
 
+    _HOOKS[module] = enter, leave
     return [
         module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
         module.register_forward_hook(leave, with_kwargs=True, prepend=True),

@@ -75,6 +75,20 @@ class FunctionalCall:
         return F.layer_norm(x.to(dtype), self.shape, weight, bias, self.eps)  # type: ignore[arg-type]
 
 
+_replays = 0
+
+
+@contextmanager
+def replaying() -> Iterator[None]:
+    """Within the context, nobody who follows a model is told of what runs: a norm is run alone once more."""
+    global _replays
+    _replays += 1
+    try:
+        yield
+    finally:
+        _replays -= 1
+
+
 Handle = Callable[[FunctionalCall, Callable[[Tensor], Tensor]], Tensor]
 """`handle(call, run)`: called in place of the function, `run(x)` being the function of x with its other arguments."""
 
@@ -86,7 +100,7 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in FUNCTIONS:
+        if func not in FUNCTIONS or _replays:
             return func(*args, **kwargs)
         names = ["input", "normalized_shape", "weight", *([] if FUNCTIONS[func] else ["bias"]), "eps"]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -120,9 +134,12 @@ def followed(model: nn.Module, on_exit: Exit, handle: Handle) -> Iterator[list[F
         site = site_name(name)
 
         def enter(module: nn.Module, args: Any, kwargs: Any, site: str = site) -> None:
-            frames.append(Frame(site, module))
+            if not _replays:
+                frames.append(Frame(site, module))
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if _replays:
+                return None
             # a module that raised, and one within it, may not have left
             while frames and frames[-1].module is not module:
                 frames.pop()

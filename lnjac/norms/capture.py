@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lnjac.norms.backward import declared, functional_backward
-from lnjac.norms.calls import Frame, FunctionalCall, followed, plain_model, site_name
+from lnjac.norms.backward import declared, declared_forward, functional_backward
+from lnjac.norms.calls import Frame, FunctionalCall, followed, plain_model, replaying, site_name
 from lnjac.norms.decompose import wide_dtype
 from lnjac.norms.layers import Surrogate
 from lnjac.norms.recognise import (
@@ -199,7 +199,6 @@ class _Recorder:
         self.sites, self.reduce = sites, reduce or (lambda call: call)
         self.adapters, self.max_tokens, self.coverage = adapters, max_tokens, coverage
         self.open = True
-        self.quiet = False  # while a norm is replayed
         self.clock = 0  # calls of any norm seen so far
         self.order: dict[str, list[int]] = {}  # site -> the clock of each of its calls, recomputations left out
         self.waiting: dict[str, list[int]] = {}  # site -> calls made without grad
@@ -211,7 +210,7 @@ class _Recorder:
 
     def left(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """Take note of a module that has computed its output; return another output where it needs one."""
-        if frame.site not in self.sites or self.quiet or not self.open:
+        if frame.site not in self.sites or not self.open:
             return None
         when = self._called(frame.site)
         if not torch.is_grad_enabled():
@@ -225,7 +224,7 @@ class _Recorder:
                 self.coverage.states[frame.site] = NO_TOKENS
                 return None
             state = own_state(module)
-            with self._replaying():
+            with replaying():
                 adapter = adapter_of(module, self.adapters)
                 norm = recognise(module, first, rest, named, adapter)
         except Unrecognised as error:
@@ -235,9 +234,7 @@ class _Recorder:
             self._forget(call)
         forward = own_forward(module, rest, named, wide_dtype(first.dtype), state)
         rule = declared(module)
-        surrogate = (
-            None if rule is None else own_forward(module, rest, named, wide_dtype(first.dtype), state, exact=False)
-        )
+        surrogate = None if rule is None else declared_forward(module, rest, named, wide_dtype(first.dtype), state)
         return self._noted(
             frame.site,
             when,
@@ -254,7 +251,7 @@ class _Recorder:
     def function(self, call: FunctionalCall, run: Callable[[Tensor], Tensor]) -> Tensor:
         """Take note of F.layer_norm or F.rms_norm, unless a norm module of a known class calls it."""
         owner = next((frame for frame in reversed(call.frames) if frame.site in self.sites), None)
-        if self.quiet or not self.open or (owner is not None and is_known(owner.module)):
+        if not self.open or (owner is not None and is_known(owner.module)):
             return run(call.x)
         site = call.numbered()
         rule, output = functional_backward(site), run(call.x)
@@ -365,7 +362,7 @@ class _Recorder:
                 f"a second gradient arrived at {call.site}: make one backward pass in each context, without create_graph"
             )
         try:
-            with self._replaying():
+            with replaying():
                 self.results[call.when] = self.reduce(self._replayed(call, grad.detach()))
         except Unrecognised as error:
             self.coverage.reasons[call.site] = str(error)
@@ -408,14 +405,6 @@ class _Recorder:
             kept=call.kept,
             shape=call.shape,
         )
-
-    @contextmanager
-    def _replaying(self) -> Iterator[None]:
-        before, self.quiet = self.quiet, True
-        try:
-            yield
-        finally:
-            self.quiet = before
 
     def close(self) -> list[Any]:
         """Return the results in the order of the forward pass, and drop the references that a spent graph still holds."""

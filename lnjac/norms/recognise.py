@@ -276,7 +276,7 @@ def own_forward(
     *,
     exact: bool = True,
 ) -> Callable[[Tensor], Any]:
-    """Return the module's own forward as a function of its first argument, in one dtype.
+    """Return the module's own forward as a function of its first argument, in one dtype and without its hooks.
 
     Args:
         module: Any module.
@@ -284,7 +284,7 @@ def own_forward(
         kwargs: Its arguments by name.
         dtype: Of the computation.
         state: Its parameters and buffers; those that it has now unless given.
-        exact: Whether with the exact backward and without its hooks, or as it is.
+        exact: Whether with the exact backward, or lnjac's own norms as they are.
     """
     known = own_state(module) if state is None else state
 
@@ -292,8 +292,8 @@ def own_forward(
         cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in known.items()}
         rest = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
         with ExitStack() as stack:
+            stack.enter_context(_without_hooks(module))
             if exact:
-                stack.enter_context(_without_hooks(module))
                 stack.enter_context(exact_norms(module))
             return torch.func.functional_call(module, cast, (x.to(dtype), *rest), dict(kwargs))
 
