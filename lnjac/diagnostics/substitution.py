@@ -135,7 +135,7 @@ def measure(subject: Subject, parts: Parts) -> Rows:
     optimizer, settings, dtype = subject.optimizer, subject.config.optimizer, subject.dtype
     named = {name: p for name, p in subject.trained.items() if not is_feedback(name)}
     parameters = list(named.values())
-    before, tokens = mean_loss(model, batches, loss)
+    before, tokens = subject.mean_loss(batches)
     true = true_gradient(model, batches, loss, parameters, tokens)
     graphs = Graphs(model, batches, loss, parameters, tokens)
     exact = graphs.exact()
@@ -157,7 +157,7 @@ def measure(subject: Subject, parts: Parts) -> Rows:
             compared[swap] = yardstick.compare(gradient)
             if p is not None and is_group(sites, norms(model)) and swap not in DOSES:
                 with moved(parameters, (g * q * -settings.lr for g, q in zip(gradient, p, strict=True))):
-                    compared[swap][0]["decrease_nats"] = before - mean_loss(model, batches, loss)[0]
+                    compared[swap][0]["decrease_nats"] = before - subject.mean_loss(batches)[0]
         damage = {swap: 1 - compared[canonical(swap, rms=rms)][0]["grad_cos"] for _, swap in treatments}
         damages[place] = damage
         for surrogate, swap in treatments:
@@ -357,16 +357,6 @@ def true_gradient(
             mean = value * (tokens / total)
             found.append(list(torch.autograd.grad(mean, parameters, allow_unused=True, materialize_grads=True)))
     return reduce(add, found)
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, batches: Sequence[Any], loss: Loss) -> tuple[float, int]:
-    """Return the loss over all batches in nats per token, and the number of their tokens."""
-    total, count = 0.0, 0
-    for batch in batches:
-        value, tokens = loss(model, batch)
-        total, count = total + float(value) * tokens, count + tokens
-    return total / count, count
 
 
 @contextmanager
