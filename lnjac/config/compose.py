@@ -158,12 +158,6 @@ class Composed:
         """The chosen member of each group, by which rows are labelled."""
         return self.base.choices
 
-    @property
-    def hydra(self) -> "DictConfig":
-        """Hydra's own part of the config, with its launcher; what it notes of a job is in `full` alone."""
-        found: DictConfig = self.base.config.hydra
-        return found
-
     def build(self) -> RunConfig:
         """Return the typed config. Raises ConfigError for values that the schema refuses."""
         given = [(o.key_or_group, o.value()) for o in self.plain if o.key_or_group not in SWEEP]
