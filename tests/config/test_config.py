@@ -109,7 +109,9 @@ def test_configs_are_composed_as_hydra_composes_them(overrides: tuple[str, ...])
         ours = compose(*overrides)
         with initialize_config_dir(version_base="1.3", config_dir=str(config_compose.CONF)):
             full = hydra_compose("config", list(overrides), return_hydra_config=True)
-        assert ours == build(config_compose.plain(full), full.hydra.runtime.choices)
+        assert ours == build(
+            config_compose.plain(full, config_compose.folders(full.hydra.runtime)), full.hydra.runtime.choices
+        )
         ours.batch_size = -1  # the next config must not see it, nor this:
         ours.ln_backward.sites.append("ln_9")
 
