@@ -314,11 +314,10 @@ def _unfit(cls: type, base: type, *, required: bool) -> list[str]:
 
 def _takes(cls: type, name: str, asked: Sequence[inspect.Parameter]) -> bool:
     """Return whether a class's method can be called with these arguments, by place unless they are keyword-only."""
-    bound = isinstance(inspect.getattr_static(cls, name), (staticmethod, classmethod))
     by_name = [parameter.name for parameter in asked if parameter.kind is parameter.KEYWORD_ONLY]
-    by_place = len(asked) - len(by_name) + (not bound)
+    by_place = [None] * (len(asked) - len(by_name))
     try:
-        inspect.signature(getattr(cls, name)).bind(*[None] * by_place, **dict.fromkeys(by_name))
+        inspect.signature(getattr(object.__new__(cls), name)).bind(*by_place, **dict.fromkeys(by_name))
     except TypeError:
         return False
     return True
