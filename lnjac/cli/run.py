@@ -94,12 +94,12 @@ def main() -> None:
         import hydra  # half a second in which Ctrl-C may come, too
         from hydra.errors import CompactHydraException
 
-        from lnjac.config.compose import CONF, as_typed, broken_yaml, spelled
+        from lnjac.config.compose import CONF, as_typed, broken_yaml
         from lnjac.errors import ConfigError
 
         try:
             with broken_yaml():
-                sys.argv[1:] = as_typed(spelled(sys.argv[1:]))
+                sys.argv[1:] = as_typed(sys.argv[1:])
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
         except (CompactHydraException, ConfigError) as error:
             if full:

@@ -60,27 +60,24 @@ def _composer(folder: Path, changed_ns: int) -> "Composer":
 NOT_OURS = ("hydra", *SWEEP)
 """Keys of a composed config that are no part of a run's."""
 
-TEXTS = ("sweep", "hydra.run.dir", "hydra.sweep.dir", "data.dir", "data.play_dir", "data.source", "data.files")
+TEXTS = ("sweep", "hydra.run.dir", "hydra.sweep.dir", "data.dir", "data.source", "data.files")
 """Keys whose values are text, because they name files and folders."""
 
 
 def as_typed(words: Sequence[str]) -> list[str]:
-    """Mark a command's words so that Hydra reads names as they are typed, and leaves unknown keys to the schema.
+    """Mark a command's words so that Hydra reads names as they are typed (`spelled`), and leaves unknown keys to the schema.
 
-    A number in the place of a name is quoted, because `sweep=2026_11_26` would go to multirun/20261126. A value's key gets
-    the prefix `++`. Without it, Hydra compares the key with the default members before any job is composed, and refuses
-    a key that only other members have, with the advice to add it by `+`, which no schema allows.
+    A value's key gets the prefix `++`. Without it, Hydra compares the key with the default members before any job is
+    composed, and refuses a key that only other members have, with the advice to add it by `+`, which no schema allows.
     """
     known = (
         {field.name for field in dataclasses.fields(RunConfig)} | set(SWEEP) | {path.name for path in CONF.iterdir()}
     )
     own_config = any(word.startswith(("-c", "--config")) for word in words)  # which may have groups of its own
     marked = []
-    for word in words:
+    for word in spelled(words):
         if found := re.fullmatch(r"(\+{0,2})([A-Za-z_][\w.]*)=(.*)", word, re.DOTALL):
             plus, key, value = found.groups()
-            if key in TEXTS and not re.search(r"['\"\\$]|range\(|interval\(", value):
-                value = re.sub(r"[^,()\[\]{}]+", _quoted, value)
             unknown = not (plus or own_config or key in known)
             if not key.startswith("hydra.") and ("." in key or unknown):
                 plus = "++"
@@ -157,12 +154,6 @@ class Composed:
     def choices(self) -> dict[str, Any]:
         """The chosen member of each group, by which rows are labelled."""
         return self.base.choices
-
-    @property
-    def hydra(self) -> "DictConfig":
-        """Hydra's own part of the config, with its launcher; what it notes of a job is in `full` alone."""
-        found: DictConfig = self.base.config.hydra
-        return found
 
     def build(self) -> RunConfig:
         """Return the typed config. Raises ConfigError for values that the schema refuses."""
@@ -250,12 +241,15 @@ def _with_diagnostics(values: dict[str, Any], folders: Sequence[Path]) -> dict[s
 
 
 def spelled(words: Iterable[str]) -> list[str]:
-    """Quote each member's name that Hydra would read as a number, a boolean or null, as in `attn_mode=1e3` for 1e3.yaml.
+    """Quote each name that Hydra would read as a number, a boolean or null, of a member, a file or a folder.
+
+    So `attn_mode=1e3` chooses 1e3.yaml, and `sweep=2026_11_26` does not go to multirun/20261126.
 
     Raises:
         ConfigError: for a `_target_`, as rows would carry the chosen member's label for the code of another class.
     """
     folders = "|".join(path.name for path in CONF.iterdir() if path.is_dir())
+    names = "|".join([folders, *map(re.escape, TEXTS)])
     found = []
     for word in words:
         if named := re.match(rf"[+~]*({folders})(\._target_\b|=\{{.*\b_target_\b)", word):
@@ -263,9 +257,9 @@ def spelled(words: Iterable[str]) -> list[str]:
                 f"{word}: rows would carry the label of another class: name this class in a file conf/{named[1]}/NAME.yaml "
                 f"and choose it by {named[1]}=NAME"
             )
-        chosen = re.fullmatch(rf"(\+?(?:{folders})(?:@[^=]*)?=)([^'\"\\]*)", word)
-        if chosen and not re.search(r"\b(range|interval)\(", chosen[2]):
-            word = chosen[1] + re.sub(r"[^,()\[\]{}\s=]+", _quoted, chosen[2])
+        name = re.fullmatch(rf"(\+*(?:{names})(?:@[^=]*)?=)([^'\"\\$]*)", word)
+        if name and not re.search(r"\b(range|interval)\(", name[2]):
+            word = name[1] + re.sub(r"[^,()\[\]{}]+", _quoted, name[2])
         found.append(word)
     return found
 

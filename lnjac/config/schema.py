@@ -111,6 +111,9 @@ PLUGIN_GROUPS = {
     "tracker": Plugin("lnjac.training.trackers.Tracker", "lnjac.tracking"),
 }
 
+DIAGNOSTIC = "lnjac.diagnostics.base.Diagnostic"
+"""The class that a member of `diagnostics.more` derives from."""
+
 GROUPS = ("model", "diagnostics", *PLUGIN_GROUPS)
 """The groups with members: one yaml file for each in conf/GROUP."""
 
@@ -148,7 +151,10 @@ def build(values: Mapping[str, Any], choices: Mapping[str, Any] | None = None) -
             values[group] = _member(group, values[group], problems)
     config: RunConfig = _fill(RunConfig, values, "", problems)
     if not problems:
-        config.diagnostics.more = _more(config.diagnostics.more or {}, problems)
+        config.diagnostics.more = {
+            name: _made("diagnostic", f"diagnostics.more={name}: ", f"diagnostic.{name}.", node, DIAGNOSTIC, problems)
+            for name, node in (config.diagnostics.more or {}).items()
+        }
     if not problems:
         for part in config.parts().values():
             if hasattr(part, "resolve"):
@@ -186,36 +192,22 @@ def _member(group: str, value: Any, problems: list[str]) -> Any:
             f"of a file conf/{group}/NAME.yaml with `key: value` lines"
         )
         return None
+    return _made(group, f"{group}={value.get('name')}: ", f"{group}.", value, None, problems)
+
+
+def _made(group: str, label: str, prefix: str, node: Mapping[str, Any], parent: str | None, problems: list[str]) -> Any:
+    """Make the dataclass that a node names by `_target_`, a subclass of `parent` if given; None if that is not possible."""
     try:
-        cls = _class(group, str(value.get("_target_", "")))
+        cls = _class(group, str(node.get("_target_", "")))
+        base = Hooks if parent is None else _named(parent)
+        if parent is not None and not issubclass(cls, base):
+            raise ConfigError(f"{cls.__qualname__} is no {parent}: derive it")
     except ConfigError as error:
-        problems.append(str(error))
+        problems.append(f"{label}{error}")
         return None
-    member = _fill(cls, {key: inner for key, inner in value.items() if key != "_target_"}, f"{group}.", problems)
-    problems += [f"{group}={value.get('name')}: {said}" for said in _unfit(cls, Hooks, required=False)]
-    return member
-
-
-def _more(more: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Build the diagnostics of `diagnostics.more`, whose values are given by name."""
-    found = {}
-    for name, node in more.items():
-        try:
-            cls = _class("diagnostic", str(node.get("_target_", "")))
-        except ConfigError as error:
-            problems.append(f"diagnostics.more={name}: {error}")
-            continue
-        base = _named("lnjac.diagnostics.base.Diagnostic")
-        if issubclass(cls, base):
-            problems += [f"diagnostics.more={name}: {said}" for said in _unfit(cls, base, required=True)]
-            found[name] = _fill(
-                cls, {key: value for key, value in node.items() if key != "_target_"}, f"diagnostic.{name}.", problems
-            )
-        else:
-            problems.append(
-                f"diagnostics.more={name}: {cls.__qualname__} is no lnjac.diagnostics.base.Diagnostic: derive it"
-            )
-    return found
+    made = _fill(cls, {key: value for key, value in node.items() if key != "_target_"}, prefix, problems)
+    problems += [f"{label}{said}" for said in _unfit(cls, base, required=parent is not None)]
+    return made
 
 
 def check(config: RunConfig) -> list[str]:
@@ -322,11 +314,10 @@ def _unfit(cls: type, base: type, *, required: bool) -> list[str]:
 
 def _takes(cls: type, name: str, asked: Sequence[inspect.Parameter]) -> bool:
     """Return whether a class's method can be called with these arguments, by place unless they are keyword-only."""
-    bound = isinstance(inspect.getattr_static(cls, name), (staticmethod, classmethod))
     by_name = [parameter.name for parameter in asked if parameter.kind is parameter.KEYWORD_ONLY]
-    by_place = len(asked) - len(by_name) + (not bound)
+    by_place = [None] * (len(asked) - len(by_name))
     try:
-        inspect.signature(getattr(cls, name)).bind(*[None] * by_place, **dict.fromkeys(by_name))
+        inspect.signature(getattr(object.__new__(cls), name)).bind(*by_place, **dict.fromkeys(by_name))
     except TypeError:
         return False
     return True

@@ -12,7 +12,6 @@ import torch
 from lnjac.data import tokens as tokens_module
 from lnjac.data.corpus import Corpus
 from lnjac.data.tokens import TokenArray, chunks
-from lnjac.errors import ConfigError
 from lnjac.progress import share
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -29,11 +28,6 @@ class Batches:
     """Random training batches, in which every start of a whole block with its targets is equally likely."""
 
     def __init__(self, split: TokenArray, batch_size: int, block_size: int, rng: np.random.Generator) -> None:
-        if len(split) <= block_size:
-            raise ConfigError(
-                f"the split has {len(split)} tokens, too few for model.block_size={block_size}: "
-                "choose a smaller block_size or a longer corpus"
-            )
         self.split, self.batch_size, self.block_size, self.rng = split, batch_size, block_size, rng
 
     def next(self) -> Batch:
@@ -55,9 +49,6 @@ def windows(split: TokenArray, block_size: int, batch_size: int, max_tokens: int
         block_size: the tokens of a window.
         batch_size: the windows of a batch.
         max_tokens: how many targets there are at most, or None for all.
-
-    Raises:
-        ConfigError: there is no token to predict.
     """
     n_targets = count_targets(split, max_tokens)
     starts = np.arange(0, n_targets - block_size + 1, block_size)
@@ -69,8 +60,6 @@ def windows(split: TokenArray, block_size: int, batch_size: int, max_tokens: int
 
 def count_targets(split: TokenArray, max_tokens: int | None) -> int:
     """Return how many tokens `windows` predicts."""
-    if len(split) < 2 or (max_tokens is not None and max_tokens < 1):
-        raise ConfigError(f"nothing to predict in {len(split)} tokens with max_tokens={max_tokens}: allow at least one")
     return len(split) - 1 if max_tokens is None else min(len(split) - 1, max_tokens)
 
 
@@ -107,12 +96,8 @@ def baselines(corpus: Corpus, max_tokens: int | None) -> Baselines:
         n_pair += np.bincount(at[wanted[at] == pairs], minlength=len(wanted))
         n_token += np.bincount(tokens[: tokens_module.CHUNK], minlength=vocab_size)
         done += len(tokens)
-        share(
-            "counting pairs for the bigram baseline",
-            min(done, len(corpus.train)),
-            len(corpus.train),
-            worth=2**26,
-        )
+        total = len(corpus.train)
+        share("counting pairs for the bigram baseline", min(done, total), total, worth=2**26)
     n_before = n_token.copy()
     n_before[corpus.train[-1]] -= 1  # the last token begins no pair
     log_unigram = np.log(n_token[target] + 1) - math.log(len(corpus.train) + vocab_size)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,27 +51,22 @@ Key = tuple[str, str, int]
 """kind, name and call of a row of `tensors`."""
 
 
-@dataclass
-class GradientSums:
+class Products(NamedTuple):
     """Additive statistics of two gradients, the method's ĝ and the true g, of the summed loss."""
 
-    n: int = 0
-    dot: float = 0.0
-    own_sq: float = 0.0
-    bp_sq: float = 0.0
-
-    def add(self, own: Tensor, bp: Tensor, scale: float = 1.0) -> None:
-        """Add two gradients of one shape, times `scale` those of the summed loss."""
-        self.n += own.numel()
-        self.dot += dot(own, bp) * scale**2
-        self.own_sq += dot(own, own) * scale**2
-        self.bp_sq += dot(bp, bp) * scale**2
+    n: int
+    dot: float
+    own_sq: float
+    bp_sq: float
 
 
-def total(pairs: Iterable[GradientSums]) -> GradientSums:
-    """Return the statistics of all tensors together."""
-    parts = list(pairs)
-    return GradientSums(*(sum(getattr(part, name) for part in parts) for name in ("n", "dot", "own_sq", "bp_sq")))
+def products(own: Tensor, bp: Tensor, scale: float = 1.0) -> Products:
+    """Return the statistics of two gradients of one shape, times `scale` those of the summed loss."""
+    return Products(own.numel(), *(dot(a, b) * scale**2 for a, b in ((own, bp), (own, own), (bp, bp))))
+
+
+def total(parts: Iterable[Products]) -> Products:
+    return Products(*map(sum, zip(*parts, strict=True)))
 
 
 class AgainstBackprop:
@@ -83,7 +78,7 @@ class AgainstBackprop:
         self.tokens = 0
         self.own: dict[str, Tensor] = {}  # gradients of the summed loss by parameter
         self.bp: dict[str, Tensor] = {}
-        self.at_norms: dict[Key, GradientSums] = {}
+        self.at_norms: dict[Key, list[Products]] = {}
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -149,16 +144,17 @@ class AgainstBackprop:
             "norm_input": (_below(call, own, self.rules.get(call.site)), _below(call, call.grad, None)),
         }
         for kind, (mine, true) in sides.items():
-            self.at_norms.setdefault((kind, call.site, call.call), GradientSums()).add(mine, true, tokens)
+            self.at_norms.setdefault((kind, call.site, call.call), []).append(products(mine, true, tokens))
 
-    def pairs(self) -> dict[Key, GradientSums]:
-        found: dict[Key, GradientSums] = {}
-        for name, own in self.own.items():
-            found["parameter", name, 0] = pair = GradientSums()
-            pair.add(own, self.bp[name])
+    def pairs(self) -> dict[Key, Products]:
+        found = {("parameter", name, 0): products(own, self.bp[name]) for name, own in self.own.items()}
         sites = [name for name, _ in self.model.named_modules()]
         by_site = sorted(self.at_norms, key=lambda key: (sites.index(key[1]), key[2]))
-        return {("model", "all", 0): total(found.values()), **found, **{key: self.at_norms[key] for key in by_site}}
+        return {
+            ("model", "all", 0): total(found.values()),
+            **found,
+            **{key: total(self.at_norms[key]) for key in by_site},
+        }
 
 
 def _is_exact(rule: Surrogate | None) -> bool:
@@ -235,7 +231,7 @@ class Alignment(Diagnostic):
                 control.make(batch)
         return control
 
-    def _cosines(self, pairs: Mapping[Key, GradientSums]) -> dict[Key, float]:
+    def _cosines(self, pairs: Mapping[Key, Products]) -> dict[Key, float]:
         """Return each cosine; NaN where a gradient is rounding noise beside the whole one, or at norms beside the largest."""
         scales: dict[str, tuple[float, float]] = {}
         for (kind, _, _), pair in pairs.items():

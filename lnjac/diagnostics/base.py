@@ -1,7 +1,7 @@
 """The interface of a diagnostic, and the pass over the diagnostic batches that all diagnostics share."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -34,6 +34,8 @@ class Subject(Protocol):
         """The dtype of the matrix products."""
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]: ...
+
+    def mean_loss(self, batches: Iterable[Any]) -> tuple[float, int]: ...
 
     def diagnostic_batches(self) -> list[tuple[Tensor, Tensor]]: ...
 

@@ -106,6 +106,9 @@ SWAPS = [
 
 ALL = "all"
 
+STEPS = ("grad", "update", "precond")
+"""A gradient g, the update by it, and P g: those of a replaced backward are compared with the exact one's."""
+
 TREATMENTS = [*SURROGATES.items(), *(("partial_radial", dose) for dose in DOSES)]
 
 WHOLE = ("predicted_nats", "decrease_nats", "compounding", "shapley_center", "shapley_radial", "shapley_scale")
@@ -135,7 +138,7 @@ def measure(subject: Subject, parts: Parts) -> Rows:
     optimizer, settings, dtype = subject.optimizer, subject.config.optimizer, subject.dtype
     named = {name: p for name, p in subject.trained.items() if not is_feedback(name)}
     parameters = list(named.values())
-    before, tokens = mean_loss(model, batches, loss)
+    before, tokens = subject.mean_loss(batches)
     true = true_gradient(model, batches, loss, parameters, tokens)
     graphs = Graphs(model, batches, loss, parameters, tokens)
     exact = graphs.exact()
@@ -157,7 +160,7 @@ def measure(subject: Subject, parts: Parts) -> Rows:
             compared[swap] = yardstick.compare(gradient)
             if p is not None and is_group(sites, norms(model)) and swap not in DOSES:
                 with moved(parameters, (g * q * -settings.lr for g, q in zip(gradient, p, strict=True))):
-                    compared[swap][0]["decrease_nats"] = before - mean_loss(model, batches, loss)[0]
+                    compared[swap][0]["decrease_nats"] = before - subject.mean_loss(batches)[0]
         damage = {swap: 1 - compared[canonical(swap, rms=rms)][0]["grad_cos"] for _, swap in treatments}
         damages[place] = damage
         for surrogate, swap in treatments:
@@ -242,21 +245,12 @@ def part_of(parameter: str) -> str:
     return "embedding" if words[0] in ("wte", "wpe") else words[0]
 
 
-class Products(NamedTuple):
-    """Inner products of a gradient ĝ, its update û and Pĝ with those of the exact gradient, per tensor or part: (k,)."""
-
-    grad_sq: Tensor
-    grad_dot: Tensor
-    update_sq: Tensor
-    update_dot: Tensor
-    precond_sq: Tensor
-    precond_dot: Tensor
-    slope: Tensor
-    """⟨∇L, Pĝ⟩."""
-
-
 class Yardstick:
-    """The exact gradient g with its update, P and P∇L, with which other gradients are compared."""
+    """The exact gradient g with its update u, P and P∇L, with which other gradients ĝ are compared.
+
+    All comparisons follow from seven sums over a tensor or part: ‖·‖² and the product with g's own, of ĝ, of its update û
+    and of Pĝ, then the slope ⟨∇L, Pĝ⟩.
+    """
 
     def __init__(
         self,
@@ -276,16 +270,15 @@ class Yardstick:
         for i, part in enumerate(parts):
             self.members[part.tensors, i] = 1
         self.of_tensors = self._products(exact, self.update, range(len(exact)))
-        self.own = Products(*(self.of_tensors @ self.members))
+        self.own = self.of_tensors @ self.members
         sizes = self.members.new_tensor([g.numel() for g in exact]) @ self.members
-        self.interpretable = self.own.grad_sq > noise_sq(dtype, float(self.own.grad_sq[0] / sizes[0])) * sizes
+        grad_sq = self.own[0]
+        self.interpretable = grad_sq > noise_sq(dtype, float(grad_sq[0] / sizes[0])) * sizes
         self.given = [
             {"level": part.level, "part": part.name, "grad_norm": norm, "interpretable": sound, **dict.fromkeys(WHOLE)}
-            for part, norm, sound in zip(
-                parts, self.own.grad_sq.sqrt().tolist(), self.interpretable.tolist(), strict=True
-            )
+            for part, norm, sound in zip(parts, grad_sq.sqrt().tolist(), self.interpretable.tolist(), strict=True)
         ]
-        self.steepest = Products(*(self._products(true, self.update, range(len(exact))) @ self.members)).slope
+        self.steepest = (self._products(true, self.update, range(len(exact))) @ self.members)[-1]
 
     def compare(self, gradient: Gradient) -> Rows:
         """Return a row for each part, the whole first, without the place's columns and with those of WHOLE still null."""
@@ -295,45 +288,30 @@ class Yardstick:
         of_tensors = self.of_tensors.clone()
         if changed:
             of_tensors[:, changed] = self._products(gradient, update, changed)
-        found, own = Products(*(of_tensors @ self.members)), self.own
-        columns = {
-            "grad_cos": found.grad_dot / (found.grad_sq * own.grad_sq).sqrt(),
-            "grad_gain": (found.grad_sq / own.grad_sq).sqrt(),
-            "update_cos": found.update_dot / (found.update_sq * own.update_sq).sqrt(),
-            "update_gain": (found.update_sq / own.update_sq).sqrt(),
-            "precond_cos": found.precond_dot / (found.precond_sq * own.precond_sq).sqrt(),
-            "precond_gain": (found.precond_sq / own.precond_sq).sqrt(),
-            "descent": found.slope / self.steepest,
-        }
+        *sums, slope = of_tensors @ self.members
+        columns = {"descent": slope / self.steepest}
+        for name, sq, product, own_sq in zip(STEPS, sums[::2], sums[1::2], self.own[:-1:2], strict=True):
+            columns |= {f"{name}_cos": product / (sq * own_sq).sqrt(), f"{name}_gain": (sq / own_sq).sqrt()}
         values = {name: torch.where(self.interpretable, x, math.nan).tolist() for name, x in columns.items()}
         if not self.preconditioned:
             values |= {name: [None] * len(self.parts) for name in ("precond_cos", "precond_gain", "descent")}
         compared = zip(*values.values(), strict=True)
         rows = [given | dict(zip(values, row, strict=True)) for given, row in zip(self.given, compared, strict=True)]
         if self.preconditioned:
-            rows[0]["predicted_nats"] = self.rehearsal.lr * float(found.slope[0])
+            rows[0]["predicted_nats"] = self.rehearsal.lr * float(slope[0])
         return rows
 
     def _products(self, gradient: Gradient, update: Gradient, tensors: Sequence[int]) -> Tensor:
-        """Return `Products` of these tensors: (7, n), one tensor after the other, so that float64 copies stay in cache."""
+        """Return the sums of these tensors: (7, n), one tensor after the other, so that float64 copies stay in cache."""
         fixed = (self.exact, self.update, self.p, self.true_step)
         columns = [_products(*(each[i].flatten().double() for each in (gradient, update, *fixed))) for i in tensors]
         return torch.stack(columns, dim=1)
 
 
 def _products(hat: Tensor, hat_update: Tensor, g: Tensor, update: Tensor, p: Tensor, true_step: Tensor) -> Tensor:
-    """Return `Products` of one tensor: (7,), all given as (n,)."""
-    step = hat * p
-    pairs = (
-        (hat, hat),
-        (hat, g),
-        (hat_update, hat_update),
-        (hat_update, update),
-        (step, step),
-        (step, p * g),
-        (hat, true_step),
-    )
-    return torch.stack([a @ b for a, b in pairs])
+    """Return the sums of one tensor: (7,), all given as (n,)."""
+    compared = ((hat, g), (hat_update, update), (hat * p, p * g))
+    return torch.stack([a @ b for mine, own in compared for a, b in ((mine, mine), (mine, own))] + [hat @ true_step])
 
 
 def preconditioner(
@@ -357,16 +335,6 @@ def true_gradient(
             mean = value * (tokens / total)
             found.append(list(torch.autograd.grad(mean, parameters, allow_unused=True, materialize_grads=True)))
     return reduce(add, found)
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, batches: Sequence[Any], loss: Loss) -> tuple[float, int]:
-    """Return the loss over all batches in nats per token, and the number of their tokens."""
-    total, count = 0.0, 0
-    for batch in batches:
-        value, tokens = loss(model, batch)
-        total, count = total + float(value) * tokens, count + tokens
-    return total / count, count
 
 
 @contextmanager

@@ -3,10 +3,9 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lnjac.config.compose import Composed
 from lnjac.escape import visible
@@ -26,16 +25,13 @@ class Job:
 
     overrides: list[str]
     composed: Composed
-    identity: Mapping[str, str]
-    columns: Mapping[str, Any]
-    folder: Path
-    state: states.State
+    plan: Planned
+    sweep: Path
+    """The sweep's folder, in which the job's own is named by its identity."""
 
-    @classmethod
-    def planned(cls, overrides: list[str], composed: Composed, plan: Planned, sweep: Path) -> "Job":
-        """Return the job as its script has planned it, in a folder of the sweep's that is named by its identity."""
-        folder = sweep / "-".join(plan.identity.values())
-        return cls(overrides, composed, plan.identity, plan.columns, folder, states.state(folder, plan.identity))
+    def __post_init__(self) -> None:
+        self.folder = self.sweep / "-".join(self.plan.identity.values())
+        self.look()
 
     @property
     def name(self) -> str:
@@ -43,7 +39,7 @@ class Job:
 
     def look(self) -> states.State:
         """Bring the state up to date with the folder."""
-        self.state = states.state(self.folder, self.identity)
+        self.state = states.state(self.folder, self.plan.identity)
         return self.state
 
 
@@ -75,7 +71,7 @@ def settle(job: Job, reason: str) -> None:
     state = job.look()
     if not state.finished and state.name not in (runs.FAILED, runs.RUNNING, states.FOREIGN):
         try:
-            states.fail(job.folder, job.identity, reason)
+            states.fail(job.folder, job.plan.identity, reason)
         except runs.InUse:  # another command has begun it and not yet written its status
             job.state = states.State(runs.RUNNING)
             return

@@ -138,7 +138,7 @@ class Sweeper(HydraSweeper):
             composed, problems = None, ""
             try:
                 composed = composer.compose(overrides)
-                jobs.append(Job.planned(overrides, composed, plan(composed, here), folder))
+                jobs.append(Job(overrides, composed, plan(composed, here), folder))
             except ConfigError as error:
                 problems = str(error)
             except (HydraException, OmegaConfBaseException) as error:
@@ -180,7 +180,7 @@ class Sweeper(HydraSweeper):
         for job in todo:
             log.info("to do (%s): %s", job.state.name, job.name)
         root = Path("multirun") if Path("multirun").is_dir() else folder
-        seconds, covered = estimate.seconds([job.columns for job in todo], sorted(root.rglob("*.runs.parquet")))
+        seconds, covered = estimate.seconds([job.plan.columns for job in todo], sorted(root.rglob("*.runs.parquet")))
         if todo and covered:
             some = "" if covered == len(todo) else f" for {covered} of them; no run of the others' shape is finished"
             log.info("about %s of computing%s", estimate.in_words(seconds), some)

@@ -1,8 +1,8 @@
 """The training loop, and the model with its method, optimizer and batches that it advances update by update."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -103,10 +103,6 @@ class Training:
         self.passes: Passes | None = None  # captured at the first update
         self.updates = 0
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        bf16 = self.config.precision is Precision.bf16
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
-
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the matrix products."""
@@ -115,7 +111,7 @@ class Training:
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         """Return the mean cross-entropy of a batch (idx, targets), (B, T) each, and the number of its tokens."""
         idx, targets = (part.to(self.device, non_blocking=True) for part in batch)
-        with self.autocast():
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision is Precision.bf16):
             return model(idx, targets)[1], targets.numel()
 
     def update(self) -> float:
@@ -145,20 +141,22 @@ class Training:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    @torch.no_grad()
     def validation_loss(self) -> float:
         """Return the mean loss in nats per token over the validation windows."""
-        evaluation = self.config.eval
+        block_size, evaluation = self.config.model.block_size, self.config.eval
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        count = 0
-        for batch in data.windows(
-            self.corpus.val, self.config.model.block_size, evaluation.batch_size, evaluation.tokens
-        ):
+        windows = data.windows(self.corpus.val, block_size, evaluation.batch_size, evaluation.tokens)
+        return self.mean_loss(windows)[0]
+
+    @torch.no_grad()
+    def mean_loss(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
+        """Return the loss over all batches in nats per token, and the number of their tokens."""
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for batch in batches:
             loss, n = self.loss(self.model, batch)
             total += loss.double() * n
             count += n
-        return float(total) / count
+        return float(total) / count, count
 
     def diagnostic_batches(self) -> list[tuple[Tensor, Tensor]]:
         """Return the batches (idx, targets) of each measurement: the same at every step and for every mode of one seed."""

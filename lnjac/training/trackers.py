@@ -9,7 +9,6 @@ import importlib.util
 import logging
 import math
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,18 +58,15 @@ class Tracker(Protocol):
 
     name: str
 
-    @abstractmethod
-    def start(self, run: TrackedRun) -> None: ...
+    def start(self, run: TrackedRun) -> None:
+        """Open, for a run that begins or goes on."""
 
-    @abstractmethod
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Show train_loss_nats, val_loss_nats and lr after update number `step`, as far as they are known."""
 
-    @abstractmethod
     def layers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Show the measurement at this step: a row of layers for each norm."""
 
-    @abstractmethod
     def end(self, status: str) -> None:
         """Close, with the run's status: done, diverged, failed or interrupted."""
 
@@ -113,22 +109,10 @@ class Guarded:
 
 
 @dataclass
-class Untracked:
+class Untracked(Tracker):
     """No tracker."""
 
     name: str
-
-    def start(self, run: TrackedRun) -> None:
-        pass
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        pass
-
-    def layers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        pass
-
-    def end(self, status: str) -> None:
-        pass
 
 
 @dataclass

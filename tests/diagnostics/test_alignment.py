@@ -212,7 +212,7 @@ def test_one_forward_pass_serves_both(method: str, precision: str) -> None:
     expected, found = apart.pairs(), at_once.pairs()
     assert list(found) == list(expected)
     for key, pair in expected.items():
-        assert dataclasses.astuple(found[key]) == pytest.approx(dataclasses.astuple(pair), rel=1e-5, abs=1e-9), key
+        assert found[key] == pytest.approx(pair, rel=1e-5, abs=1e-9), key
     assert all(layer.route is None for _, layer in credit.linears(training.model))
 
 

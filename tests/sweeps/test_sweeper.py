@@ -28,7 +28,6 @@ from lnjac.config import identity as config_identity
 from lnjac.config.compose import CONF, Composer
 from lnjac.errors import ConfigError
 from lnjac.runs import folder as runs
-from lnjac.runs import state as plan
 from lnjac.sweeps import jobs, protocol, sweeper
 from lnjac.sweeps.grid import grid
 from lnjac.sweeps.launchers import engine
@@ -432,8 +431,8 @@ def test_a_sweep_waits_for_what_another_command_runs(tmp_path: Path, number: int
 
 def test_a_job_that_another_command_has_just_begun_has_not_failed(tmp_path: Path) -> None:
     identity = {"run_id": "r", "diag_id": "d"}
-    job = jobs.Job(["seed=1"], OmegaConf.create(), identity, {}, tmp_path, plan.State(plan.MISSING))
-    other = runs.RunFolder(tmp_path, identity)  # no status yet
+    job = jobs.Job(["seed=1"], OmegaConf.create(), protocol.Planned(identity, {}), tmp_path)
+    other = runs.RunFolder(job.folder, identity)  # no status yet
     jobs.settle(job, "being written by another process")
     assert job.state.name == runs.RUNNING
     other.release()
@@ -526,8 +525,8 @@ def test_a_job_is_planned_as_the_run_that_it_will_be(tmp_path: Path, monkeypatch
     settings = compose.compose("model=tiny", "seed=3")
     run_id = config_identity.run_id(settings, settings.data.load().sha256)
     assert job.folder == tmp_path / f"{run_id}-{config_identity.diag_id(settings)}"
-    assert job.identity["run_id"] == run_id
-    assert job.columns == config_identity.column_values(settings)
+    assert job.plan.identity["run_id"] == run_id
+    assert job.plan.columns == config_identity.column_values(settings)
 
 
 def test_the_hardware_of_other_machines_is_not_checked_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
