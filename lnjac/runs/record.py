@@ -17,7 +17,7 @@ from lnjac.columns import Column
 from lnjac.errors import ConfigError
 from lnjac.norms import formulas
 from lnjac.runs import folder as runs
-from lnjac.runs.schema import CURVES, MEASURED_AT, RUNS, TABLES
+from lnjac.runs.schema import CURVES, MEASURED_AT, RUNS
 from lnjac.runs.state import FOREIGN, state
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Record:
         self.metadata, self.listener = dict(metadata), listener
         own = {name: [*MEASURED_AT, *columns] for name, columns in (tables or {}).items()}
         layers = [*MEASURED_AT, *formulas.columns()]
-        self.declared = {**TABLES, "layers": layers, "runs": RUNS, "curves": CURVES, **own}
+        self.declared = {"layers": layers, "runs": RUNS, "curves": CURVES, **own}
         self.status, self.found = runs.RUNNING, ""
         self.tables: dict[str, list[dict[str, Any]]] = {"layers": [], "curves": []}
         self.described: dict[str, Any] = {"started_at": runs.now(), "resumed_at": 0, **runs.provenance()}

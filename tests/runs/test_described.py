@@ -17,13 +17,13 @@ from lnjac import load_run
 from lnjac.columns import KEY, VOLATILE, Column
 from lnjac.comparing.design import arrange, varying
 from lnjac.comparing.tables import MergedTables, open_tables
+from lnjac.diagnostics import catalogue
 from lnjac.errors import ConfigError
 from lnjac.runs import folder as runs
 from lnjac.runs import schema
 from lnjac.runs.diff import diff
 from lnjac.runs.merge import load, merge
 from lnjac.runs.merged import companions
-from lnjac.training import run as train
 
 SCORE = Column("score", "float64", "points", "a stranger's score of the run")
 HOST = Column("host", "string", "", "where it ran", VOLATILE)
@@ -77,7 +77,7 @@ def test_the_columns_of_files_from_before_are_never_edited() -> None:
 
 
 def test_what_is_declared_agrees_with_what_files_from_before_hold() -> None:
-    for table, columns in train.columns().items():
+    for table, columns in catalogue.columns().items():
         frozen = schema.FROZEN[table]
         for column in columns:
             if column.name in frozen:
@@ -130,7 +130,7 @@ def test_a_value_column_that_is_missing_reads_as_null_beside_runs_that_have_it(t
     assert "r_mean" not in load_run(make_with_config(poor)).layers
     merge([poor, rich], out)
     assert runs.read_table(out)["r_mean"].to_pylist()[:6] == [None] * 6
-    assert runs.read_table(out).column_names[: len(schema.TABLES["layers"])] == [*schema.FROZEN["layers"]]
+    assert runs.read_table(out).column_names[: len(schema.FROZEN["layers"])] == [*schema.FROZEN["layers"]]
 
 
 def make_with_config(folder: Path) -> Path:
