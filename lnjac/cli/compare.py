@@ -46,7 +46,7 @@ def compare(
 
     metrics, table, how = options.names(metric), "runs" if runs else "layers", options.inference(interval, confidence)
     found = comparing.compare(
-        options.study(sources), by, metrics=metrics, table=table, at=at, where=where, reference=reference, how=how
+        sources, by, metrics=metrics, table=table, at=at, where=where, reference=reference, how=how
     )
     parts = [*_differences(found, confidence, seeds), *_notes(found.notes)]
     _answer(found.seeds if seeds else found.rows, parts, _plain(found, seeds), output, as_json)
@@ -81,7 +81,7 @@ def cost(
     from lnjac.comparing import cost as comparing
 
     how = options.inference(interval, confidence)
-    found = comparing.cost(options.study(sources), by=by, metric=metric, where=where, reference=reference, how=how)
+    found = comparing.cost(sources, by=by, metric=metric, where=where, reference=reference, how=how)
     compared = {"cost": found.costs}
     if found.differences is not None:
         compared["difference of costs"] = found.differences
@@ -121,7 +121,7 @@ def scaling(
     from lnjac.comparing import scaling as comparing
 
     metrics, table, how = options.names(metric), "runs" if runs else "layers", options.inference(interval, confidence)
-    found = comparing.scaling(options.study(sources), x, metrics=metrics, table=table, at=at, where=where, how=how)
+    found = comparing.scaling(sources, x, metrics=metrics, table=table, at=at, where=where, how=how)
     parts = [*_slopes(found, confidence, seeds), *_notes(found.notes)]
     plain = {"slopes": found.slopes, "points": found.points, "notes": found.notes}
     more = {"seeds": found.seeds} if seeds else {}

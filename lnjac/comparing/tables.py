@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from lnjac.columns import KEY
 from lnjac.comparing.filter import require_column
 from lnjac.errors import ConfigError
+from lnjac.progress import bar
 from lnjac.runs import folder as runs
 from lnjac.runs import merge as sweep
 from lnjac.runs.merged import companion, companions, report_file
@@ -87,14 +88,13 @@ Sources = str | PathLike[str] | Sequence[str | PathLike[str]] | MergedTables
 """A path, or several: of merged tables, sweeps and runs; or tables that are open already."""
 
 
-def open_tables(sources: Sources, progress: Callable[[int, int], None] | None = None) -> MergedTables:
-    """Open one merged table as it is; merge any other sources into a temporary folder.
+def open_tables(sources: Sources) -> MergedTables:
+    """Open one merged table as it is; merge any other sources into a temporary folder, with a bar on a terminal.
 
     A folder stands for the runs that it holds now, whatever was merged from it earlier.
 
     Args:
         sources: A path or several, of merged tables, sweeps and runs; open tables are returned as they are.
-        progress: Called with the number of sources read so far and the number of all.
 
     Returns:
         The tables, with the warnings of their merge.
@@ -112,7 +112,8 @@ def open_tables(sources: Sources, progress: Callable[[int, int], None] | None = 
         return MergedTables(path, [*found.notes, *_earlier_warnings(path)])
     folder = tempfile.TemporaryDirectory(prefix="lnjac-")
     path = Path(folder.name) / "all.parquet"
-    report = sweep.merge(paths, path, progress=progress)
+    with bar("reading runs") as progress:
+        report = sweep.merge(paths, path, progress=progress)
     return MergedTables(path, _warnings(report.warnings, [skip.path for skip in report.skipped]), folder)
 
 
