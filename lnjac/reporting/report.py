@@ -1,6 +1,5 @@
 """Report on merged runs as one offline page: what was run, what differs, where and since when, what it costs."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -10,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from lnjac.comparing.design import IDENTITY, RUN, varying, word
+from lnjac.comparing.design import IDENTITY, RUN, varying
 from lnjac.comparing.tables import MergedTables, Sources, open_tables
 from lnjac.errors import ConfigError
 from lnjac.files import write_atomically
@@ -19,9 +18,9 @@ from lnjac.reporting.marks import extra
 from lnjac.reporting.page import Charts, Section, render
 from lnjac.reporting.view import View, view
 from lnjac.runs.folder import DIVERGED
-from lnjac.runs.merged import companions, report_file
+from lnjac.runs.merged import companions
 from lnjac.runs.schema import Known
-from lnjac.text import listed
+from lnjac.text import listed, word
 
 CONFIG = (
     *("model", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size"),
@@ -86,14 +85,13 @@ def make(merged: MergedTables, title: str, by: str | None = None, where: str | N
             sections.append(Section(group[0].name, name, figures, reasons))
         else:
             absent[name] = reasons
-    merge = _merge(merged)
     html = render(
         charts,
         title=title,
         lead=f"{len(shown.runs)} runs" + f", by {shown.by}" * bool(shown.by) + (f", where {where}" if where else ""),
-        facts=_facts(shown.runs, merge, merged.described("runs")),
+        facts=_facts(shown.runs, merged.report, merged.described("runs")),
         warnings=merged.warnings,
-        skipped=[f"{skip['path']}: {skip['reason']}" for skip in merge.get("skipped", [])],
+        skipped=[f"{skip['path']}: {skip['reason']}" for skip in merged.report.get("skipped", [])],
         diverged=_diverged(shown),
         sections=sections,
         absent=absent,
@@ -109,12 +107,6 @@ def _name(sources: Sources) -> str:
         return sources.path.name
     paths = [Path(one) for one in ([sources] if isinstance(sources, (str, PathLike)) else sources)]
     return ", ".join(path.name or str(path) for path in paths)
-
-
-def _merge(merged: MergedTables) -> dict[str, Any]:
-    """Return the report of the merge; {} if that is lost."""
-    file = report_file(merged.path)
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
 def _columns(merged: MergedTables, table: str) -> pd.DataFrame:
