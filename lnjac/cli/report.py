@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lnjac.cli.options import AsJson, Sources
+from lnjac.cli.options import AsJson, Sources, Where
 from lnjac.cli.tables import ascii_json
 from lnjac.errors import ConfigError
 from lnjac.escape import visible
@@ -21,7 +21,6 @@ WIDTH = 680
 By = Annotated[
     str | None, typer.Option(help="The config column whose levels are compared; attn_mode, or the first that varies.")
 ]
-Where = Annotated[str | None, typer.Option(help="Only runs that meet this condition, such as \"method == 'fa'\".")]
 
 
 @commands.command()

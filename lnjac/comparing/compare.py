@@ -15,13 +15,13 @@ import numpy.typing as npt
 import pandas as pd
 
 from lnjac.comparing import intervals as stats
-from lnjac.comparing.design import LAST_NORM, Measurements, arrange, by_seed, word, words
+from lnjac.comparing.design import LAST_NORM, Measurements, arrange, by_seed, words
 from lnjac.comparing.intervals import STUDENT, Inference
 from lnjac.comparing.notes import Moving, about, capped, confounded, few_seeds
 from lnjac.comparing.pairing import CORNERS, Contrast, Pairing, families, pair
 from lnjac.comparing.tables import Sources, open_tables
 from lnjac.errors import ConfigError
-from lnjac.text import listed
+from lnjac.text import listed, word
 
 LAYER_METRICS = ("radial_share", "cos_center_vs_true", "flat_cos_ste", "sigma_mean")
 RUN_METRICS = ("val_loss_nats", "train_loss_nats")

@@ -18,7 +18,7 @@ from lnjac.comparing.tables import MergedTables
 from lnjac.errors import ConfigError
 from lnjac.runs import folder as runs
 from lnjac.runs.schema import FROZEN, Known, with_role
-from lnjac.text import exact, listed
+from lnjac.text import exact, listed, word
 
 LAST_NORM = "ln_f"
 """The norm before the head, which a headline names wherever it was measured."""
@@ -88,13 +88,6 @@ def numbered(rows: pd.DataFrame) -> "pd.Series[int]":
     if rows.columns.empty:
         return pd.Series(0, rows.index)
     return rows.groupby(list(rows), dropna=False, sort=False).ngroup()
-
-
-def word(level: Any) -> str:
-    """Return a level in words: `null` where it is missing, which is where it is None or not equal to itself."""
-    if level is None or level != level:
-        return "null"
-    return exact(level) if isinstance(level, float) else str(level)
 
 
 def words(levels: pd.DataFrame, row: Any) -> str:

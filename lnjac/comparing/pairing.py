@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lnjac.comparing.design import Measurements, numbered, telling_apart, word
+from lnjac.comparing.design import Measurements, numbered, telling_apart
+from lnjac.text import word
 
 CORNERS = ("a", "b", "exact_a", "exact_b")
 """The arms of a comparison. In a difference of costs the exact arms are subtracted from the others."""

@@ -12,11 +12,12 @@ from lnjac.comparing import compare
 from lnjac.comparing import cost as costs
 from lnjac.comparing import scaling as slopes
 from lnjac.comparing.compare import LOSS
-from lnjac.comparing.design import LAST_NORM, word
+from lnjac.comparing.design import LAST_NORM
 from lnjac.errors import ConfigError
 from lnjac.reporting import marks
 from lnjac.reporting.marks import choices
 from lnjac.reporting.view import ENRICHMENTS, SAME, View, arranged, beside, finite, thinned
+from lnjac.text import word
 
 MOST_LINES = 4
 """Comparisons up to which every norm is drawn; beyond, only those of a comparison's headline."""

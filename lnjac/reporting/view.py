@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 
 from lnjac.comparing import compare, design, intervals
-from lnjac.comparing.design import RUN, word
+from lnjac.comparing.design import RUN
 from lnjac.comparing.filter import Where, require_column
 from lnjac.comparing.tables import MergedTables
 from lnjac.errors import ConfigError
 from lnjac.runs.folder import DONE
+from lnjac.text import word
 
 ENRICHMENTS = ("enrichment_radial_share", "enrichment_mean")
 METRICS = (*compare.LAYER_METRICS, "flat_cos_center_scale", "flat_cos_projected", *ENRICHMENTS)
