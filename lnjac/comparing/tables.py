@@ -17,7 +17,7 @@ from lnjac.comparing.filter import require_column
 from lnjac.errors import ConfigError
 from lnjac.progress import bar
 from lnjac.runs import folder as runs
-from lnjac.runs import merge as sweep
+from lnjac.runs.merge import merge
 from lnjac.runs.merged import companion, companions, report_file
 from lnjac.runs.read import search
 from lnjac.runs.schema import SCHEMA_VERSION, Known, described, with_role
@@ -115,7 +115,7 @@ def open_tables(sources: Sources) -> MergedTables:
         folder = tempfile.TemporaryDirectory(prefix="lnjac-")
         path, notes = Path(folder.name) / "all.parquet", []  # the merge notes them too
         with bar("reading runs") as progress:
-            sweep.merge(paths, path, progress=progress)
+            merge(paths, path, progress=progress)
     file = report_file(path)
     report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return MergedTables(path, report, [*notes, *_warnings(report, file)], folder)
