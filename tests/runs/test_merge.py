@@ -34,7 +34,7 @@ from lnjac.runs.diff import diff
 from lnjac.runs.merge import load, merge
 from lnjac.runs.merged import companions
 from lnjac.runs.read import search
-from lnjac.runs.schema import CORE, SCHEMA_VERSION, TABLES
+from lnjac.runs.schema import CORE, FROZEN, SCHEMA_VERSION
 
 
 @pytest.fixture
@@ -498,7 +498,7 @@ def test_every_declared_column_has_its_type_and_place(tmp_path: Path, out: Path)
     make_run(tmp_path / "s" / "1", seed=2)
     merge([tmp_path / "s"], out)
     for name, path in companions(out).items():
-        declared = runs.schema(c for c in TABLES[name] if c.name != "stacked")  # which is no longer written
+        declared = runs.schema(c for c in FROZEN[name].values() if c.name != "stacked")  # which is no longer written
         found = runs.read_table(path).schema.remove_metadata()
         assert pa.schema(list(found)[: len(declared)]) == declared
         assert found.names[len(declared) :] == ([] if name == "curves" else ["seed", "attn_mode", "data"])
@@ -518,7 +518,7 @@ def test_columns_in_another_order_or_width_are_brought_to_the_schema(tmp_path: P
     rewrite(
         folder / "layers.parquet",
         lambda t: t.select(
-            [*reversed(t.column_names[: len(TABLES["layers"])]), *t.column_names[len(TABLES["layers"]) :]]
+            [*reversed(t.column_names[: len(FROZEN["layers"])]), *t.column_names[len(FROZEN["layers"]) :]]
         ),
     )
     rewrite(folder / "layers.parquet", lambda t: with_column("step", t["step"].cast(pa.int32()))(t))
@@ -873,7 +873,7 @@ def test_a_clean_merge_warns_of_nothing(tmp_path: Path, out: Path):
     assert warnings_of(out, make_run(tmp_path / "0", seed=1), make_run(tmp_path / "1", seed=2)) == ""
 
 
-def test_doubts_are_said(tmp_path: Path, out: Path):
+def test_warnings_are_said(tmp_path: Path, out: Path):
     one = make_run(
         tmp_path / "0",
         seed=1,
