@@ -17,6 +17,7 @@ from torch import nn
 
 from lnjac.columns import Column
 from lnjac.config import compose, schema
+from lnjac.diagnostics import catalogue
 from lnjac.gpt import attention, methods
 from lnjac.norms import decompose as jacobian
 from lnjac.norms import formulas
@@ -33,7 +34,7 @@ def test_relative_links_lead_somewhere(root: Path) -> None:
 
 
 def test_column_names_are_unique() -> None:
-    for declared in train.columns().values():
+    for declared in catalogue.columns().values():
         names = [column.name for column in declared]
         assert len(names) == len(set(names))
 

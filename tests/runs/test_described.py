@@ -17,13 +17,13 @@ from lnjac import load_run
 from lnjac.columns import KEY, VOLATILE, Column
 from lnjac.comparing.design import arrange, varying
 from lnjac.comparing.tables import MergedTables, open_tables
+from lnjac.diagnostics import catalogue
 from lnjac.errors import ConfigError
 from lnjac.runs import folder as runs
 from lnjac.runs import schema
 from lnjac.runs.diff import diff
 from lnjac.runs.merge import load, merge
 from lnjac.runs.merged import companions
-from lnjac.training import run as train
 
 SCORE = Column("score", "float64", "points", "a stranger's score of the run")
 HOST = Column("host", "string", "", "where it ran", VOLATILE)
@@ -72,7 +72,7 @@ def test_the_columns_of_files_from_before_are_never_edited() -> None:
 
 
 def test_what_is_declared_agrees_with_what_files_from_before_hold() -> None:
-    for table, columns in train.columns().items():
+    for table, columns in catalogue.columns().items():
         frozen = schema.FROZEN[table]
         for column in columns:
             if column.name in frozen:

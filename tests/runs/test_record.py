@@ -80,7 +80,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_runs_of_a_plain_loop_make_a_report(merged: Path, tmp_path: Path) -> None:
     pytest.importorskip("altair", reason="needs the extra [report]")
-    made = lnjac.report(str(merged), str(tmp_path / "new" / "page.html"), by="activation")
+    made = lnjac.report(str(merged), output=str(tmp_path / "new" / "page.html"), by="activation")
     html = (tmp_path / "new" / "page.html").read_text()
     assert html == made.html
     assert "6 runs, by activation" in html
