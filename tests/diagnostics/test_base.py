@@ -167,7 +167,7 @@ def test_each_declares_its_table_its_columns_and_its_cost() -> None:
 def test_the_documented_one_works_from_the_command_line(
     many: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (ROOT / "docs" / "how-to.md").read_text()
+    page = (ROOT / "docs" / "extending.md").read_text()
     (code,), (settings,) = (
         [block for block in re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) if "relative" in block]
         for kind in ("python", "yaml")
