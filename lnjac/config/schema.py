@@ -265,9 +265,8 @@ def is_group(field: "dataclasses.Field[Any]") -> bool:
 def _class(group: str, target: str) -> type:
     """Return the dataclass of that dotted name. Raises ConfigError if it cannot be imported, made or checked against."""
     module, _, name = target.rpartition(".")
-    plugin = PLUGIN_GROUPS.get(group)  # None for a diagnostic
-    if plugin and module == plugin.hashed_as:  # of a finished run
-        target = f"{plugin.offers.rpartition('.')[0]}.{name}"
+    if group in PLUGIN_GROUPS and module == PLUGIN_GROUPS[group].hashed_as:  # of a finished run
+        target = f"{PLUGIN_GROUPS[group].offers.rpartition('.')[0]}.{name}"
     try:
         cls = _named(target)
         if not dataclasses.is_dataclass(cls):
