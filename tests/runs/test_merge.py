@@ -91,7 +91,7 @@ def test_a_clean_merge_warns_of_nothing(tmp_path: Path, out: Path):
     assert warnings_of(out, make_run(tmp_path / "0", seed=1), make_run(tmp_path / "1", seed=2)) == ""
 
 
-def test_doubts_are_said(tmp_path: Path, out: Path):
+def test_warnings_are_said(tmp_path: Path, out: Path):
     one = make_run(
         tmp_path / "0",
         seed=1,

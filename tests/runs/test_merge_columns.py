@@ -11,7 +11,7 @@ from lnjac.errors import ConfigError
 from lnjac.runs import folder as runs
 from lnjac.runs.merge import load, merge
 from lnjac.runs.merged import companions
-from lnjac.runs.schema import TABLES
+from lnjac.runs.schema import FROZEN
 
 
 def test_every_declared_column_has_its_type_and_place(tmp_path: Path, out: Path):
@@ -19,7 +19,7 @@ def test_every_declared_column_has_its_type_and_place(tmp_path: Path, out: Path)
     make_run(tmp_path / "s" / "1", seed=2)
     merge([tmp_path / "s"], out)
     for name, path in companions(out).items():
-        declared = runs.schema(c for c in TABLES[name] if c.name != "stacked")  # which is no longer written
+        declared = runs.schema(c for c in FROZEN[name].values() if c.name != "stacked")  # which is no longer written
         found = runs.read_table(path).schema.remove_metadata()
         assert pa.schema(list(found)[: len(declared)]) == declared
         assert found.names[len(declared) :] == ([] if name == "curves" else ["seed", "attn_mode", "data"])
@@ -39,7 +39,7 @@ def test_columns_in_another_order_or_width_are_brought_to_the_schema(tmp_path: P
     rewrite(
         folder / "layers.parquet",
         lambda t: t.select(
-            [*reversed(t.column_names[: len(TABLES["layers"])]), *t.column_names[len(TABLES["layers"]) :]]
+            [*reversed(t.column_names[: len(FROZEN["layers"])]), *t.column_names[len(FROZEN["layers"]) :]]
         ),
     )
     rewrite(folder / "layers.parquet", lambda t: with_column("step", t["step"].cast(pa.int32()))(t))
