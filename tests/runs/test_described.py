@@ -38,11 +38,6 @@ SHAPES = (
 )
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out" / "all.parquet"
-
-
 def described(folder: Path, name: str, columns: Sequence[Column], values: dict[str, Any]) -> None:
     """Give a run's table further columns, described, as a later lnjac or a stranger would have written it."""
 

@@ -21,11 +21,6 @@ TENSORS = [{"kind": "model", "name": "all", "call": 0}, {"kind": "parameter", "n
 BOTH = {"swaps": SWAPS, "tensors": TENSORS}
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out" / "all.parquet"
-
-
 def test_a_table_is_written_where_any_run_has_rows_of_it(tmp_path: Path, out: Path):
     make_run(tmp_path / "s" / "0", seed=1)
     make_run(tmp_path / "s" / "1", seed=2, long=BOTH)
