@@ -41,7 +41,7 @@ format: $(VENV)/.installed-dev
 
 # The site, in build/site. It asks no other host for anything: `python -m http.server -d build/site` shows it.
 docs: $(VENV)/.installed-dev
-	$(PY) -m lnjac columns > docs/columns.md.tmp && mv docs/columns.md.tmp docs/columns.md
+	$(PY) docs/site.py > docs/columns.md.tmp && mv docs/columns.md.tmp docs/columns.md
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 benchmark: $(VENV)/.installed

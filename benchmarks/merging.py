@@ -22,7 +22,7 @@ import pyarrow as pa
 from lnjac.config import compose, schema
 from lnjac.config import identity as config_identity
 from lnjac.runs import folder as runs
-from lnjac.runs.schema import TABLES
+from lnjac.runs.schema import FROZEN
 
 SITES = [*(f"blocks.{i}.ln_{j}" for i in range(4) for j in (1, 2)), "ln_f", "ln_out"]
 GRID = [f"ln_backward={way} model.n_embd={d}" for way in ("exact", "center_scale", "ste", "scale") for d in (64, 128)]
@@ -58,7 +58,7 @@ def _make(numbers: range, folder: Path, steps: int) -> None:
             "provenance": {"commit": "0" * 40, "threads": 1},
         }
         for name, n_rows in (("layers", len(SITES) * steps), ("runs", 1), ("curves", 10)):
-            columns = [(c, _value(c.dtype, n_rows, random)) for c in TABLES[name]]
+            columns = [(c, _value(c.dtype, n_rows, random)) for c in FROZEN[name].values()]
             columns += [] if name == "curves" else config_identity.columns(config)
             values = {c.name: (identity | known[name]).get(c.name, value) for c, value in columns}
             arrays = [value if np.ndim(value) else [value] * n_rows for value in values.values()]

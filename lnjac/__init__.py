@@ -7,23 +7,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lnjac.comparing.compare import compare
-    from lnjac.comparing.cost import cost
-    from lnjac.comparing.scaling import scaling
-    from lnjac.config.compose import compose
-    from lnjac.norms.backward import set_backward
-    from lnjac.norms.capture import capture
-    from lnjac.norms.probe import probe
-    from lnjac.reporting.report import report
-    from lnjac.runs.diff import diff
-    from lnjac.runs.merge import load, merge
-    from lnjac.runs.record import record
-    from lnjac.training.run import run
-    from lnjac.training.saved_run import Run, load_run
+    from lnjac.comparing.compare import compare as compare
+    from lnjac.comparing.cost import cost as cost
+    from lnjac.comparing.scaling import scaling as scaling
+    from lnjac.config.compose import compose as compose
+    from lnjac.norms.backward import set_backward as set_backward
+    from lnjac.norms.capture import capture as capture
+    from lnjac.norms.probe import probe as probe
+    from lnjac.norms.recognise import Layer as Layer
+    from lnjac.norms.recognise import Rms as Rms
+    from lnjac.reporting.report import report as report
+    from lnjac.runs.diff import diff as diff
+    from lnjac.runs.merge import load as load
+    from lnjac.runs.merge import merge as merge
+    from lnjac.runs.record import record as record
+    from lnjac.training.run import run as run
+    from lnjac.training.saved_run import Run as Run
+    from lnjac.training.saved_run import load_run as load_run
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Layer": "norms.recognise",
+    "Rms": "norms.recognise",
     "Run": "training.saved_run",
     "capture": "norms.capture",
     "compare": "comparing.compare",
@@ -42,24 +48,7 @@ _HOME = {
 }
 """The public names, and the module that each lives in."""
 
-__all__ = [  # noqa: PLE0604, RUF100 (written out for readers; a test holds it equal to _HOME)
-    "Run",
-    "__version__",
-    "capture",
-    "compare",
-    "compose",
-    "cost",
-    "diff",
-    "load",
-    "load_run",
-    "merge",
-    "probe",
-    "record",
-    "report",
-    "run",
-    "scaling",
-    "set_backward",
-]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

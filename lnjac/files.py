@@ -1,10 +1,12 @@
 """Write files atomically, hash their content, and name the system's reason for refusing one."""
 
 import hashlib
+import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -21,6 +23,11 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of the file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(plain: Mapping[str, Any]) -> str:
+    """Return the identity of plain values: the first 16 digits of the SHA-256 of their JSON."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def why(error: OSError) -> str:

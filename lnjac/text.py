@@ -61,6 +61,13 @@ def exact(value: float) -> str:
     return short if float(short) == value else repr(float(value))
 
 
+def word(level: Any) -> str:
+    """Return a level in words: `null` where it is missing, which is where it is None or not equal to itself."""
+    if level is None or level != level:
+        return "null"
+    return exact(level) if isinstance(level, float) else str(level)
+
+
 def listed(names: Sequence[Any], most: int = 10) -> str:
     """Join the first `most` names, with the number of further ones."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

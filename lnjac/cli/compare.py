@@ -8,6 +8,7 @@ import typer
 
 from lnjac.cli import options, tables
 from lnjac.cli.tables import Grid, Part
+from lnjac.text import word
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,7 +47,7 @@ def compare(
 
     metrics, table, how = options.names(metric), "runs" if runs else "layers", options.inference(interval, confidence)
     found = comparing.compare(
-        options.study(sources), by, metrics=metrics, table=table, at=at, where=where, reference=reference, how=how
+        sources, by, metrics=metrics, table=table, at=at, where=where, reference=reference, how=how
     )
     parts = [*_differences(found, confidence, seeds), *_notes(found.notes)]
     _answer(found.seeds if seeds else found.rows, parts, _plain(found, seeds), output, as_json)
@@ -81,7 +82,7 @@ def cost(
     from lnjac.comparing import cost as comparing
 
     how = options.inference(interval, confidence)
-    found = comparing.cost(options.study(sources), by=by, metric=metric, where=where, reference=reference, how=how)
+    found = comparing.cost(sources, by=by, metric=metric, where=where, reference=reference, how=how)
     compared = {"cost": found.costs}
     if found.differences is not None:
         compared["difference of costs"] = found.differences
@@ -121,7 +122,7 @@ def scaling(
     from lnjac.comparing import scaling as comparing
 
     metrics, table, how = options.names(metric), "runs" if runs else "layers", options.inference(interval, confidence)
-    found = comparing.scaling(options.study(sources), x, metrics=metrics, table=table, at=at, where=where, how=how)
+    found = comparing.scaling(sources, x, metrics=metrics, table=table, at=at, where=where, how=how)
     parts = [*_slopes(found, confidence, seeds), *_notes(found.notes)]
     plain = {"slopes": found.slopes, "points": found.points, "notes": found.notes}
     more = {"seeds": found.seeds} if seeds else {}
@@ -157,7 +158,7 @@ Column = tuple[str, str, int]
 
 def _differences(found: "Differences", confidence: float, seeds: bool, what: str = "difference") -> list[Grid]:
     rows, key = found.rows, _key(found.rows, "a")
-    a, b = (rows[side].map(_word).unique() for side in "ab")
+    a, b = (rows[side].map(word).unique() for side in "ab")
     head_a, head_b, pair = "a", "b", "a − b"
     if len(a) == len(b) == 1:
         head_a, head_b = a[0], b[0]
@@ -167,7 +168,7 @@ def _differences(found: "Differences", confidence: float, seeds: bool, what: str
     labels = named if named and len(a) == len(b) == 1 else [*named, pair]
     lines = []
     for row in _records(rows):
-        sides = f"{_word(row['a'])} − {_word(row['b'])}" if pair == "a − b" else _word(row["a"])
+        sides = f"{word(row['a'])} − {word(row['b'])}" if pair == "a − b" else word(row["a"])
         diverged = " ".join(f"{row[f'diverged_{side}']}/{row[f'runs_{side}']}" for side in "ab")
         p = "<1e-4" if row["p_adjusted"] < 1e-4 else row["p_adjusted"]
         more = {pair: sides, "interval": _interval(row), "p": p, "diverged": diverged}
@@ -183,11 +184,11 @@ def _differences(found: "Differences", confidence: float, seeds: bool, what: str
 def _slopes(found: "Scaling", confidence: float, seeds: bool) -> list[Grid]:
     key = _key(found.slopes, "slope")
     named, apart = _named(key, found.cells)
-    at_x = {(*(_word(row[name]) for name in key), row[found.x]): row["mean"] for row in _records(found.points)}
-    levels = {_word(level): level for level in found.points[found.x].unique()}
+    at_x = {(*(word(row[name]) for name in key), row[found.x]): row["mean"] for row in _records(found.points)}
+    levels = {word(level): level for level in found.points[found.x].unique()}
     lines = []
     for row in _records(found.slopes):
-        names = {name: _word(row[name]) for name in key}
+        names = {name: word(row[name]) for name in key}
         means = {f"x={head}": at_x.get((*names.values(), level), math.nan) for head, level in levels.items()}
         intervals = {"interval": _interval(row), "curving": _interval(row, "curvature_")}
         lines.append(row | names | means | intervals)
@@ -247,13 +248,7 @@ def _named(key: Sequence[str], cells: Sequence[str]) -> tuple[list[str], list[st
 
 def _level(row: Row, name: str) -> str:
     """Return a part of a row's key; `-` where it is not the same at both levels."""
-    return "-" if name in row["moving"].split(", ") else _word(row[name])
-
-
-def _word(level: Any) -> str:
-    from lnjac.comparing.design import word
-
-    return word(level)
+    return "-" if name in row["moving"].split(", ") else word(row[name])
 
 
 def _cell(value: Any, digits: int) -> str:

@@ -1,6 +1,5 @@
-"""Options that several commands share, and the reading of their sources."""
+"""Options that several commands share."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,7 +9,6 @@ from lnjac.cli.tables import require_format
 
 if TYPE_CHECKING:
     from lnjac.comparing.intervals import Inference
-    from lnjac.comparing.tables import MergedTables
 
 IntervalKind = Literal["t", "signflip"]
 
@@ -39,15 +37,6 @@ Output = Annotated[
 
 SEED = 0
 """Seed of the draws of a sign-flip p, so that the same table gives the same numbers."""
-
-
-def study(sources: Sequence[Path]) -> "MergedTables":
-    """Return the tables of the sources; a bar shows while runs are read."""
-    from lnjac.comparing.tables import open_tables
-    from lnjac.progress import bar
-
-    with bar("reading runs") as progress:
-        return open_tables(sources, progress)
 
 
 def names(text: str) -> list[str]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lnjac.cli.options import AsJson, Sources, study
+from lnjac.cli.options import AsJson, Sources, Where
 from lnjac.cli.tables import ascii_json
 from lnjac.errors import ConfigError
 from lnjac.escape import visible
@@ -21,7 +21,6 @@ WIDTH = 680
 By = Annotated[
     str | None, typer.Option(help="The config column whose levels are compared; attn_mode, or the first that varies.")
 ]
-Where = Annotated[str | None, typer.Option(help="Only runs that meet this condition, such as \"method == 'fa'\".")]
 
 
 @commands.command()
@@ -73,18 +72,19 @@ def plot(
         lnjac plot all.parquet --figure cost --where "method == 'fa'" -o cost.pdf
     """
     from lnjac.comparing.filter import require_column
+    from lnjac.comparing.tables import open_tables
     from lnjac.reporting import charts, marks
     from lnjac.reporting.view import view
 
     if figure is None:
         if output is not None:
             raise ConfigError(f"--figure is missing, the chart to draw: choose one of {', '.join(charts.CHARTS)}")
-        _list(view(study(sources), by, where), as_json)
+        _list(view(open_tables(sources), by, where), as_json)
         return
     require_column(figure, list(charts.CHARTS), "no chart for --figure is called")
     if output is None or output.suffix not in marks.FORMATS:
         raise ConfigError(f"the output {output or ''} must end in {', '.join(marks.FORMATS)}: try -o {figure}.svg")
-    drawing = charts.CHARTS[figure].draw(view(study(sources), by, where), metric)
+    drawing = charts.CHARTS[figure].draw(view(open_tables(sources), by, where), metric)
     output.parent.mkdir(parents=True, exist_ok=True)
     title = drawing.caption + (f" Where {where}." if where else "")
     marks.save(drawing.picture, output, "dark" if dark else "light", width=WIDTH, title=title)

@@ -106,20 +106,6 @@ def diff(
         sys.exit(1)
 
 
-@commands.command(hidden=True)
-def columns() -> None:
-    """Print the reference of all columns, docs/columns.md.
-
-    \b
-    Example:
-        lnjac columns > docs/columns.md
-    """
-    from lnjac.columns import markdown
-    from lnjac.diagnostics import catalogue
-
-    sys.stdout.write(markdown(catalogue.columns(), catalogue.notes))
-
-
 def _one_run(folder: Path, run: str | None) -> "tuple[pd.Series[Any], pd.DataFrame]":
     """Return the row of the run that is meant, and the rows of its norms."""
     from lnjac.runs.folder import read_status

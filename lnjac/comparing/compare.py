@@ -15,13 +15,13 @@ import numpy.typing as npt
 import pandas as pd
 
 from lnjac.comparing import intervals as stats
-from lnjac.comparing.design import LAST_NORM, Measurements, arrange, by_seed, word, words
+from lnjac.comparing.design import LAST_NORM, Measurements, arrange, by_seed, words
 from lnjac.comparing.intervals import STUDENT, Inference
 from lnjac.comparing.notes import Moving, about, capped, confounded, few_seeds
-from lnjac.comparing.pairing import CORNERS, Contrast, Pairing, families, pair
+from lnjac.comparing.pairing import CORNERS, Contrast, Pairing, corners_of, families, pair
 from lnjac.comparing.tables import Sources, open_tables
 from lnjac.errors import ConfigError
-from lnjac.text import listed
+from lnjac.text import listed, word
 
 LAYER_METRICS = ("radial_share", "cos_center_vs_true", "flat_cos_ste", "sigma_mean")
 RUN_METRICS = ("val_loss_nats", "train_loss_nats")
@@ -173,7 +173,7 @@ def _tested(
     seeds = sorted(found.runs["seed"].unique())
     rows, wide = wide.index.to_frame(index=False), wide.reset_index(drop=True)
     wide = wide.reindex(columns=pd.MultiIndex.from_product([pairing.corners, seeds]))
-    sides: list[list[Any]] = [[wide[corner] for corner in pairing.of(side)] for side in "ab"]
+    sides: list[list[Any]] = [[wide[corner] for corner in corners_of(side, pairing.corners)] for side in "ab"]
     a, b = (reduce(operator.sub, parts) for parts in sides)
     size_a, size_b = (reduce(np.maximum, map(abs, parts)) for parts in sides)  # of the numbers that each is made of
     twins = paired.loc[rows["comparison"]].to_numpy()

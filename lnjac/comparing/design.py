@@ -18,7 +18,7 @@ from lnjac.comparing.tables import MergedTables
 from lnjac.errors import ConfigError
 from lnjac.runs import folder as runs
 from lnjac.runs.schema import FROZEN, Known, with_role
-from lnjac.text import exact, listed
+from lnjac.text import exact, listed, word
 
 LAST_NORM = "ln_f"
 """The norm before the head, which a headline names wherever it was measured."""
@@ -88,13 +88,6 @@ def numbered(rows: pd.DataFrame) -> "pd.Series[int]":
     if rows.columns.empty:
         return pd.Series(0, rows.index)
     return rows.groupby(list(rows), dropna=False, sort=False).ngroup()
-
-
-def word(level: Any) -> str:
-    """Return a level in words: `null` where it is missing, which is where it is None or not equal to itself."""
-    if level is None or level != level:
-        return "null"
-    return exact(level) if isinstance(level, float) else str(level)
 
 
 def words(levels: pd.DataFrame, row: Any) -> str:
@@ -185,7 +178,10 @@ def arrange(
     metrics = list(dict.fromkeys(metrics))
     tables.require_metrics(table, metrics)
     chosen = Where(where) if where is not None else None
-    rows = _run_rows(every, metrics, chosen) if table == "runs" else _norm_rows(tables, every, by, metrics, at, chosen)
+    if table == "runs":
+        rows = _run_rows(every, metrics, chosen)
+    else:
+        rows = norm_rows(tables, every, metrics, each_step="step" in by, at=at, chosen=chosen)
     if rows.empty:
         raise ConfigError(_no_row(every, chosen))
     if table == "runs":
@@ -227,26 +223,30 @@ def _run_rows(every: pd.DataFrame, metrics: Sequence[str], chosen: Where | None)
     return kept[metrics].assign(run=kept.index, site="")
 
 
-def _norm_rows(
+def norm_rows(
     tables: MergedTables,
     every: pd.DataFrame,
-    by: Sequence[str],
     metrics: Sequence[str],
-    at: int | None,
-    chosen: Where | None,
+    *,
+    each_step: bool,
+    at: int | None = None,
+    chosen: Where | None = None,
 ) -> pd.DataFrame:
-    """Return the chosen rows of the norms: `run` (the label in `every`), `step`, `site` and the metrics."""
+    """Return the rows of the norms of these runs, calls pooled: `run` (the label in `every`), `step`, `site`, the metrics.
+
+    They are of each measured step, of the step `at`, or of each run's last.
+    """
     known, named = tables.columns("layers"), chosen.columns if chosen else []
     if chosen:
         chosen.require([*map(str, every), *known])
     own = [name for name in named if name in known and name not in every]
     wanted = list(dict.fromkeys([*RUN, "step", "site", "call", *metrics, *own]))
     run = every[RUN].assign(run=every.index)
-    rows = tables.frame("layers", wanted).merge(run, on=RUN, how="left")
+    rows = tables.frame("layers", wanted).reset_index().merge(run, on=RUN).set_index("index")
     if chosen:
         of_run = every.loc[rows["run"], [name for name in named if name in every]].set_axis(rows.index)
         rows = rows[chosen.holds(rows.assign(**of_run))]
-    if "step" not in by:
+    if not each_step:
         steps = sorted(rows["step"].unique().tolist())
         rows = rows[rows["step"] == (rows.groupby("run")["step"].transform("max") if at is None else at)]
         if steps and rows.empty:

@@ -153,8 +153,8 @@ def _permuted(parts: Sequence[Array], statistic: Callable[..., Any], kind: str, 
 
     def p(*row: Array) -> float:
         known = [part[~np.isnan(part)] for part in row]
-        if min(map(len, known)) < 2:
-            return np.nan
+        if min(map(len, known)) < 2 or not all(np.isfinite(part).all() for part in known):
+            return np.nan  # flips of an infinite value have NaN means, which no mean exceeds: a p of 0
         test = stats.permutation_test(known, statistic, permutation_type=kind, n_resamples=RESAMPLES, rng=how.rng)
         return float(test.pvalue)
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from lnjac.comparing.design import Measurements, word, words
-from lnjac.text import listed
+from lnjac.comparing.design import Measurements, words
+from lnjac.text import listed, word
 
 FEW = 3
 """Seeds below which an interval says next to nothing."""

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lnjac.comparing.design import Measurements, numbered, telling_apart, word
+from lnjac.comparing.design import Measurements, numbered, telling_apart
+from lnjac.text import word
 
 CORNERS = ("a", "b", "exact_a", "exact_b")
 """The arms of a comparison. In a difference of costs the exact arms are subtracted from the others."""
@@ -52,12 +53,9 @@ class Pairing:
     runs: pd.DataFrame
     there: pd.DataFrame
 
-    def of(self, side: str) -> list[str]:
-        """Return the corners of side `a` or `b`: its arm, and the exact arm that is subtracted, if any."""
-        return _of(side, self.corners)
 
-
-def _of(side: str, corners: Sequence[str]) -> list[str]:
+def corners_of(side: str, corners: Sequence[str]) -> list[str]:
+    """Return the corners of side `a` or `b`: its arm, and the exact arm that is subtracted, if any."""
     return [corner for corner in corners if corner.endswith(side)]
 
 
@@ -69,7 +67,7 @@ def pair(found: Measurements, contrasts: Sequence[Contrast]) -> Pairing:
     twins = runs.pivot(index=["comparison", "seed"], columns="corner", values="diverged").reindex(columns=corners)
     seeds = pd.DataFrame(index=twins.index)
     for side in "ab":
-        own = twins[_of(side, corners)]  # NaN where there is no run
+        own = twins[corners_of(side, corners)]  # NaN where there is no run
         seeds[f"runs_{side}"] = own.notna().all(axis=1)
         seeds[f"diverged_{side}"] = seeds[f"runs_{side}"] & own.eq(True).any(axis=1)
     there = seeds[["runs_a", "runs_b"]].set_axis(["a", "b"], axis=1)

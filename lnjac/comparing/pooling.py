@@ -1,13 +1,12 @@
 """Pool the calls of one norm at one step: several rows become one, each column by the pooling that it declares."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from lnjac.columns import MINIMUM, SUM, Column, evaluate
 from lnjac.errors import ConfigError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NORM = ["run_id", "diag_id", "step", "site"]
 
@@ -18,7 +17,7 @@ def needed(metrics: Sequence[str], known: Mapping[str, Column]) -> list[str]:
     return [*dict.fromkeys([*NORM, *metrics, *reads])]
 
 
-def pooled(rows: "pd.DataFrame", metrics: Sequence[str], known: Mapping[str, Column]) -> "pd.DataFrame":
+def pooled(rows: pd.DataFrame, metrics: Sequence[str], known: Mapping[str, Column]) -> pd.DataFrame:
     """Return one row for each norm and step, with NORM and the metrics.
 
     Args:
@@ -27,8 +26,6 @@ def pooled(rows: "pd.DataFrame", metrics: Sequence[str], known: Mapping[str, Col
         known: The columns' descriptions. A column without one, or without a pooling (quantiles, spread, the residual), is
             missing where the rows of a norm differ in it.
     """
-    import pandas as pd
-
     keys = [rows[name] for name in NORM]
     groups = rows.groupby(NORM, sort=False)
 
@@ -42,12 +39,11 @@ def pooled(rows: "pd.DataFrame", metrics: Sequence[str], known: Mapping[str, Col
 
     out = {}
     for metric in metrics:
-        column = known.get(metric)
-        if column is None or not set(column.reads) <= set(rows):
-            out[metric] = groups[metric].first().where(groups[metric].nunique() == 1)
-        elif column.formula:
+        column = known.get(metric, Column(metric, "", "", ""))
+        there = set(column.reads) <= set(rows)
+        if column.formula and there:
             out[metric] = _evaluated(metric, column.formula, {name: together(name) for name in column.reads})
-        elif column.weight:
+        elif column.weight and there:
             weight = pd.Series(
                 _evaluated(metric, column.weight, {name: rows[name] for name in column.reads}), rows.index
             )

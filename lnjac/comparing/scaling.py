@@ -9,12 +9,12 @@ import pandas as pd
 
 from lnjac.comparing import intervals as stats
 from lnjac.comparing.compare import LAYER_METRICS, RUN_METRICS
-from lnjac.comparing.design import arrange, by_seed, word, words
+from lnjac.comparing.design import arrange, by_seed, words
 from lnjac.comparing.intervals import STUDENT, Inference
 from lnjac.comparing.notes import about, capped, confounded, few_seeds
 from lnjac.comparing.tables import Sources, open_tables
 from lnjac.errors import ConfigError
-from lnjac.text import listed
+from lnjac.text import listed, word
 
 
 @dataclass(frozen=True)

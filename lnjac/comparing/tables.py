@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from lnjac.columns import KEY
 from lnjac.comparing.filter import require_column
 from lnjac.errors import ConfigError
+from lnjac.progress import bar
 from lnjac.runs import folder as runs
-from lnjac.runs import merge as sweep
+from lnjac.runs.merge import merge
 from lnjac.runs.merged import companion, companions, report_file
 from lnjac.runs.read import search
 from lnjac.runs.schema import SCHEMA_VERSION, Known, described, with_role
@@ -28,10 +29,12 @@ class MergedTables:
 
     Attributes:
         path: The file of the layers; the other tables are beside it.
+        report: The report of the merge; empty if its file is lost.
         warnings: The warnings of the merge, of which a reader of any comparison must know.
     """
 
     path: Path
+    report: Mapping[str, Any]
     warnings: list[str]
     temporary: Any = field(default=None, repr=False)
     """The temporary folder of the tables, which is deleted with this object."""
@@ -87,14 +90,13 @@ Sources = str | PathLike[str] | Sequence[str | PathLike[str]] | MergedTables
 """A path, or several: of merged tables, sweeps and runs; or tables that are open already."""
 
 
-def open_tables(sources: Sources, progress: Callable[[int, int], None] | None = None) -> MergedTables:
-    """Open one merged table as it is; merge any other sources into a temporary folder.
+def open_tables(sources: Sources) -> MergedTables:
+    """Open one merged table as it is; merge any other sources into a temporary folder, with a bar on a terminal.
 
     A folder stands for the runs that it holds now, whatever was merged from it earlier.
 
     Args:
         sources: A path or several, of merged tables, sweeps and runs; open tables are returned as they are.
-        progress: Called with the number of sources read so far and the number of all.
 
     Returns:
         The tables, with the warnings of their merge.
@@ -107,13 +109,16 @@ def open_tables(sources: Sources, progress: Callable[[int, int], None] | None = 
     paths = [Path(source) for source in ([sources] if isinstance(sources, (str, PathLike)) else sources)]
     found = search(paths)
     if len(found.sources) == 1 and found.sources[0].merged and not found.skipped:
-        path = found.sources[0].path
+        path, notes, folder = found.sources[0].path, found.notes, None
         _require_one_merge(path)
-        return MergedTables(path, [*found.notes, *_earlier_warnings(path)])
-    folder = tempfile.TemporaryDirectory(prefix="lnjac-")
-    path = Path(folder.name) / "all.parquet"
-    report = sweep.merge(paths, path, progress=progress)
-    return MergedTables(path, _warnings(report.warnings, [skip.path for skip in report.skipped]), folder)
+    else:
+        folder = tempfile.TemporaryDirectory(prefix="lnjac-")
+        path, notes = Path(folder.name) / "all.parquet", []  # the merge notes them too
+        with bar("reading runs") as progress:
+            merge(paths, path, progress=progress)
+    file = report_file(path)
+    report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return MergedTables(path, report, [*notes, *_warnings(report, file)], folder)
 
 
 def _require_one_merge(path: Path) -> None:
@@ -126,7 +131,7 @@ def _require_one_merge(path: Path) -> None:
             note = runs.read_metadata(file)
         except FileNotFoundError:
             raise ConfigError(f"{file} is missing, the {table} of {path}: merge again") from None
-        except (KeyError, ValueError, OSError) as error:
+        except (ValueError, OSError) as error:
             raise ConfigError(f"{file} cannot be read as a table of lnjac: {error}") from None
         if not note.get("merged"):
             raise ConfigError(f"{file} is one file of a run: name its folder, {file.parent}")
@@ -137,19 +142,12 @@ def _require_one_merge(path: Path) -> None:
         raise ConfigError(f"{path} and the files beside it are not of one merge: merge again")
 
 
-def _earlier_warnings(path: Path) -> list[str]:
-    """Return the warnings of the merge that wrote a table."""
-    file = report_file(path)
-    if not file.exists():
-        return [f"{file.name} is missing: mixed commits, data or schemas would go unsaid"]
-    report = json.loads(file.read_text(encoding="utf-8"))
-    return _warnings(report["warnings"], [skip["path"] for skip in report["skipped"]])
-
-
-def _warnings(warnings: Sequence[str], skipped: Sequence[str]) -> list[str]:
+def _warnings(report: Mapping[str, Any], file: Path) -> list[str]:
     """Return a merge's warnings; those of missing seeds are left out, since every comparison counts its own."""
-    found = [line for line in warnings if not line.startswith("missing seeds")]
-    if skipped:
+    if not report:
+        return [f"{file.name} is missing: mixed commits, data or schemas would go unsaid"]
+    found = [line for line in report["warnings"] if not line.startswith("missing seeds")]
+    if skipped := [skip["path"] for skip in report["skipped"]]:
         more = ", …" * (len(skipped) > 3)
         found.append(f"{len(skipped)} runs were found and not merged: {', '.join(skipped[:3])}{more}")
     return found

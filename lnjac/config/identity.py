@@ -1,7 +1,6 @@
 """A run's identity: the hash of its scientific config, its plain form, and its columns in tables."""
 
 import dataclasses
-import hashlib
 import json
 import typing
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 from lnjac.columns import Column
 from lnjac.config.schema import PLUGIN_GROUPS, RunConfig, field_types, is_group
+from lnjac.files import digest
 
 NUMERICS_VERSION = 2
 """Part of every run's identity, raised whenever the same config would give other numbers than before."""
@@ -42,12 +42,12 @@ def run_id(config: RunConfig, data_sha256: str) -> str:
     plain = to_dict(config)
     for key in (*EXECUTION, "diagnostics", "data"):
         del plain[key]
-    return _digest({"numerics": NUMERICS_VERSION, "data_sha256": data_sha256, **plain})
+    return digest({"numerics": NUMERICS_VERSION, "data_sha256": data_sha256, **plain})
 
 
 def diag_id(config: RunConfig) -> str:
     """Return the identity of a run's diagnostics, which does not depend on the rest of its config."""
-    return _digest({"numerics": NUMERICS_VERSION, **to_dict(config)["diagnostics"]})
+    return digest({"numerics": NUMERICS_VERSION, **to_dict(config)["diagnostics"]})
 
 
 def columns(config: RunConfig) -> list[tuple[Column, Any]]:
@@ -104,7 +104,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(_plain(key)): _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _digest(plain: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

@@ -21,14 +21,6 @@ def columns() -> dict[str, list[Column]]:
     return core | {each.table: [*MEASURED_AT, *each.columns] for each in BUILT_IN}
 
 
-def notes(table: str) -> list[str]:
-    """Return lines of Markdown: the cost of a table's diagnostics, and the values of its column `quantity`."""
-    mine = [each for each in BUILT_IN if each.table == table]
-    lines = [f"{each.__name__} costs {each.cost}." for each in mine]
-    rows = [f"| `{name}` | {meaning} |" for each in mine for name, meaning in each.quantities.items()]
-    return [*lines, "", "| quantity | meaning |", "| --- | --- |", *rows] if rows else lines
-
-
 def chosen(settings: Any) -> list[Diagnostic]:
     """Return the diagnostics that are switched on; the one that takes the most memory begins first."""
     switches: list[tuple[object, Diagnostic]] = [

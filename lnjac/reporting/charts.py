@@ -1,4 +1,4 @@
-"""The charts of a study: each is one function that makes a frame of a view and draws it, registered in `CHARTS`."""
+"""The charts of a report: each is one function that makes a frame of a view and draws it, registered in `CHARTS`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -12,11 +12,12 @@ from lnjac.comparing import compare
 from lnjac.comparing import cost as costs
 from lnjac.comparing import scaling as slopes
 from lnjac.comparing.compare import LOSS
-from lnjac.comparing.design import LAST_NORM, word
+from lnjac.comparing.design import LAST_NORM
 from lnjac.errors import ConfigError
 from lnjac.reporting import marks
 from lnjac.reporting.marks import choices
 from lnjac.reporting.view import ENRICHMENTS, SAME, View, arranged, beside, finite, thinned
+from lnjac.text import word
 
 MOST_LINES = 4
 """Comparisons up to which every norm is drawn; beyond, only those of a comparison's headline."""
@@ -63,14 +64,14 @@ class Need(NamedTuple):
 
     def met(self, view: View) -> bool:
         """Return whether the view has such a column."""
-        held = list(view.runs) if self.table == "runs" else view.study.columns(self.table)
+        held = list(view.runs) if self.table == "runs" else view.merged.columns(self.table)
         known = [name for name in self.columns if name in held]
-        frame = view.runs if self.table == "runs" else view.study.frame(self.table, known)
+        frame = view.runs if self.table == "runs" else view.merged.frame(self.table, known)
         return any(frame[name].nunique() >= self.least for name in known)
 
 
 class Chart(NamedTuple):
-    """A kind of chart that a study may have.
+    """A kind of chart that merged tables may have.
 
     `title` heads the section of a page, which charts of one title share; `summary` tells one line of what is drawn. A page
     draws each of `metrics`, where None stands for all that belong together.
@@ -289,7 +290,7 @@ def _over_updates(
 def cost(view: View, metric: str) -> Drawing:
     """The loss of each backward minus the exact one's, every seed of it."""
     by = None if view.by == "ln_backward" else view.by
-    found = costs.cost(view.study, by=by, metric=metric, where=view.where)
+    found = costs.cost(view.merged, by=by, metric=metric, where=view.where)
     rows, seeds = (
         arranged(part, found.costs.cells, found.by).assign(place=itemgetter("a"), backward=itemgetter("a"))
         for part in (found.costs.rows, found.costs.seeds)
@@ -349,7 +350,7 @@ def _of_size(size: str, name: str, example: str) -> Callable[[Function], Functio
 @_of_size("model.n_embd", "width", "32,64,128")
 def scaling(view: View, metric: str, size: str) -> Drawing:
     """A metric against a size, with the slope of their logarithms."""
-    found = slopes.scaling(view.study, size, metrics=[metric], table=_table(view, metric), where=view.where)
+    found = slopes.scaling(view.merged, size, metrics=[metric], table=_table(view, metric), where=view.where)
     points, name = arranged(found.points, found.cells, view.by), metric
     if "site" in points and len(points):
         points, name = _at_one_norm(points, metric)
@@ -374,7 +375,7 @@ def _compared(view: View, metric: str) -> compare.Differences:
 
 
 def _table(view: View, metric: str) -> str:
-    return "layers" if metric in view.study.columns("layers") else "runs"
+    return "layers" if metric in view.merged.columns("layers") else "runs"
 
 
 def _in_words(rows: pd.DataFrame, cells: Sequence[str]) -> pd.DataFrame:

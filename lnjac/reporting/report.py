@@ -1,27 +1,26 @@
-"""The report of a study: what was run, what differs, where and since when, what it costs; one offline page."""
+"""Report on merged runs as one offline page: what was run, what differs, where and since when, what it costs."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from lnjac.comparing.design import IDENTITY, RUN, varying, word
-from lnjac.comparing.tables import MergedTables, open_tables
+from lnjac.comparing.design import IDENTITY, RUN, varying
+from lnjac.comparing.tables import MergedTables, Sources, open_tables
 from lnjac.errors import ConfigError
 from lnjac.files import write_atomically
-from lnjac.progress import bar
 from lnjac.reporting.charts import CHARTS, Drawing
 from lnjac.reporting.marks import extra
 from lnjac.reporting.page import Charts, Section, render
 from lnjac.reporting.view import View, view
 from lnjac.runs.folder import DIVERGED
-from lnjac.runs.merged import companions, report_file
+from lnjac.runs.merged import companions
 from lnjac.runs.schema import Known
-from lnjac.text import listed
+from lnjac.text import listed, word
 
 CONFIG = (
     *("model", "model.n_layer", "model.n_head", "model.n_embd", "model.block_size"),
@@ -41,7 +40,7 @@ class Report:
 
 
 def report(
-    source: "str | Path | Sequence[str | Path] | MergedTables",
+    sources: Sources,
     *,
     output: str | Path,
     by: str | None = None,
@@ -51,7 +50,7 @@ def report(
     """Write one HTML page that needs no network: the runs, their differences and costs as charts and tables.
 
     Args:
-        source: A merged table, a sweep's or a run's folder, several of them, or a study.
+        sources: A path, or several: of merged tables, sweeps and runs; or tables opened by `open_tables`.
         output: The page's path, which ends in .html. Its folder is made if it is missing.
         by: The config column whose levels are compared; attn_mode unless given, or the first that varies.
         where: A condition on runs, such as "method == 'fa'".
@@ -66,23 +65,16 @@ def report(
     path = Path(output)
     if path.suffix != ".html":
         raise ConfigError(f"the output {path} must end in .html: try {path.name}.html")
-    if isinstance(source, MergedTables):
-        study, name = source, source.path.name
-    else:
-        paths = [Path(one) for one in ([source] if isinstance(source, str | Path) else source)]
-        name = ", ".join(one.name or str(one) for one in paths)
-        with bar("reading runs") as progress:
-            study = open_tables(paths, progress)
-    made = make(study, title or name, by, where)
+    made = make(open_tables(sources), title or _name(sources), by, where)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: temporary.write_text(made.html, encoding="utf-8"))
     return made
 
 
-def make(study: MergedTables, title: str, by: str | None = None, where: str | None = None) -> Report:
-    """Return the page of a study. For a chart that cannot be drawn it has a line with what is lacking."""
+def make(merged: MergedTables, title: str, by: str | None = None, where: str | None = None) -> Report:
+    """Return the page of merged tables. For a chart that cannot be drawn it has a line with what is lacking."""
     extra("altair")  # without it every chart would be one that cannot be drawn
-    shown, charts, sections = view(study, by, where), Charts(), []
+    shown, charts, sections = view(merged, by, where), Charts(), []
     absent: dict[str, Sequence[str]] = {}
     for name, of_title in groupby(CHARTS.values(), lambda chart: chart.title):
         group = list(of_title)
@@ -93,32 +85,33 @@ def make(study: MergedTables, title: str, by: str | None = None, where: str | No
             sections.append(Section(group[0].name, name, figures, reasons))
         else:
             absent[name] = reasons
-    merge = _merge(study)
     html = render(
         charts,
         title=title,
         lead=f"{len(shown.runs)} runs" + f", by {shown.by}" * bool(shown.by) + (f", where {where}" if where else ""),
-        facts=_facts(shown.runs, merge, study.described("runs")),
-        doubts=study.warnings,
-        skipped=[f"{skip['path']}: {skip['reason']}" for skip in merge.get("skipped", [])],
+        facts=_facts(shown.runs, merged.report, merged.described("runs")),
+        warnings=merged.warnings,
+        skipped=[f"{skip['path']}: {skip['reason']}" for skip in merged.report.get("skipped", [])],
         diverged=_diverged(shown),
         sections=sections,
         absent=absent,
-        columns={name: _columns(study, name) for name in companions(study.path)},
+        columns={name: _columns(merged, name) for name in companions(merged.path)},
     )
     contents = {part.name: {"title": part.title, "charts": len(part.figures)} for part in sections}
     return Report(html, contents)
 
 
-def _merge(study: MergedTables) -> dict[str, Any]:
-    """Return the report of the merge; {} if that is lost."""
-    file = report_file(study.path)
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+def _name(sources: Sources) -> str:
+    """Return the sources' names, the title of a page that was given none."""
+    if isinstance(sources, MergedTables):
+        return sources.path.name
+    paths = [Path(one) for one in ([sources] if isinstance(sources, (str, PathLike)) else sources)]
+    return ", ".join(path.name or str(path) for path in paths)
 
 
-def _columns(study: MergedTables, table: str) -> pd.DataFrame:
+def _columns(merged: MergedTables, table: str) -> pd.DataFrame:
     """Return the described columns of a table, a row for each."""
-    return pd.DataFrame(study.described(table).values())[["name", "dtype", "unit", "meaning"]]
+    return pd.DataFrame(merged.described(table).values())[["name", "dtype", "unit", "meaning"]]
 
 
 def _facts(runs: pd.DataFrame, merge: Mapping[str, Any], known: Known) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""A study's runs as charts show them: the levels of one column beside each other, within cells of all else that varies."""
+"""Arrange runs for charts: the levels of one column beside each other, within cells of all else that varies."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lnjac.comparing import compare, design, intervals, pooling
-from lnjac.comparing.design import RUN, word
+from lnjac.comparing import compare, design, intervals
+from lnjac.comparing.design import RUN
 from lnjac.comparing.filter import Where, require_column
 from lnjac.comparing.tables import MergedTables
 from lnjac.errors import ConfigError
 from lnjac.runs.folder import DONE
+from lnjac.text import word
 
 ENRICHMENTS = ("enrichment_radial_share", "enrichment_mean")
 METRICS = (*compare.LAYER_METRICS, "flat_cos_center_scale", "flat_cos_projected", *ENRICHMENTS)
@@ -27,12 +28,12 @@ ALL = "all runs"
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A study's runs arranged by the levels of the column `by`, which is empty if nothing varies but the seed.
+    """The runs of merged tables arranged by the levels of the column `by`, which is empty if nothing varies but the seed.
 
     `runs` holds the chosen runs in the order of their cells and levels, named in the columns `cell` and `level`.
     """
 
-    study: MergedTables
+    merged: MergedTables
     by: str
     where: str | None
     runs: pd.DataFrame
@@ -53,7 +54,7 @@ class View:
     @property
     def metrics(self) -> list[str]:
         """Return those of METRICS that the table holds."""
-        held = set(self.study.columns("layers"))
+        held = set(self.merged.columns("layers"))
         return [name for name in METRICS if name in held]
 
     @property
@@ -68,30 +69,23 @@ class View:
 
     def compared(self, metrics: Sequence[str], table: str = "layers") -> compare.Differences:
         """Compare the levels in some metrics of a table."""
-        return compare.compare(self.study, self.by, metrics=metrics, table=table, where=self.where)
+        return compare.compare(self.merged, self.by, metrics=metrics, table=table, where=self.where)
 
     def layers(self, metrics: Sequence[str], *, last: bool) -> pd.DataFrame:
         """Return cell, level, step, seed, site, metric and value of every norm of the runs that did not diverge.
 
         Values are of each run's last step, or of all steps.
         """
-        self.study.require_metrics("layers", metrics)
-        known = [*dict.fromkeys([*RUN, "step", "site", "call", *metrics])]
-        rows = self.study.frame("layers", known)
-        if rows["call"].any():
-            described = self.study.described("layers")
-            rows = self.study.frame("layers", pooling.needed(metrics, described))
-            rows = pooling.pooled(rows, metrics, described)
-        rows = self.done.merge(rows, on=RUN)
-        if last:
-            rows = rows[rows["step"] == rows.groupby(RUN)["step"].transform("max")]
+        self.merged.require_metrics("layers", metrics)
+        rows = design.norm_rows(self.merged, self.done, metrics, each_step=not last)
+        rows = self.done.merge(rows, left_index=True, right_on="run")
         return rows.melt(["cell", "level", "step", "seed", "site"], list(metrics), var_name="metric")
 
     def curves(self, metric: str) -> pd.DataFrame:
         """Return cell, level, seed, step, metric and value of a loss along the runs that did not diverge."""
-        known = [name for name in self.study.columns("curves") if name not in ("run_id", "step")]
+        known = [name for name in self.merged.columns("curves") if name not in ("run_id", "step")]
         require_column(metric, known, "no column of curves for --metric is called")
-        rows = self.study.frame("curves", ["run_id", "step", metric]).dropna(subset=metric)
+        rows = self.merged.frame("curves", ["run_id", "step", metric]).dropna(subset=metric)
         # other diagnostics of one run are no other run
         done = self.done.drop(columns="diag_id").drop_duplicates("run_id")
         return done.merge(rows, on="run_id").rename(columns={metric: "value"}).assign(metric=metric)
@@ -111,24 +105,24 @@ class View:
         return out if len(self.cells) > 1 else out.drop(columns="cell")
 
 
-def view(study: MergedTables, by: str | None = None, where: str | None = None) -> View:
-    """Arrange a study's runs by the levels of a column.
+def view(merged: MergedTables, by: str | None = None, where: str | None = None) -> View:
+    """Arrange the runs of merged tables by the levels of a column.
 
     Args:
-        study: The tables.
+        merged: The tables.
         by: A column that tells runs apart; attn_mode unless given, or the first column that varies if attn_mode does not.
         where: A condition that the chosen runs meet.
 
     Raises:
         ConfigError: If no run meets the condition, or no column is called `by`.
     """
-    every = study.frame("runs")
+    every = merged.frame("runs")
     chosen = every[Where(where).holds(every)] if where is not None else every
     if chosen.empty:
         raise ConfigError("the tables have no rows" if where is None else f"--where {where!r} holds for no run")
     if "seed" not in chosen:
-        raise ConfigError(f"{study.path} has no column seed, the unit of every interval")
-    known = study.described("runs")
+        raise ConfigError(f"{merged.path} has no column seed, the unit of every interval")
+    known = merged.described("runs")
     vary = design.varying(chosen, known)
     if by is None:
         settings = [name for name in vary if name not in design.IDENTITY]
@@ -140,7 +134,7 @@ def view(study: MergedTables, by: str | None = None, where: str | None = None) -
     chosen = chosen.assign(**{name: design.labelled(chosen, name) for name in labels})
     vary = [name for name in vary if name != "ln_backward.sites"]  # part of the label of ln_backward
     cells = design.cell_columns(chosen, compared, vary) if by else vary
-    return View(study, by, where, arranged(chosen, [*cells, *compared], by))
+    return View(merged, by, where, arranged(chosen, [*cells, *compared], by))
 
 
 def arranged(frame: pd.DataFrame, cells: Sequence[str], by: str | None = None) -> pd.DataFrame:

@@ -78,22 +78,13 @@ def together(parts: Sequence[Stacked]) -> Stacked:
         kinds.update((key, kind) for key, kind in part.kinds.items() if key not in kinds)
     return Stacked(
         sources,
-        {name: _one_table(rows, _agreed(name, kinds.values())) for name, rows in tables.items()},
+        {name: _one_table(name, rows, kinds.values()) for name, rows in tables.items()},
         {name: np.concatenate(each) for name, each in numbers.items()},
         kinds,
     )
 
 
-def _one_table(tables: Sequence[pa.Table], schema: pa.Schema) -> pa.Table:
-    rows = pa.concat_tables(tables, promote_options="permissive")
-    if not rows.schema.equals(schema):
-        there = set(rows.column_names)
-        columns = [rows[f.name].cast(f.type) if f.name in there else pa.nulls(len(rows), f.type) for f in schema]
-        rows = pa.Table.from_arrays(columns, schema=schema)
-    return rows.combine_chunks() if len(rows) < SMALL * len(tables) else rows
-
-
-def _agreed(name: str, kinds: Iterable[Kind]) -> pa.Schema:
+def _one_table(name: str, tables: Sequence[pa.Table], kinds: Iterable[Kind]) -> pa.Table:
     """The union of a table's columns in order of first appearance: null gives way to any type, int64 to float64."""
     union: dict[str, tuple[pa.DataType, Source]] = {}
     for kind in kinds:
@@ -105,7 +96,8 @@ def _agreed(name: str, kinds: Iterable[Kind]) -> pa.Schema:
                 raise ConfigError(
                     f"{field.name} is {before} in {first.path} but {field.type} in {kind.first.path}: merge them apart"
                 )
-    return pa.schema([(column, dtype) for column, (dtype, _) in union.items()])
+    rows = pa.concat_tables(tables, promote_options="permissive")
+    return rows.combine_chunks() if len(rows) < SMALL * len(tables) else rows
 
 
 def combine(found: Stacked, rtol: float) -> Combined:

@@ -5,8 +5,8 @@ Two measurements of one run may differ as in merging (docs/merging.md, Duplicate
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import pyarrow as pa
 
 from lnjac.columns import KEY
@@ -16,9 +16,6 @@ from lnjac.runs.merge import RTOL
 from lnjac.runs.merged import finish, layers_file
 from lnjac.runs.read import Contents, Source, Unfit, read
 from lnjac.runs.schema import Known, in_order, with_role
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -30,10 +27,10 @@ class Difference:
     """
 
     table: str
-    only_one: "pd.DataFrame"
-    only_other: "pd.DataFrame"
+    only_one: pd.DataFrame
+    only_other: pd.DataFrame
     columns: list[str]
-    changed: "pd.DataFrame"
+    changed: pd.DataFrame
 
     def __bool__(self) -> bool:
         return bool(len(self.only_one) or len(self.only_other) or self.columns or len(self.changed))
@@ -89,8 +86,6 @@ def _merge(path: Path) -> Contents:
 
 
 def _difference(name: str, one: pa.Table, other: pa.Table, known: Known, rtol: float) -> Difference:
-    import pandas as pd
-
     key = with_role(KEY, known)
     sides = [table.select(key).to_pandas().reset_index(names=side) for table, side in ((one, "one"), (other, "other"))]
     rows = sides[0].merge(sides[1], how="outer", on=key, sort=False)
@@ -110,8 +105,8 @@ def _difference(name: str, one: pa.Table, other: pa.Table, known: Known, rtol: f
 
 
 def _changed(
-    keys: "pd.DataFrame", column: str, one: pa.ChunkedArray, other: pa.ChunkedArray, rtol: float
-) -> "pd.DataFrame":
+    keys: pd.DataFrame, column: str, one: pa.ChunkedArray, other: pa.ChunkedArray, rtol: float
+) -> pd.DataFrame:
     """A row for each pair of values that differ."""
     if {str(one.type), str(other.type)} == {"int64", "double"}:
         one, other = one.cast(pa.float64()), other.cast(pa.float64())
@@ -122,6 +117,6 @@ def _changed(
     return keys.iloc[at].assign(column=column, one=values[0], other=values[1], relative=relative)
 
 
-def _key(rows: "pd.DataFrame") -> str:
+def _key(rows: pd.DataFrame) -> str:
     """The first row's key."""
     return " ".join(f"{name}={value}" for name, value in rows.iloc[0].items())

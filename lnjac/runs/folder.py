@@ -249,14 +249,16 @@ def no_status(folder: Path) -> str:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the note that `write_table` put into the footer.
-
-    Raises ArrowInvalid for a file that is not parquet, KeyError or ValueError for one that is not lnjac's.
-    """
+    """Return the note that `write_table` put into the footer. Raises ValueError for a file that is not lnjac's."""
     with _opened(path) as source:
-        found = json.loads((pq.read_metadata(source).metadata or {})[b"lnjac"])
+        return note_in(pq.read_metadata(source).metadata)
+
+
+def note_in(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """Return the note among a file's or a schema's metadata. Raises ValueError if there is none."""
+    found = json.loads((metadata or {}).get(b"lnjac", b"null"))
     if not isinstance(found, dict):
-        raise ValueError("its note is not lnjac's")
+        raise ValueError("it was not written by lnjac")
     return found
 
 

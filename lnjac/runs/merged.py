@@ -6,6 +6,7 @@ places; if the process ends before all are, whoever reads or writes the merge ne
 """
 
 import contextlib
+import fcntl
 import glob
 import json
 import os
@@ -16,11 +17,6 @@ from pathlib import Path
 
 from lnjac.runs.folder import read_metadata
 from lnjac.runs.schema import CORE, FROZEN, in_order
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = ".merge-"
 """How the name of a folder begins in which a merge is not complete yet."""
@@ -53,7 +49,7 @@ def layers_file(path: Path) -> Path:
 def _holds(path: Path, table: str) -> bool:
     try:
         return bool(read_metadata(path).get("table") == table)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return False
 
 
@@ -110,14 +106,11 @@ def _move(layers: Path) -> None:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
     """Wait until no other process is here with this folder; False where the file system offers no such lock."""
-    opened, locked = None, False
-    if fcntl is not None:
+    opened, locked = os.open(folder, os.O_RDONLY), False
+    try:
         with contextlib.suppress(OSError):
-            opened = os.open(folder, os.O_RDONLY)
             fcntl.flock(opened, fcntl.LOCK_EX)
             locked = True
-    try:
         yield locked
     finally:
-        if opened is not None:
-            os.close(opened)
+        os.close(opened)

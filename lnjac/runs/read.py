@@ -1,7 +1,6 @@
 """Find run folders and earlier merges, and read one: whole, unaltered, in its columns' types, or not at all."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -212,11 +211,9 @@ def read_noted(
     except (OSError, ValueError, pa.ArrowException) as error:
         raise Unfit(_unread(path, error)) from None
     try:
-        note = json.loads((data.schema.metadata or {})[b"lnjac"])
-    except (KeyError, ValueError):
-        note = None
-    if not isinstance(note, dict):
-        raise Unfit(f"{path.name} was not written by lnjac")
+        note = runs.note_in(data.schema.metadata)
+    except ValueError:
+        raise Unfit(f"{path.name} was not written by lnjac") from None
     return data.replace_schema_metadata(), note
 
 
@@ -302,15 +299,11 @@ def _cast(values: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
 
 
 def _widest(dtype: pa.DataType) -> pa.DataType:
-    if pa.types.is_dictionary(dtype):
-        return _widest(dtype.value_type)
     if pa.types.is_integer(dtype):
         return pa.int64()
     if pa.types.is_floating(dtype):
         return pa.float64()
-    if pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype):
-        return pa.string()
-    return dtype
+    return pa.string() if pa.types.is_large_string(dtype) else dtype
 
 
 def _kind(dtype: pa.DataType) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 import traceback
@@ -15,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lnjac.columns import Column
 from lnjac.errors import ConfigError
+from lnjac.files import digest
 from lnjac.norms import formulas
 from lnjac.runs import folder as runs
-from lnjac.runs.schema import CURVES, MEASURED_AT, RUNS, TABLES
+from lnjac.runs.schema import CURVES, MEASURED_AT, RUNS
 from lnjac.runs.state import FOREIGN, state
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def record(
     for table in tables or {}:
         if not table.isidentifier() or f"{table}.parquet" in runs.FILES.values():
             raise ConfigError(f"{table!r} cannot be a table's name: choose another word of letters, digits and _")
-    identity = {"run_id": _digest(plain), "diag_id": _digest({})}
+    identity = {"run_id": digest(plain), "diag_id": digest({})}
     return Record(folder, identity, columns=columns, metadata={"config": plain}, tables=tables)
 
 
@@ -90,10 +89,6 @@ def _columns(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[Colum
                 f"config value {name}={value!r} is not plain: give text, a number, a bool, None or a list"
             )
         yield Column(name, dtype, "", f"config value {name}"), value
-
-
-def _digest(plain: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Listener(Protocol):
@@ -123,7 +118,7 @@ class Record:
         self.metadata, self.listener = dict(metadata), listener
         own = {name: [*MEASURED_AT, *columns] for name, columns in (tables or {}).items()}
         layers = [*MEASURED_AT, *formulas.columns()]
-        self.declared = {**TABLES, "layers": layers, "runs": RUNS, "curves": CURVES, **own}
+        self.declared = {"layers": layers, "runs": RUNS, "curves": CURVES, **own}
         self.status, self.found = runs.RUNNING, ""
         self.tables: dict[str, list[dict[str, Any]]] = {"layers": [], "curves": []}
         self.described: dict[str, Any] = {"started_at": runs.now(), "resumed_at": 0, **runs.provenance()}

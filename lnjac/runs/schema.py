@@ -88,9 +88,6 @@ FROZEN: dict[str, Known] = {
 }
 """The tables and columns of files that do not describe theirs."""
 
-TABLES = {table: list(known.values()) for table, known in FROZEN.items()}
-
-
 _PLAIN = Column("", "", "", "")
 
 
@@ -136,10 +133,6 @@ def describe(columns: Iterable[Column]) -> dict[str, dict[str, str]]:
 def with_role(role: str, known: Known) -> list[str]:
     """Return the names of the columns with this role."""
     return [column.name for column in known.values() if column.role == role]
-
-
-KEYS = {table: tuple(with_role(KEY, known)) for table, known in FROZEN.items()}
-"""What makes a row of each table unique."""
 
 
 def in_order(tables: Iterable[str]) -> list[str]:

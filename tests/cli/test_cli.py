@@ -54,7 +54,6 @@ def test_help_waits_for_no_heavy_import(command: list[str], said: str, slow: set
     words = [sys.executable, "-X", "importtime", *command, "--help"]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
     assert said in done.stdout
-    assert "columns" not in done.stdout  # a command for the documentation alone
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "json" in imported
     assert not imported & {"torch", "pandas", "scipy", "statsmodels", "matplotlib", "altair", *slow}
@@ -68,9 +67,9 @@ def test_a_user_error_is_one_line_and_exit_code_1(tmp_path: Path):
 
 
 @pytest.mark.parametrize("words", [
-    ["columns"],
+    ["show", "run"],
     *(pytest.param(words, marks=pytest.mark.slow) for words in (
-        ["--help"], ["show", "run"], ["merge", "run", "-o", "all.parquet"], ["compare", "one.parquet", "--by", "seed"]))
+        ["--help"], ["merge", "run", "-o", "all.parquet"], ["compare", "one.parquet", "--by", "seed"]))
 ])  # fmt: skip
 def test_a_reader_that_leaves_ends_no_command_with_a_traceback(tmp_path: Path, words: list[str]):
     sweep.merge([numbered_run(tmp_path / "run"), numbered_run(tmp_path / "other", 2)], tmp_path / "one.parquet")
@@ -100,7 +99,7 @@ def test_the_version_is_one_line(lnjac: Any):
     assert lnjac("--version") == (0, f"lnjac {package.__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["merge", "show", "columns"])
+@pytest.mark.parametrize("command", ["merge", "show", "diff"])
 def test_every_command_has_help_with_an_example(lnjac: Any, command: str):
     code, text, _ = lnjac(command, "--help")
     assert code == 0
@@ -109,13 +108,9 @@ def test_every_command_has_help_with_an_example(lnjac: Any, command: str):
 
 
 def test_a_bug_is_not_dressed_up_as_a_user_error(lnjac: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lnjac.columns.markdown", lambda *_: int("bug"))
+    monkeypatch.setattr("lnjac.runs.diff.diff", lambda *_: int("bug"))
     with pytest.raises(ValueError, match="bug"):
-        lnjac("columns")
-
-
-def test_columns_prints_the_reference(lnjac: Any):
-    assert lnjac("columns") == (0, (ROOT / "docs" / "columns.md").read_text(), "")
+        lnjac("diff", "a", "b")
 
 
 # merge

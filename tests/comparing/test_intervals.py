@@ -92,6 +92,17 @@ def test_one_seed_has_an_estimate_only_and_none_has_nothing(method: str):
 
 
 @pytest.mark.parametrize("method", stats.METHODS)
+@pytest.mark.filterwarnings("error")
+def test_an_infinite_value_leaves_no_p(method: str):
+    how = Inference(method, rng=np.random.default_rng(0))
+    rows = [[math.inf, 1.0, 2.0], [math.inf, -math.inf, 1.0], [-math.inf] * 3]
+    assert np.isnan(stats.paired(rows, how).p).all()
+    assert np.isnan(stats.unpaired(rows, [[1.0, 2.0, 4.0]] * 3, how).p).all()
+    assert np.isnan(stats.unpaired([[1.0, 2.0, 4.0]] * 3, rows, how).p).all()
+
+
+@pytest.mark.parametrize("method", stats.METHODS)
+@pytest.mark.filterwarnings("error")
 def test_differences_of_rounding_size_have_no_p_and_no_effect(method: str):
     how, eps = Inference(method, rng=np.random.default_rng(0)), 2.0**-52
     rows = [

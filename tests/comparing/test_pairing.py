@@ -10,9 +10,9 @@ import pytest
 from support.tables import NULLS, TWO_MODES, losses, noted, run, study
 
 from lnjac.comparing.compare import compare
-from lnjac.comparing.design import word
 from lnjac.comparing.scaling import scaling
 from lnjac.errors import ConfigError
+from lnjac.text import word
 
 
 def test_other_columns_that_vary_make_cells(tmp_path: Path):

@@ -18,7 +18,7 @@ from lnjac.runs import folder as runs
 from lnjac.runs import merge as sweep
 
 
-def test_a_merged_table_is_read_with_its_doubts(tmp_path: Path):
+def test_a_merged_table_is_read_with_its_warnings(tmp_path: Path):
     study(tmp_path, TWO_MODES)
     path = tmp_path / "all.parquet"
     said = {"warnings": ["mixed commits: a, b", "missing seeds: x"], "skipped": [{"path": "p", "reason": "running"}]}

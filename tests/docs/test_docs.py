@@ -15,8 +15,9 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+import lnjac
 from lnjac.columns import Column
-from lnjac.config import compose, schema
+from lnjac.config import compose, identity, schema
 from lnjac.diagnostics import catalogue
 from lnjac.gpt import attention, methods
 from lnjac.norms import decompose as jacobian
@@ -143,6 +144,39 @@ def test_how_to_add_an_attention_mode(
     member = add_member("attn_mode", example(root / "docs" / "extending.md", "lnjac.gpt.attention.Squared", "yaml"))
     row = run_with(tmp_path, f"attn_mode={member}")
     assert (row["attn_mode"], row["attn_mode.gain"]) == ("squared", 1.0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_how_to_add_a_diagnostic(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, add_member: Callable[..., str]
+) -> None:
+    page = root / "docs" / "extending.md"
+    (tmp_path / "relative.py").write_text(example(page, "class Relative"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "relative", raising=False)
+    member = add_member("diagnostic", example(page, "_target_: relative.Relative", "yaml"))
+    named = (f"diagnostics.more=[{member}]", "diagnostics.batches=2")
+    row = run_with(tmp_path, *named, "method=bp", "precision=fp64")
+    run = lnjac.load_run(tmp_path / "run", trust=True)
+    assert run.config.diagnostics.more == {member: sys.modules["relative"].Relative("weight")}
+    model = run.model()
+    ratios: dict[str, list[float]] = {}
+    for idx, targets in zip(*run.diagnostic_batch(), strict=True):
+        parameters = {name: p for name, p in model.named_parameters() if "weight" in name}
+        grads = torch.autograd.grad(model(idx, targets)[1], list(parameters.values()))
+        for (name, p), grad in zip(parameters.items(), grads, strict=True):
+            ratios.setdefault(name, []).append(float(grad.square().sum().sqrt() / p.detach().square().sum().sqrt()))
+    rows = pd.read_parquet(tmp_path / "run" / "relative.parquet")
+    assert set(map(len, ratios.values())) == {2}
+    assert rows["name"].tolist() == list(ratios)
+    np.testing.assert_allclose(rows["ratio"], [np.mean(found) for found in ratios.values()], rtol=1e-9)
+    assert rows[["run_id", "diag_id", "step"]].drop_duplicates().values.tolist() == [[row["run_id"], row["diag_id"], 2]]
+    bare = compose.compose(*SHORT, f"data.dir={tmp_path}/play", "diagnostics.batches=2", "method=bp", "precision=fp64")
+    assert identity.run_id(bare, bare.data.load().sha256) == row["run_id"]
+    assert identity.diag_id(bare) != row["diag_id"]
+    lnjac.merge(tmp_path / "run", tmp_path / "all.parquet")
+    merged = lnjac.load(tmp_path / "all.relative.parquet")
+    pd.testing.assert_frame_equal(merged[list(rows)], rows)
 
 
 def test_how_to_ask_a_question(root: Path) -> None:

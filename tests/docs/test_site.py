@@ -73,3 +73,7 @@ def test_links_between_files_become_links_between_pages(site: ModuleType) -> Non
     assert shown("index.md", "docs/study.md") == "[x](study.md)"
     assert shown("scaling.md", "../benchmarks/README.md#a") == "[x](benchmarks.md#a)"
     assert shown("benchmarks.md", "../docs/maths.md") == "[x](maths.md)"
+
+
+def test_the_page_of_columns_is_written_from_the_code(site: ModuleType) -> None:
+    assert site.columns() == (ROOT / "docs" / "columns.md").read_text()

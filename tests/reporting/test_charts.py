@@ -106,7 +106,7 @@ def test_a_new_chart_is_one_function(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     shown = of(write_study(tmp_path, TWO, blocks=0, steps=(100,)))
     assert list(charts.CHARTS["flavours"].drawings(shown)) == ["no flavour", "no flavour"]
-    shown = View(shown.study, shown.by, None, shown.runs.assign(flavour="sweet"))
+    shown = View(shown.merged, shown.by, None, shown.runs.assign(flavour="sweet"))
     assert [one.caption for one in charts.CHARTS["flavours"].drawings(shown)] == ["flavour a", "flavour b"]
 
 
@@ -215,7 +215,7 @@ def test_an_effect_has_one_adjusted_p_wherever_it_is_shown(tmp_path: Path):
     assert tested == {*METRICS} - {"enrichment_radial_share"}  # (d−1)·radial_share: the very same test
     for drawing in (heatmap, drawn("headline", shown, "radial_share"), drawn("heatmap", shown, "radial_share")):
         assert any("Holm's method over the 5 p values of one metric in one cell" in note for note in drawing.notes)
-    alone = compare(shown.study, "attn_mode", metrics=["radial_share"]).rows.set_index("site")["p_adjusted"]
+    alone = compare(shown.merged, "attn_mode", metrics=["radial_share"]).rows.set_index("site")["p_adjusted"]
     assert {site: p for (metric, site), p in of_map.items() if metric == "radial_share"} == alone.to_dict()
 
 
@@ -242,7 +242,7 @@ def test_differences_of_cost_stay_in_sight(tmp_path: Path):
     assert answer is not None
     costs = table("cost", shown).set_index("level")["cost"]
     assert answer.table["difference"].tolist() == pytest.approx([costs["softmax"] - costs["sigmoid"]])
-    assert drawn("cost", of(shown.study.path, where="attn_mode == 'softmax'")).answer is None
+    assert drawn("cost", of(shown.merged.path, where="attn_mode == 'softmax'")).answer is None
 
 
 # Levels, cells and steps
@@ -254,7 +254,7 @@ def test_levels_are_those_of_attn_mode_else_of_the_first_that_varies(tmp_path: P
     assert (shown.by, list(dict.fromkeys(shown.runs["level"]))) == ("model.n_embd", ["32", "100"])
     both = of(write_study(tmp_path, widths | TWO))
     assert (both.by, both.cells) == ("attn_mode", ["n_embd=32", "n_embd=100"])
-    assert view(both.study, "model.n_embd", "attn_mode == 'softmax'").cells == ["all runs"]
+    assert view(both.merged, "model.n_embd", "attn_mode == 'softmax'").cells == ["all runs"]
 
 
 def test_a_missing_level_is_drawn_as_null(tmp_path: Path):
@@ -268,7 +268,7 @@ def test_numbers_that_differ_late_are_two_levels_and_two_cells(tmp_path: Path):
     lr = [0.00012345678, 0.00012345679]
     shown = of(write_study(tmp_path, TWO | {"optimizer.lr": lr}, blocks=0, steps=(100,)))
     assert shown.cells == ["lr=0.00012345678", "lr=0.00012345679"]
-    shown = view(shown.study, "optimizer.lr")
+    shown = view(shown.merged, "optimizer.lr")
     assert set(shown.runs["level"]) == {"0.00012345678", "0.00012345679"}
     assert set(table("headline", shown)["a"]) == {"0.00012345679"}
 

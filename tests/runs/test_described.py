@@ -38,11 +38,6 @@ SHAPES = (
 )
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out" / "all.parquet"
-
-
 def described(folder: Path, name: str, columns: Sequence[Column], values: dict[str, Any]) -> None:
     """Give a run's table further columns, described, as a later lnjac or a stranger would have written it."""
 
@@ -129,7 +124,7 @@ def test_a_value_column_that_is_missing_reads_as_null_beside_runs_that_have_it(t
     assert "r_mean" not in load_run(make_with_config(poor)).layers
     merge([poor, rich], out)
     assert runs.read_table(out)["r_mean"].to_pylist()[:6] == [None] * 6
-    assert runs.read_table(out).column_names[: len(schema.TABLES["layers"])] == [*schema.FROZEN["layers"]]
+    assert runs.read_table(out).column_names[: len(schema.FROZEN["layers"])] == [*schema.FROZEN["layers"]]
 
 
 def make_with_config(folder: Path) -> Path:

@@ -12,18 +12,13 @@ from lnjac.errors import ConfigError
 from lnjac.runs import folder as runs
 from lnjac.runs.merge import load, merge
 from lnjac.runs.merged import companions
-from lnjac.runs.schema import CORE, TABLES
+from lnjac.runs.schema import CORE, FROZEN
 
 SWAPS = [
     {"place": place, "surrogate": "ste", "radial": radial, "part": "all"} for place in "ab" for radial in (0.0, 1.0)
 ]
 TENSORS = [{"kind": "model", "name": "all", "call": 0}, {"kind": "parameter", "name": "head.weight", "call": 0}]
 BOTH = {"swaps": SWAPS, "tensors": TENSORS}
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out" / "all.parquet"
 
 
 def test_a_table_is_written_where_any_run_has_rows_of_it(tmp_path: Path, out: Path):
@@ -35,7 +30,7 @@ def test_a_table_is_written_where_any_run_has_rows_of_it(tmp_path: Path, out: Pa
     assert report.rows == {"layers": 18, "runs": 3, "curves": 9, "swaps": 6, "tensors": 2}
     assert {name: len(load(path)) for name, path in companions(out).items()} == report.rows
     swaps = runs.read_table(companions(out)["swaps"])
-    assert swaps.schema.remove_metadata() == runs.schema(TABLES["swaps"])
+    assert swaps.schema.remove_metadata() == runs.schema(FROZEN["swaps"].values())
     assert swaps["run_id"].to_pylist() == ["softmax-2"] * 4 + ["softmax-3"] * 2
     assert swaps.slice(0, 4).to_pylist() == runs.read_table(tmp_path / "s" / "1" / "swaps.parquet").to_pylist()
     assert "2 rows of tensors" in report.lines()[0]
@@ -76,7 +71,7 @@ def test_a_table_in_long_form_names_its_merge(tmp_path: Path, out: Path, name: s
     assert merge(sorted(tmp_path.glob("*.parquet")), out).found == 1
 
 
-@pytest.mark.parametrize("table", [name for name in TABLES if name not in CORE])
+@pytest.mark.parametrize("table", [name for name in FROZEN if name not in CORE])
 def test_an_output_named_like_a_companion_is_refused(tmp_path: Path, table: str):
     with pytest.raises(ConfigError, match="means something else"):
         merge([make_run(tmp_path / "0")], tmp_path / f"all.{table}.parquet")
@@ -173,4 +168,4 @@ def test_the_same_run_must_agree_in_long_form_too(tmp_path: Path, out: Path, oth
 def test_equal_rows_in_long_form_are_dropped_and_counted(tmp_path: Path, out: Path):
     report = merge([make_run(tmp_path / name, long=BOTH) for name in "ab"], out)
     assert report.duplicates == {"layers": 6, "runs": 1, "curves": 3, "swaps": 4, "tensors": 2}
-    assert set(report.rows) < set(TABLES)
+    assert set(report.rows) < set(FROZEN)

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from lnjac.columns import Column
 from lnjac.files import file_sha256
 from lnjac.runs import folder as runs
 from lnjac.runs.merged import companions
-from lnjac.runs.schema import CURVES, RUNS, TABLES
+from lnjac.runs.schema import CURVES, FROZEN, RUNS
 
 SITES = ("blocks.0.ln_1", "blocks.0.ln_2", "ln_f")  # a run's own order of roles, which is not the alphabet's
 
@@ -22,7 +22,7 @@ def noise(*key: object) -> float:
     return zlib.crc32(repr(key).encode()) / 2**32
 
 
-def row(declared: Sequence[Column], key: object, **given: Any) -> dict[str, Any]:
+def row(declared: Iterable[Column], key: object, **given: Any) -> dict[str, Any]:
     """A value for each declared column: the given one, else one that depends on the key alone."""
     made = {
         "int64": lambda name: 7,
@@ -68,7 +68,7 @@ def make_run(
     rows = {
         "layers": [
             row(
-                TABLES["layers"],
+                FROZEN["layers"].values(),
                 (run_id, step, site),
                 **(ids | {"step": step, "site": site, "call": 0, "block": None} | of_norm(step, site)),
             )
@@ -81,10 +81,11 @@ def make_run(
         ],
     }
     for name, said in (long or {}).items():
-        rows[name] = [row(TABLES[name], (run_id, name, i), **(ids | {"step": 0} | more)) for i, more in enumerate(said)]
+        declared = FROZEN[name].values()
+        rows[name] = [row(declared, (run_id, name, i), **(ids | {"step": 0} | more)) for i, more in enumerate(said)]
     out = runs.RunFolder(folder, ids)
     for name, content in rows.items():
-        out.write(name, RUNS if name == "runs" else TABLES[name], content, columns, note or {})
+        out.write(name, RUNS if name == "runs" else list(FROZEN[name].values()), content, columns, note or {})
     out.status(status)
     return folder
 

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -68,18 +67,22 @@ def test_the_command_line_makes_sense(words: tuple[str, ...], monkeypatch: pytes
 @pytest.fixture(scope="session")
 def slurm() -> None:
     """Skip where no Slurm answers. Asked by tests, never while collecting: an installed Slurm that is down takes seconds."""
-    if importlib.util.find_spec("submitit") is not None and shutil.which("sinfo") is not None:
-        with suppress(subprocess.SubprocessError):
-            subprocess.run(["sinfo"], check=True, capture_output=True, timeout=5)
-            return
-    pytest.skip("needs a Slurm: make test-slurm")
+    remedy = "run the test in a Slurm cluster, or make test-slurm, which starts a Slurm of one node by ../shared/slurm"
+    if importlib.util.find_spec("submitit") is None:
+        pytest.skip("submitit is not installed: pip install -e '.[slurm]', as make test-slurm does")
+    if shutil.which("sinfo") is None:
+        pytest.skip(f"this machine has no Slurm (the command sinfo is not found): {remedy}")
+    try:
+        subprocess.run(["sinfo"], check=True, capture_output=True, timeout=5)
+    except subprocess.SubprocessError as error:
+        pytest.skip(f"no Slurm answers ({error}): {remedy}")
 
 
 @pytest.fixture(scope="module")
 def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray of this machine, started as a user would."""
     if importlib.util.find_spec("ray") is None:
-        pytest.skip("needs Ray: make test-ray")
+        pytest.skip("ray is not installed: pip install -e '.[ray]', as make test-ray does")
     command_line = Path(sys.executable).with_name("ray")
     folder = tmp_path_factory.mktemp("r")
     env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
