@@ -39,7 +39,7 @@ class UpcastingRMSNorm(nn.Module):
 
 
 class PerHeadLayerNorm(nn.Module):
-    """A LayerNorm over the last axis whose γ has an entry for each head too, as Cohere's of queries and keys. (…, 2, D / 2)"""
+    """A LayerNorm over the last axis whose γ has an entry for each head too, as Cohere's of queries: (…, 2, D / 2)."""
 
     def __init__(self) -> None:
         super().__init__()

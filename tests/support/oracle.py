@@ -229,7 +229,9 @@ def fit(call: Call) -> Fit | None:
         return None
     for axis, dims in _axes(call.module, x):
         for rms in (False, True):
-            for eps in dict.fromkeys((*_own_numbers(call.module), *EPSILONS)):
+            own = _own_numbers(call.module)
+            d = math.prod(x.shape[-dims:]) if dims > 1 else x.shape[axis]
+            for eps in dict.fromkeys((*own, *(number / d for number in own), *EPSILONS)):  # ε/d: x over its length
                 if found := _fitted(inputs, outputs, x, Fit(rms, axis, dims, eps, x, x)):
                     return found
     return None
@@ -286,7 +288,7 @@ def pullback(call: Call | Functional, found: Fit) -> Tensor:
 
 
 def numbers(call: Call | Functional, found: Fit, loss_tokens: int) -> dict[str, Any]:
-    """Return the numbers of the row of a call by vectors per token. `loss_tokens`: how many tokens the loss is the mean of."""
+    """Return the numbers of a call's row by vectors per token. `loss_tokens`: how many tokens the loss is the mean of."""
     assert call.grad is not None
     x, grad, t = (found.tokens(a.double()) for a in (call.x, call.grad, pullback(call, found)))
     d = x.shape[-1]

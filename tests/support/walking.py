@@ -67,7 +67,9 @@ class Walk:
 def table(rows: list[list[str]]) -> str:
     """Return rows of the zoo's table as Markdown."""
     lines = [HEADINGS, ["---"] * len(HEADINGS), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
 
 
 def measure(model: nn.Module, batch: Any, loss: Loss) -> tuple[pd.DataFrame, dict[str, str]]:
@@ -144,7 +146,9 @@ def walk(model: nn.Module, batch: Any, loss: Loss) -> Walk:
 
 def known_as_no_norm(module: nn.Module) -> bool:
     """Return whether a module is one of torch's own that is neither a LayerNorm nor an RMSNorm."""
-    return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+    return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
+        module, (nn.LayerNorm, nn.RMSNorm)
+    )
 
 
 def _around(site: str) -> set[str]:
@@ -158,5 +162,6 @@ def differences(row: dict[str, Any], truth: dict[str, Any]) -> str:
     return ", ".join(
         f"{name} {row[name]} for {true}"
         for name, true in truth.items()
-        if row[name] != (true if isinstance(true, str) else pytest.approx(true, rel=RELATIVE, abs=ABSOLUTE, nan_ok=True))
+        if row[name]
+        != (true if isinstance(true, str) else pytest.approx(true, rel=RELATIVE, abs=ABSOLUTE, nan_ok=True))
     )

@@ -167,7 +167,14 @@ TRANSFORMERS = [
     _text("Gemma"),
     _text("Gemma2", sliding_window=4),
     _text("Gemma3Text", sliding_window=4),
-    _text("Gemma3nText", sliding_window=4, hidden_size_per_layer_input=8, vocab_size_per_layer_input=99, laurel_rank=4, num_kv_shared_layers=0),
+    _text(
+        "Gemma3nText",
+        sliding_window=4,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=99,
+        laurel_rank=4,
+        num_kv_shared_layers=0,
+    ),
     _text("Mixtral", **EXPERTS),
     _text("DeepseekV3", **{**EXPERTS, **_MLA}),
     _text("Llama4Text", **EXPERTS, intermediate_size_mlp=48, interleave_moe_layer_step=2),
@@ -188,7 +195,15 @@ TRANSFORMERS = [
     _text("Mamba", state_size=4),
     _text("Mamba2", state_size=4, num_heads=8, n_groups=2, chunk_size=4, expand=2),
     _text("RecurrentGemma", lru_width=32, attention_window_size=4, block_types=["recurrent", "attention"]),
-    _text("Zamba2", n_mamba_heads=4, mamba_d_state=4, mamba_headdim=16, num_mem_blocks=1, layers_block_type=["mamba", "hybrid"], head_dim=None),
+    _text(
+        "Zamba2",
+        n_mamba_heads=4,
+        mamba_d_state=4,
+        mamba_headdim=16,
+        num_mem_blocks=1,
+        layers_block_type=["mamba", "hybrid"],
+        head_dim=None,
+    ),
     _text("Bamba", mamba_n_heads=4, mamba_d_head=16, mamba_d_state=4, mamba_n_groups=1, attn_layer_indices=[1]),
     _text("Jamba", attn_layer_period=2, attn_layer_offset=1, **EXPERTS, use_mamba_kernels=False, mamba_dt_rank=4),
     _text("Rwkv", attention_hidden_size=32, context_length=64),
@@ -224,7 +239,9 @@ TIMM = [
     _timm("edgenext_xx_small", **_STAGED),
     _timm("mambaout_femto", **_STAGED),
     _timm("inception_next_atto", **_STAGED),
-    _timm("pvt_v2_b0", inputs="large image tensor", depths=(1, 1, 1, 1), embed_dims=(8, 8, 16, 16), num_heads=(1, 1, 2, 2)),
+    _timm(
+        "pvt_v2_b0", inputs="large image tensor", depths=(1, 1, 1, 1), embed_dims=(8, 8, 16, 16), num_heads=(1, 1, 2, 2)
+    ),
 ]
 
 
@@ -276,7 +293,7 @@ def batch_of(inputs: str, seed: int = 0) -> Batch:
 
 
 def prepared(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[nn.Module, Batch]:
-    """Return the case's model in this dtype and in eval mode, its parameters moved from their initial values, and its batch."""
+    """Return the case's model in this dtype and in eval mode, with parameters that are not as they begin, and its batch."""
     torch.manual_seed(seed)
     model = case.build().to(dtype).eval()
     batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch_of(case.inputs, seed).items()}

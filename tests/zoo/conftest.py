@@ -1,5 +1,6 @@
 """What the zoo's tests share: no network, and a torchvision that can be imported beside any build of torch."""
 
+import contextlib
 import os
 from typing import Any
 
@@ -22,10 +23,8 @@ def declare_operators() -> None:
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-try:
+with contextlib.suppress(ModuleNotFoundError):  # without the extra each test module skips, and names it
     declare_operators()
-except ModuleNotFoundError:
-    pass  # each test module skips, and names the extra
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
