@@ -313,7 +313,7 @@ class _Recorder:
             )
         x, kept = norm.tokens(given.detach()), None
         shape, n = tuple(x.shape[:-1]), x.numel() // x.shape[-1]
-        if self.max_tokens is not None and n > self.max_tokens and alone and norm.axis == -1:
+        if self.max_tokens is not None and n > self.max_tokens and alone and norm.axis == -1 and not norm.by_position:
             kept = torch.linspace(0, n - 1, self.max_tokens, dtype=torch.float64, device=x.device).round().long()
             x = x.reshape(n, -1)[kept]
         elif not guarded or torch.is_autocast_enabled(given.device.type) or not output.requires_grad:

@@ -332,7 +332,9 @@ class Probe:
         if seen.scale != 1:
             grad, replayed = decompose.wide(grad) / seen.scale, replayed / seen.scale
         weight = call.weight if self.grad_at is GradAt.normalized else None
-        if weight is None and call.weight is not None:
+        if weight is not None and weight.dim() > 1:  # it differs by position, as by head
+            grad, weight = grad * weight, None
+        if self.grad_at is GradAt.output and call.weight is not None:
             replayed = replay(decompose.wide(x), grad, call.eps, weight=None, rms=call.rms)
         index = call.kept
         if seen.mask is not None and tuple(seen.mask.shape) == call.shape:
