@@ -33,7 +33,7 @@ ROUNDING_SQ = (64 * torch.finfo(torch.float64).eps) ** 2
 HALF_EPS = torch.finfo(torch.float32).eps
 """Stands for the ε of the half dtypes, whose gradients are accumulated in float32."""
 
-NOISE = 8
+NOISE = 32
 """Times the dtype's ε: a token whose gradient is so much shorter than the longest of its call holds rounding errors, as
 the first query's does, which softmax over one key leaves without any."""
 
