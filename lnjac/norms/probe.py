@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lnjac.norms import decompose, distribution, ranks
+from lnjac.norms import decompose, distribution, formulas, ranks
 from lnjac.norms.calls import plain_model, site_name
 from lnjac.norms.capture import (
     FUNCTIONAL,
@@ -307,13 +307,16 @@ class Probe:
         states = {site: self.covered.states[site] for site in self.covered.states}
         if self.distributed and ranks.ranks() > 1:
             calls, losses, states = _over_ranks(calls, losses, states)
-        if not calls:
+        if not calls and NOT_FINITE not in states.values():
             raise ValueError(self._nothing())
         loss = sum(value for value, _ in losses) / sum(n for _, n in losses)
         rows = [{**_row(parts), "loss_nats": loss} for parts in _by_call(calls)]
-        if bad := [f"{row['site']} {row['n_nonfinite']}" for row in rows if row["n_nonfinite"]]:
+        bad = [f"{row['site']} {row['n_nonfinite']}" for row in rows if row["n_nonfinite"]]
+        bad += [f"{site} all" for site, state in states.items() if state == NOT_FINITE]
+        if bad:
             warnings.warn(f"tokens that are not finite are left out: {', '.join(bad)}", stacklevel=3)
-        table = pd.DataFrame(rows).astype({"block": "Int64"})
+        columns = [column.name for column in formulas.columns()]
+        table = pd.DataFrame(rows, columns=columns).astype({"block": "Int64"})
         table.attrs["coverage"] = states
         return table
 

@@ -498,10 +498,11 @@ def require_backward(norm: NormFormula, rule: Surrogate, x: Tensor, grad: Tensor
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         expression = rule.surrogate(leaf, norm.eps, rms=norm.rms)
-        expression = norm.normalised(leaf) if expression is None else expression
+        assert expression is not None
         g = grad.to(leaf.dtype) if norm.weight is None else (grad * norm.weight).to(leaf.dtype)
         (true,) = torch.autograd.grad(expression, leaf, g)
-    off, bound = residual(found, true), BACKWARD_ROUNDING * torch.finfo(leaf.dtype).eps
+    finite = (found + true).isfinite().all(-1)
+    off, bound = residual(found[finite], true[finite]), BACKWARD_ROUNDING * torch.finfo(leaf.dtype).eps
     if off > bound:
         raise Unrecognised(
             f"its backward {rule.name} gives a gradient {off:.2g} of its size away from the formula's, "
