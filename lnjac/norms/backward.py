@@ -83,6 +83,7 @@ class Backwards:
                 raise ValueError(f"no norm is called {pattern!r}: the model has {', '.join(modules) or 'none'}")
         self.sites = [site for site in modules if matches(site, patterns)]
         self.called: set[str] = set()
+        self.evaluated: set[str] = set()  # functional sites called without grad
         self.stack = ExitStack()
         for site in self.sites:
             module = modules[site]
@@ -110,6 +111,8 @@ class Backwards:
         lost = [p for p in self.patterns if not any(matches(site, [p]) for site in (*self.sites, *self.called))]
         if lost and kind is None:
             warnings.warn(f"no norm called {', '.join(lost)} was called: its backward was not replaced", stacklevel=2)
+        if (without := sorted(self.evaluated - self.called)) and kind is None:
+            warnings.warn(f"{', '.join(without)} ran without grad alone: its backward was not replaced", stacklevel=2)
 
     def _function(self, call: FunctionalCall, run: Callable[[Tensor], Tensor]) -> Tensor:
         if any(frame.module in self.modules for frame in call.frames):
@@ -117,7 +120,7 @@ class Backwards:
         site = call.numbered()
         if not matches(site, self.patterns):
             return run(call.x)
-        self.called.add(site)
+        (self.called if torch.is_grad_enabled() else self.evaluated).add(site)
         return self.replaced(call, call.x, run(call.x.detach()))
 
     def replaced(self, call: FunctionalCall, x: Tensor, output: Tensor) -> Tensor:

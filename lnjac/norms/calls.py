@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 FUNCTIONS = {F.layer_norm: False, torch.layer_norm: False, F.rms_norm: True, torch.rms_norm: True}
 """The functions that normalise, and whether each is an RMSNorm."""
@@ -28,6 +28,11 @@ def plain_model(model: nn.Module) -> nn.Module:
             return model
 
 
+def in_backward() -> bool:
+    """Return whether a backward pass runs, in which a forward is a checkpoint's recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def site_name(name: str) -> str:
     """Return a module's dotted name as it would be without torch.compile."""
     return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
@@ -35,10 +40,14 @@ def site_name(name: str) -> str:
 
 @dataclass
 class Frame:
-    """A module that is running: its site, how many functional norms it has called, and what was noted of them."""
+    """A module that is running: its site, how many functional norms it has called, and what was noted of them.
+
+    `mode` is left when the module is: autograd lays modes aside, but a checkpoint recomputes modules in there.
+    """
 
     site: str
     module: nn.Module
+    mode: TorchFunctionMode | None = None
     functional: int = 0
     notes: list[Any] = field(default_factory=list)
 
@@ -129,31 +138,40 @@ def followed(model: nn.Module, on_exit: Exit, handle: Handle) -> Iterator[list[F
         The running modules, the outermost first.
     """
     frames: list[Frame] = []
-    handles = []
+    mode, handles = _Mode(frames, handle), []
+
+    def done() -> None:
+        if (entered := frames.pop().mode) is not None:
+            entered.__exit__(None, None, None)
+
     for name, module in model.named_modules():
         site = site_name(name)
 
         def enter(module: nn.Module, args: Any, kwargs: Any, site: str = site) -> None:
-            if not _replays:
-                frames.append(Frame(site, module))
+            if _replays:
+                return
+            again = mode if in_backward() and mode not in _get_current_function_mode_stack() else None
+            if again is not None:
+                again.__enter__()
+            frames.append(Frame(site, module, again))
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             if _replays:
                 return None
             # a module that raised, and one within it, may not have left
             while frames and frames[-1].module is not module:
-                frames.pop()
+                done()
             if not frames:
                 return None
             try:
                 return None if output is None else on_exit(frames[-1], args, kwargs, output)
             finally:
-                frames.pop()
+                done()
 
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
     try:
-        with _Mode(frames, handle):
+        with mode:
             yield frames
     finally:
         for one in handles:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lnjac.norms.backward import declared, declared_forward, functional_backward
-from lnjac.norms.calls import Frame, FunctionalCall, followed, plain_model, replaying, site_name
+from lnjac.norms.calls import Frame, FunctionalCall, followed, in_backward, plain_model, replaying, site_name
 from lnjac.norms.decompose import wide_dtype
 from lnjac.norms.layers import Surrogate
 from lnjac.norms.recognise import (
@@ -286,7 +286,7 @@ class _Recorder:
 
     def _called(self, site: str) -> int | None:
         """Number a call, and return its number; None for a recomputation within a backward pass."""
-        if torch._C._current_graph_task_id() != -1:
+        if in_backward():
             return None
         self.clock += 1
         self.order.setdefault(site, []).append(self.clock)

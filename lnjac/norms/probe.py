@@ -425,14 +425,15 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _without_parameter_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     names = ("_backward_hooks", "_post_accumulate_grad_hooks")
-    held = [(p, name, getattr(p, name, None)) for p in parameters for name in names]
+    tables = [hooks for p in parameters for name in names if (hooks := getattr(p, name, None))]
+    held = [dict(hooks) for hooks in tables]
     try:
-        for p, name, _ in held:
-            setattr(p, name, None)
+        for hooks in tables:
+            hooks.clear()  # autograd holds this very dict: another in its place would not be seen
         yield
     finally:
-        for p, name, hooks in held:
-            setattr(p, name, hooks)
+        for hooks, before in zip(tables, held, strict=True):
+            hooks.update(before)
 
 
 def replay(x: Tensor, grad: Tensor, eps: float, *, weight: Tensor | None, rms: bool) -> Tensor:
