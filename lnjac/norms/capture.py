@@ -29,7 +29,6 @@ from lnjac.norms.recognise import (
     recognise_function,
     require_backward,
     require_formula,
-    require_pullback,
 )
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
@@ -386,8 +385,7 @@ class _Recorder:
             y = norm.tokens(call.forward(norm.untokens(leaf)))
             (replayed,) = torch.autograd.grad(y, leaf, grad.to(y.dtype))
         with torch.no_grad():
-            forward_sq = require_formula(norm, x, y.detach())
-            require_pullback(norm, x, grad, replayed)
+            forward_sq = require_formula(norm, x, y.detach(), grad, replayed)
         if call.declared is not None and not _is_exact(call.backward, norm, leaf.detach()):
             assert call.backward is not None
             with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):

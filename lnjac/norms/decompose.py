@@ -134,10 +134,11 @@ def decompose(
         if replayed_ is None:
             residual_sq = cos_projected = torch.full_like(rho, math.nan)
         else:
-            t = pull_back(g, z, rstd, rms=rms)
+            t = (centred - z * m.unsqueeze(-1)) * rstd
             residual_sq = (t - replayed_).square().sum(-1)
-            # u = σ·t has t's direction, so that t stands for the projected surrogate here
-            cos_projected = (t * replayed_).sum(-1) / (t.norm(dim=-1) * replayed_.norm(dim=-1))
+            # u = σ·t has t's direction, so that t stands for the projected surrogate; ⟨t, replay⟩ follows from ‖t − replay‖²
+            replayed_sq = replayed_.square().sum(-1)
+            cos_projected = (t_sq + replayed_sq - residual_sq) / (2 * (t_sq * replayed_sq).sqrt())
         measurable = (g_sq > tiny**2) & (t_sq > tiny**2) & (t_sq > ROUNDING_SQ * g_sq * rstd_.square())
         scale = float(loss_tokens) ** 2
         parts.append(

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -418,76 +418,56 @@ def _exactly(module: nn.Module, name: str, values: Tensor) -> Tensor:
     return values
 
 
-def require_formula(norm: NormFormula, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Return ‖y − formula‖² and ‖formula‖² over a sample of tokens; raise Unrecognised if they differ by more than rounding.
+def require_formula(
+    norm: NormFormula, x: Tensor, y: Tensor, grad: Tensor | None = None, pulled: Tensor | None = None
+) -> tuple[float, float]:
+    """Raise Unrecognised unless a module computes the formula, on a sample of tokens and but for rounding.
 
-    x, y: (…, d), the module's input and its output as it computes them.
+    Up to `SAMPLE` tokens, spread evenly, are compared; those whose squares the dtype cannot hold are left out. The bound
+    grows with |x|/σ, by which the subtraction of the mean loses digits. What is left of g/σ in a pullback may be a small
+    part of it, so that a difference of pullbacks is compared with g/σ.
+
+    Args:
+        norm: The formula.
+        x: The module's input: (…, d).
+        y: Its own output: (…, d).
+        grad: ∂L/∂y: (…, d).
+        pulled: ∂L/∂x through the module's own forward: (…, d).
+
+    Returns:
+        ‖y − formula‖² and ‖formula‖² over the sample.
     """
-    sample = _sampled(norm, x, y)
-    return _require_equal(norm, "its output", sample.z * sample.weight + sample.bias, sample)
-
-
-def require_pullback(norm: NormFormula, x: Tensor, grad: Tensor, found: Tensor) -> None:
-    """Raise Unrecognised unless ∂L/∂x is, on a sample of tokens, the formula's but for rounding.
-
-    x, grad, found: (…, d), the input, ∂L/∂y, and ∂L/∂x through the module's own forward. What is left of g/σ may be a
-    small part of it, so that their difference is compared with g/σ.
-    """
-    sample = _sampled(norm, x, found, grad)
-    g = sample.more * sample.weight
-    true = pull_back(g, sample.z, sample.rstd, rms=norm.rms)
-    _require_equal(norm, "its input gradient", true, sample, g * sample.rstd)
-
-
-class _Sample(NamedTuple):
-    """Tokens on which a module is compared with a formula; `lost` is |x|/σ at most, by which rounding errors grow."""
-
-    z: Tensor
-    rstd: Tensor
-    weight: Tensor | float
-    bias: Tensor | float
-    found: Tensor
-    more: Tensor
-    eps: float
-    lost: Tensor
-
-
-def _sampled(norm: NormFormula, x: Tensor, found: Tensor, more: Tensor | None = None) -> _Sample:
-    """Return up to SAMPLE tokens, spread evenly, without those whose squares the dtype of `found` cannot hold."""
     d = x.shape[-1]
-    every = max(1, x.numel() // d // SAMPLE)
-    parts = [t.reshape(-1, d)[::every].double() for t in (x, found, found if more is None else more)]
-    limits = torch.finfo(found.dtype)
-    held = parts[0].square().sum(-1) < limits.max / 4  # not if one is NaN
-    for part in parts[1:]:
-        held &= part.isfinite().all(-1)
-    rows, found_, more_ = (part[held] for part in parts)
-    z, rstd = normalise(rows, norm.eps, rms=norm.rms)
-    lost = (rows.abs() * rstd).max() if len(rows) else rows.sum()
+    every, limits = max(1, x.numel() // d // SAMPLE), torch.finfo(y.dtype)
+    given = [x, y] if grad is None or pulled is None else [x, y, grad, pulled]
+    rows = [t.reshape(-1, d)[::every].double() for t in given]
+    held = rows[0].square().sum(-1) < limits.max / 4  # not if one is NaN
+    for part in rows[1:]:
+        held &= part.sum(-1).isfinite()
 
     def of_tokens(p: Tensor | None, default: float) -> Tensor | float:
         if p is None or p.dim() == 1:
             return default if p is None else p
         return p.expand(x.shape).reshape(-1, d)[::every][held]
 
-    weight, bias = of_tokens(norm.weight, 1.0), of_tokens(norm.bias, 0.0)
-    return _Sample(z, rstd, weight, bias, found_, more_, max(limits.eps, norm.rounding), lost)
-
-
-def _require_equal(
-    norm: NormFormula, what: str, true: Tensor, sample: _Sample, scale: Tensor | None = None
-) -> tuple[float, float]:
-    """Return ‖found − true‖² and ‖scale‖², by default ‖true‖²; raise Unrecognised if the former is more than rounding."""
-    sizes = [(true - sample.found).square().sum(), (true if scale is None else scale).square().sum(), sample.lost]
-    apart, size, lost = torch.stack(sizes).tolist()  # the device is waited for once
-    bound = ROUNDING * sample.eps * (1 + lost)
-    if apart > bound**2 * size:
-        off = math.sqrt(apart / size) if size > 0 else math.inf
-        name = "RMSNorm" if norm.rms else "LayerNorm"
-        raise Unrecognised(
-            f"{what} is {off:.2g} of its size away from a {name}'s, more than the {bound:.1g} of rounding"
-        )
-    return apart, size
+    inputs, outputs, *rest = (part[held] for part in rows)
+    z, rstd = normalise(inputs, norm.eps, rms=norm.rms)
+    weight, true = of_tokens(norm.weight, 1.0), z * of_tokens(norm.weight, 1.0) + of_tokens(norm.bias, 0.0)
+    sizes = [(true - outputs).square().sum(), true.square().sum()]
+    if rest:
+        g = rest[0] * weight
+        sizes += [(pull_back(g, z, rstd, rms=norm.rms) - rest[1]).square().sum(), (g * rstd).square().sum()]
+    sizes.append((inputs.abs() * rstd).max() if len(inputs) else inputs.sum())
+    *squares, lost = torch.stack(sizes).tolist()  # the device is waited for once
+    bound = ROUNDING * max(limits.eps, norm.rounding) * (1 + lost)
+    for what, apart, size in zip(("output", "input gradient"), squares[::2], squares[1::2], strict=False):
+        if apart > bound**2 * size:
+            off = math.sqrt(apart / size) if size > 0 else math.inf
+            name = "RMSNorm" if norm.rms else "LayerNorm"
+            raise Unrecognised(
+                f"its {what} is {off:.2g} of its size away from a {name}'s, more than the {bound:.1g} of rounding"
+            )
+    return squares[0], squares[1]
 
 
 def require_backward(norm: NormFormula, rule: Surrogate, x: Tensor, grad: Tensor, found: Tensor) -> None:
