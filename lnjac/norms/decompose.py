@@ -33,7 +33,7 @@ ROUNDING_SQ = (64 * torch.finfo(torch.float64).eps) ** 2
 HALF_EPS = torch.finfo(torch.float32).eps
 """Stands for the ε of the half dtypes, whose gradients are accumulated in float32."""
 
-NOISE = 32
+NOISE = 8
 """Times the dtype's ε: a token whose gradient is so much shorter than the longest of its call holds rounding errors, as
 the first query's does, which softmax over one key leaves without any."""
 
@@ -109,7 +109,7 @@ def decompose(
     replayed: Tensor | None = None,
     loss_tokens: int = 1,
 ) -> Tokens:
-    """Measure one call of a norm. x, grad: (…, d), grad = ∂L/∂y; weight: (d,) takes it to g = γ⊙∂L/∂y.
+    """Measure one call of a norm. x, grad: (…, d), grad = ∂L/∂y; weight: (d,), or one for each token: (n, d), takes it to g = γ⊙∂L/∂y.
 
     `replayed`: (…, d) is autograd's own ∂L/∂x through this norm, to be compared with the formula. `loss_tokens` turns the
     gradient of a mean loss over that many tokens into the summed loss's, so that micro-batches of any size add up.
@@ -117,10 +117,12 @@ def decompose(
     d = x.shape[-1]
     tiny = torch.finfo(grad.dtype).tiny
     gamma = None if weight is None else weight.detach().double()
+    by_token = gamma if gamma is not None and gamma.dim() > 1 else None
     parts = []
-    for x_, grad_, replayed_ in _chunks(x, grad, replayed):
+    for x_, grad_, replayed_, gamma_ in _chunks(x, grad, replayed, by_token):
         z, rstd = normalise(x_, eps, rms=rms)
-        g = grad_ if gamma is None else grad_ * gamma
+        gamma_ = gamma if by_token is None else gamma_
+        g = grad_ if gamma_ is None else grad_ * gamma_
         rstd_ = rstd.squeeze(-1)
         rho = z.square().mean(-1)  # 1 - ε/σ² would lose its digits where v ≪ ε
         centred = g if rms else center(g)

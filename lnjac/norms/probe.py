@@ -335,8 +335,8 @@ class Probe:
         if seen.scale != 1:
             grad, replayed = decompose.wide(grad) / seen.scale, replayed / seen.scale
         weight = call.weight if self.grad_at is GradAt.normalized else None
-        if weight is not None and weight.dim() > 1:  # it differs by position, as by head
-            grad, weight = grad * weight, None
+        if weight is not None and weight.dim() > 1:
+            weight = weight.expand(call.shape + x.shape[-1:]).reshape(-1, x.shape[-1])
         if self.grad_at is GradAt.output and call.weight is not None:
             replayed = replay(decompose.wide(x), grad, call.eps, weight=None, rms=call.rms)
         index = call.kept
@@ -345,6 +345,7 @@ class Probe:
             index = counted.nonzero()[:, 0] if index is None else index[counted[index]]
             chosen = counted if call.kept is None else counted[call.kept]
             x, grad, replayed = (part.reshape(-1, part.shape[-1])[chosen] for part in (x, grad, replayed))
+            weight = weight if weight is None or weight.dim() == 1 else weight[chosen]
         tokens = decompose.decompose(x, grad, call.eps, weight=weight, rms=call.rms, replayed=replayed)
         tokens, finite = decompose.finite(tokens)
         sums = {**decompose.sums(tokens, rms=call.rms), "n_nonfinite": int(finite.numel() - len(tokens.sigma))}

@@ -13,45 +13,12 @@ pytest.importorskip("torchvision", reason="needs the extra [zoo]: make test-zoo 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
-UPCAST = "its norms compute in float32, so that their output in a float64 model is 1e-8 of its size from the formula's"
-UPCASTING = {
-    *(
-        "T5",
-        "LongT5",
-        "Llama",
-        "Mistral",
-        "Qwen2",
-        "Qwen3",
-        "Qwen3Next",
-        "Gemma",
-        "Gemma2",
-        "Gemma3Text",
-        "Gemma3nText",
-    ),
-    *("Mixtral", "DeepseekV3", "Llama4Text", "GptOss", "Phi3", "Cohere", "Cohere2", "Olmo", "Olmo2", "Glm4", "Granite"),
-    *("Helium", "NanoChat", "Mamba", "Mamba2", "RecurrentGemma", "Zamba2", "Bamba", "Jamba"),
-}
-FAILS: dict[tuple[str, torch.dtype], str] = {
-    **{(name, torch.float64): UPCAST for name in UPCASTING},
-    ("Cohere", torch.float32): "a γ of two axes, (heads, d), of which the last is normalised, is not recognised",
-    ("Cohere", torch.bfloat16): "a γ of two axes, (heads, d), of which the last is normalised, is not recognised",
-    (
-        "Persimmon",
-        torch.float32,
-    ): "rounding noise of up to 18 ε in the gradient of a query that sees one key counts as one",
-}
-
 CASES = [*zoo.TRANSFORMERS, *zoo.TIMM, *zoo.TORCHVISION]
 
 
 def params() -> list[object]:
     return [
-        pytest.param(
-            case,
-            dtype,
-            id=f"{case.name}-{str(dtype).removeprefix('torch.')}",
-            marks=[pytest.mark.xfail(strict=True, reason=why)] if (why := FAILS.get((case.name, dtype))) else [],
-        )
+        pytest.param(case, dtype, id=f"{case.name}-{str(dtype).removeprefix('torch.')}")
         for case in CASES
         for dtype in DTYPES
     ]

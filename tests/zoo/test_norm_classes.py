@@ -22,11 +22,6 @@ D = 8
 NOT_NORMS = ("Embedding", "Encoder", "Model", "For", "Attention", "Layer", "Head", "Output", "Intermediate", "Pooler")
 """Words after Norm in the names of what has a norm in it and is none."""
 
-FAILS = {
-    "EsmFold2LayerNorm": "it casts its input to float32 for a γ held in float32, and so cannot be replayed in float64",
-    "ChameleonLayerNorm": "a γ of two axes, (heads, d), of which the last is normalised, is not recognised",
-}
-
 
 def kinds() -> Iterator[tuple[str, str]]:
     """Yield the module and the name of one class of each kind of transformers', by the code of its methods."""
@@ -116,12 +111,7 @@ CLASSES = [(f"{module.split('.')[2]} {name}", module, name) for module, name in 
 
 @pytest.mark.parametrize(
     ("label", "module", "name"),
-    [
-        pytest.param(
-            *one, id=one[2], marks=[pytest.mark.xfail(strict=True, reason=FAILS[one[2]])] if one[2] in FAILS else []
-        )
-        for one in CLASSES
-    ],
+    [pytest.param(*one, id=one[2]) for one in CLASSES],
 )
 def test_a_norm_class_has_the_true_rows_or_is_refused(
     label: str, module: str, name: str, record_property: Callable[[str, object], None]
