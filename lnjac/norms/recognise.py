@@ -293,6 +293,9 @@ def own_forward(
         rest = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
         with ExitStack() as stack:
             stack.enter_context(_without_hooks(module))
+            if not is_known(module):  # it may draw random numbers
+                devices = [x.device.index] if x.device.type == "cuda" else []
+                stack.enter_context(torch.random.fork_rng(devices))
             if exact:
                 stack.enter_context(exact_norms(module))
             return torch.func.functional_call(module, cast, (x.to(dtype), *rest), dict(kwargs))
