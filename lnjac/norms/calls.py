@@ -142,7 +142,7 @@ def followed(model: nn.Module, on_exit: Exit, handle: Handle) -> Iterator[list[F
 
     def done() -> None:
         if (entered := frames.pop().mode) is not None:
-            entered.__exit__(None, None, None)
+            entered.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     for name, module in model.named_modules():
         site = site_name(name)
@@ -150,9 +150,9 @@ def followed(model: nn.Module, on_exit: Exit, handle: Handle) -> Iterator[list[F
         def enter(module: nn.Module, args: Any, kwargs: Any, site: str = site) -> None:
             if _replays:
                 return
-            again = mode if in_backward() and mode not in _get_current_function_mode_stack() else None
+            again = mode if in_backward() and mode not in _get_current_function_mode_stack() else None  # type: ignore[no-untyped-call]
             if again is not None:
-                again.__enter__()
+                again.__enter__()  # type: ignore[no-untyped-call]
             frames.append(Frame(site, module, again))
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

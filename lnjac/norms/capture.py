@@ -162,6 +162,13 @@ def eagerly() -> AbstractContextManager[Any]:
     return eager
 
 
+def _require_plain(site: str, output: Tensor) -> None:
+    if torch._C._functorch.is_functorch_wrapped_tensor(output):
+        raise ValueError(
+            f"{site} is run by torch.func (vmap, grad), which hides its gradients: call backward() on the plain model"
+        )
+
+
 @dataclass
 class _Call:
     """One call of a norm, which holds its input until its gradient has come."""
@@ -227,6 +234,7 @@ class _Recorder:
             if first.numel() == 0:
                 self.coverage.states[frame.site] = NO_TOKENS
                 return None
+            _require_plain(frame.site, output)
             state = own_state(module)
             with replaying():
                 adapter = adapter_of(module, self.adapters)
@@ -262,8 +270,12 @@ class _Recorder:
         self.functions.add(site)
         self.coverage.classes[site] = f"F.{call.name}"
         when = self._called(site)
-        if not torch.is_grad_enabled() or call.x.numel() == 0:
+        if call.x.numel() == 0:
+            self.coverage.states[site] = NO_TOKENS
             return output
+        if not torch.is_grad_enabled():
+            return output
+        _require_plain(site, output)
         dtype = wide_dtype(call.x.dtype)
         norm, forward = recognise_function(call), partial(call.on, dtype=dtype)
         surrogate = None if rule is None else partial(rule.through, call)
@@ -311,10 +323,6 @@ class _Recorder:
 
         `alone`: whether it has no other argument; `guarded`: whether autograd keeps its very input, and guards it.
         """
-        if torch._C._functorch.is_functorch_wrapped_tensor(output):
-            raise ValueError(
-                f"{site} is run by torch.func (vmap, grad), which hides its gradients: call backward() on the plain model"
-            )
         x, kept = norm.tokens(given.detach()), None
         shape, n = tuple(x.shape[:-1]), x.numel() // x.shape[-1]
         if self.max_tokens is not None and n > self.max_tokens and alone and norm.axis == -1 and not norm.by_position:

@@ -109,10 +109,19 @@ def decompose(
     replayed: Tensor | None = None,
     loss_tokens: int = 1,
 ) -> Tokens:
-    """Measure one call of a norm. x, grad: (…, d), grad = ∂L/∂y; weight: (d,), or one for each token: (n, d), takes it to g = γ⊙∂L/∂y.
+    """Measure one call of a norm.
 
-    `replayed`: (…, d) is autograd's own ∂L/∂x through this norm, to be compared with the formula. `loss_tokens` turns the
-    gradient of a mean loss over that many tokens into the summed loss's, so that micro-batches of any size add up.
+    Args:
+        x: The input: (…, d).
+        grad: ∂L/∂y: (…, d).
+        eps: Added to the variance, or to the mean square.
+        weight: Takes grad to g = γ⊙∂L/∂y: (d,), or one for each token: (n, d).
+        rms: Whether it is an RMSNorm.
+        replayed: Autograd's own ∂L/∂x through this norm, to be compared with the formula: (…, d).
+        loss_tokens: Turns the gradient of a mean loss over so many tokens into the summed loss's.
+
+    Returns:
+        Per-token scalars.
     """
     d = x.shape[-1]
     tiny = torch.finfo(grad.dtype).tiny

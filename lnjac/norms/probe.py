@@ -19,6 +19,7 @@ from lnjac.norms.calls import plain_model, site_name
 from lnjac.norms.capture import (
     FUNCTIONAL,
     MEASURED,
+    NO_TOKENS,
     NOT_FINITE,
     OTHER,
     REFUSED,
@@ -125,6 +126,8 @@ class Pass:
     calls: list[CallSums] = field(default_factory=list)
     """What was measured at each call of a norm, in the order of the forward pass; filled when the pass is over."""
     begun: bool = False
+    shapes: set[tuple[int, ...]] = field(default_factory=set)
+    """The shapes of the norms' inputs, before the normalised axis."""
 
     def tokens(self, n: int, loss: Tensor | float | None = None, *, mask: Tensor | None = None) -> None:
         """Tell how many tokens the loss is the mean of.
@@ -216,10 +219,12 @@ class Probe:
             The measured columns of the table layers (docs/columns.md). `.attrs["coverage"]` has the state of each site.
 
         Raises:
-            ValueError: A module is refused, no gradient arrived at any norm, or the backward pass changed a parameter.
+            ValueError: A module is refused, no gradient arrived at any norm, a mask fits none, or the backward pass changed a
+                parameter.
         """
         passes, covered = [], Coverage()
         for batch in batches:
+            self.step = None  # a step of its own, whatever was watched before
             with left_as_found(self.model), self.watch() as seen:
                 mean, tokens = loss(self.model, batch)
                 seen.tokens(tokens, mean, mask=None if mask is None else mask(batch))
@@ -228,7 +233,6 @@ class Probe:
             seen.calls = [call.scaled(seen.n_tokens) for call in seen.calls]  # each batch's loss is a mean of its own
             passes.append(seen)
             covered = _joined(covered, self.covered)
-            self.step = None
         self.step, self.passes, self.covered, self.summed = 0, passes, covered, True
         return self.rows()
 
@@ -261,11 +265,18 @@ class Probe:
                 yield seen
         finally:
             self.covered = _joined(self.covered, covered)
-        seen.calls = [call for call in found if call.sums["n_tokens"]]
-        for call in found:
-            if not call.sums["n_tokens"]:
-                self.covered.states[call.site] = NOT_FINITE
+        if seen.mask is not None and seen.shapes and tuple(seen.mask.shape) not in seen.shapes:
+            of = ", ".join(map(str, sorted(seen.shapes)))
+            raise ValueError(
+                f"the mask of shape {tuple(seen.mask.shape)} fits no norm, whose inputs are of {of} tokens"
+            )
+        seen.calls = found
         self.passes.append(seen)
+        every = [call for one in self.passes for call in one.calls]
+        for site in {call.site for call in every} - {call.site for call in every if call.sums["n_tokens"]}:
+            bad = any(call.sums["n_nonfinite"] for call in every if call.site == site)
+            if self.covered.states[site] != REFUSED:
+                self.covered.states[site] = NOT_FINITE if bad else NO_TOKENS
 
     def rows(self, step: int = 0) -> pd.DataFrame:
         """Return a row for each norm and call, pooled over the passes watched at this step, and over ranks.
@@ -307,10 +318,11 @@ class Probe:
         states = {site: self.covered.states[site] for site in self.covered.states}
         if self.distributed and ranks.ranks() > 1:
             calls, losses, states = _over_ranks(calls, losses, states)
-        if not calls and NOT_FINITE not in states.values():
-            raise ValueError(self._nothing())
+        groups = _by_call(calls)
+        if not groups and NOT_FINITE not in states.values():
+            raise ValueError(_nothing(states))
         loss = sum(value for value, _ in losses) / sum(n for _, n in losses)
-        rows = [{**_row(parts), "loss_nats": loss} for parts in _by_call(calls)]
+        rows = [{**_row(parts), "loss_nats": loss} for parts in groups]
         bad = [f"{row['site']} {row['n_nonfinite']}" for row in rows if row["n_nonfinite"]]
         bad += [f"{site} all" for site, state in states.items() if state == NOT_FINITE]
         if bad:
@@ -319,13 +331,6 @@ class Probe:
         table = pd.DataFrame(rows, columns=columns).astype({"block": "Int64"})
         table.attrs["coverage"] = states
         return table
-
-    def _nothing(self) -> str:
-        states = self.covered.states
-        if not any(state != OTHER for state in states.values()):
-            return "no gradient arrived at any norm: no pass was watched"
-        known = ", ".join(f"{site or 'the model'}: {state}" for site, state in states.items() if state != OTHER)
-        return f"no gradient arrived at any norm: is the loss computed from the model's output, with grad enabled? ({known})"
 
     def _reduced(self, call: Capture, seen: Pass) -> CallSums:
         """Decompose the call's gradient and add up."""
@@ -340,6 +345,7 @@ class Probe:
         if self.grad_at is GradAt.output and call.weight is not None:
             replayed = replay(decompose.wide(x), grad, call.eps, weight=None, rms=call.rms)
         index = call.kept
+        seen.shapes.add(call.shape)
         if seen.mask is not None and tuple(seen.mask.shape) == call.shape:
             counted = seen.mask.to(x.device).reshape(-1).bool()
             index = counted.nonzero()[:, 0] if index is None else index[counted[index]]
@@ -403,7 +409,12 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: A parameter changed, by a hook that cannot be suspended.
     """
-    parameters, buffers = list(model.parameters()), [(b, b.detach().clone()) for b in model.buffers()]
+    parameters = list(model.parameters())
+    buffers = [
+        (module, name, b, b.detach().clone())
+        for module in model.modules()
+        for name, b in module.named_buffers(recurse=False)
+    ]
     devices = {p.device.index for p in parameters if p.device.type == "cuda"}
     versions = [p._version for p in parameters]
     with ExitStack() as stack:
@@ -414,9 +425,11 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             with torch.no_grad():
-                for buffer, value in buffers:
+                for module, name, buffer, value in buffers:
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
+                    if getattr(module, name) is not buffer:  # a forward may put another tensor in its place
+                        setattr(module, name, buffer)
     if versions != [p._version for p in parameters]:
         raise ValueError(
             "the backward pass changed parameters: take off the hook that steps an optimizer, or use `watch` in the loop"
@@ -485,12 +498,23 @@ def _joined(before: Coverage, now: Coverage) -> Coverage:
     return Coverage(states, {**before.reasons, **now.reasons}, {**before.classes, **now.classes})
 
 
+def _nothing(states: Mapping[str, str]) -> str:
+    """Return why there is no row."""
+    found = {site: state for site, state in states.items() if state != OTHER}
+    known = ", ".join(f"{site or 'the model'}: {state}" for site, state in found.items())
+    if not found:
+        return "no gradient arrived at any norm: no pass was watched"
+    return (
+        f"no gradient arrived at any norm: is the loss computed from the model's output, with grad enabled? ({known})"
+    )
+
+
 def _by_call(calls: Iterable[CallSums]) -> list[list[CallSums]]:
-    """Return the statistics of all passes, by call of a norm."""
+    """Return the statistics of all passes, by call of a norm, without calls of which no token counts."""
     found: dict[tuple[str, int], list[CallSums]] = {}
     for part in calls:
         found.setdefault((part.site, part.call), []).append(part)
-    return list(found.values())
+    return [parts for parts in found.values() if any(part.sums["n_tokens"] for part in parts)]
 
 
 def _over_ranks(

@@ -311,6 +311,9 @@ def own_forward(
 
         with ExitStack() as stack:
             stack.enter_context(_without_hooks(module))
+            if not is_known(module):  # it may draw random numbers
+                devices = [x.device.index] if x.device.type == "cuda" else []
+                stack.enter_context(torch.random.fork_rng(devices))
             if exact:
                 stack.enter_context(exact_norms(module))
             state = {name: cast(t) for name, t in known.items()}
