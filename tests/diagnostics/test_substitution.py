@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import lnjac
 from lnjac.config.compose import compose
+from lnjac.diagnostics import replacements
 from lnjac.diagnostics import substitution as swap
 from lnjac.diagnostics.settings import Parts
 from lnjac.gpt import credit
