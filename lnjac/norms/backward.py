@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lnjac.norms.calls import FunctionalCall, followed, plain_model, replaying
+from lnjac.norms.calls import FunctionalCall, followed, plain_model, replaying, site_name
 from lnjac.norms.decompose import wide, wide_dtype
 from lnjac.norms.formulas import EXACT, SURROGATES
 from lnjac.norms.layers import Factors, Norm, Surrogate, matches
@@ -28,9 +28,6 @@ from lnjac.norms.recognise import (
     recognise_function,
     require_formula,
 )
-
-FUNCTIONAL_SITE = re.compile(r"(layer|rms)_norm_\d+$|[*?\[]|^all$")
-"""A pattern that may mean a call of F.layer_norm or F.rms_norm, whose sites are known only when they are called."""
 
 
 def set_backward(
@@ -79,19 +76,23 @@ class Backwards:
         modules = candidates(self.model, adapters)
         self.modules = set(modules.values())
         for pattern in patterns:
-            if not any(matches(site, [pattern]) for site in modules) and not FUNCTIONAL_SITE.search(pattern):
+            if not any(matches(site, [pattern]) for site in modules) and not self._may_be_functional(pattern):
                 raise ValueError(f"no norm is called {pattern!r}: the model has {', '.join(modules) or 'none'}")
         self.sites = [site for site in modules if matches(site, patterns)]
         self.called: set[str] = set()
         self.evaluated: set[str] = set()  # functional sites called without grad
         self.stack = ExitStack()
         for site in self.sites:
-            module = modules[site]
-            self.stack.callback(setattr, module, "backward_rule", declared(module))
-            object.__setattr__(module, "backward_rule", rule)
-            if not isinstance(module, Norm):  # lnjac's own reads its rule itself
-                for handle in _hooked(site, module, rule, adapter_of(module, adapters)):
-                    self.stack.callback(handle.remove)
+            self.stack.callback(_give(modules[site], _Given(site, rule, adapter_of(modules[site], adapters))))
+
+    def _may_be_functional(self, pattern: str) -> bool:
+        """Return whether the pattern may mean a call of F.layer_norm or F.rms_norm, known only when it is called."""
+        number = re.search(r"\d+$", pattern)
+        names = [f"{name}_{number.group() if number else 0}" for name in ("layer_norm", "rms_norm")]
+        inside = [
+            ".".join(filter(None, [site_name(name), call])) for name, _ in self.model.named_modules() for call in names
+        ]
+        return any(matches(site, [pattern]) for site in (*inside, "layer_norm", "rms_norm"))
 
     def undo(self) -> None:
         """Give the norms the backwards back that they had before."""
@@ -143,12 +144,10 @@ def functional_backward(site: str) -> Backwards | None:
 
 def declared(module: nn.Module) -> Surrogate | None:
     """Return a norm's declared backward; None for the exact one."""
-    rule: Surrogate | None = getattr(module, "backward_rule", None)
-    return rule
-
-
-_HOOKS: WeakKeyDictionary[nn.Module, tuple[Callable[..., Any], Callable[..., Any]]] = WeakKeyDictionary()
-"""What `set_backward` does before and after the forward of a norm that is not lnjac's own."""
+    if isinstance(module, Norm):
+        return module.backward_rule
+    given: list[_Given] | None = vars(module).get(GIVEN)
+    return given[-1].rule if given else None
 
 
 def declared_forward(
@@ -158,56 +157,97 @@ def declared_forward(
     forward = own_forward(module, args, kwargs, dtype, state, exact=not isinstance(module, Norm))
     if isinstance(module, Norm):
         return forward
-    enter, leave = _HOOKS[module]
+    given: _Given = vars(module)[GIVEN][-1]
 
     def declared(x: Tensor) -> Any:
-        given, named = enter(module, (x, *args), dict(kwargs))
-        return leave(module, given, named, forward(given[0]))
+        (plain, *_), _ = given.detached((x, *args), dict(kwargs))
+        return given.with_gradient(module, forward(plain))
 
     return declared
 
 
-def _hooked(site: str, module: nn.Module, rule: Surrogate, adapter: Adapter | None) -> list[RemovableHandle]:
-    """Give a norm of another class the backward; return the handles of the hooks that do.
+GIVEN = "backwards_given"
+"""The attribute of a norm that lists the backwards given to it, the one in force last; gone when there are none."""
 
-    Its forward gets its input without a gradient, so that the parameters' gradients are its own; a term of value 0 adds the
-    input's.
+
+class _Given:
+    """A backward given to a norm, by hooks if it is not lnjac's own class, which reads its rule itself.
+
+    The norm's forward gets its input without a gradient, so that the parameters' gradients are its own; a term of value 0
+    adds the input's. The hooks are the module's, and go with a copy of it.
     """
-    inputs: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
-    verified = False
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __init__(self, site: str, rule: Surrogate | None, adapter: Adapter | None = None) -> None:
+        self.site, self.rule, self.adapter = site, rule, adapter
+        self.inputs: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+        self.verified = False
+
+    def detached(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Keep a call's input, and return its arguments with the input detached."""
         named = dict(kwargs)
         if args:
             x, rest = args[0], args[1:]
-            inputs.append((x, rest, named))
+            self.inputs.append((x, rest, named))
             return (x.detach(), *rest), named
         key = next(iter(named))
-        inputs.append((named[key], (), {name: value for name, value in named.items() if name != key}))
+        self.inputs.append((named[key], (), {name: value for name, value in named.items() if name != key}))
         return args, {**named, key: named[key].detach()}
 
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        nonlocal verified
-        if not inputs:
+    def with_gradient(self, module: nn.Module, output: Any) -> Any:
+        """Return the output of the call whose input was kept last, with this backward's gradient."""
+        x, rest, named = self.inputs.pop()
+        if output is None or not torch.is_grad_enabled():  # None: the forward has raised
             return output
-        x, rest, named = inputs.pop()
-        if output is None or not torch.is_grad_enabled() or x.numel() == 0:
-            return output
+        assert self.rule is not None
         try:
             with replaying():
-                norm = recognise(module, x, rest, named, adapter)
-            if not verified:
+                norm = recognise(module, x, rest, named, self.adapter)
+            if not self.verified and x.numel():
                 require_formula(norm, norm.tokens(x.detach()), norm.tokens(output.detach()))
-                verified = True
+                self.verified = True
         except Unrecognised as error:
-            raise ValueError(f"{site} ({type(module).__name__}) can have no other backward: {error}") from None
-        return _with_gradient(rule, norm, x, output)
+            raise ValueError(f"{self.site} ({type(module).__name__}) can have no other backward: {error}") from None
+        return _with_gradient(self.rule, norm, x, output)
 
-    _HOOKS[module] = enter, leave
-    return [
-        module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
-        module.register_forward_hook(leave, with_kwargs=True, prepend=True),
-    ]
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.detached(args, kwargs) if vars(module)[GIVEN][-1] is self else None
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return self.with_gradient(module, output) if vars(module)[GIVEN][-1] is self and self.inputs else output
+
+
+def _compile_anew() -> None:
+    """Let compiled code be compiled again when it is next called: torch.compile does not notice hooks added later."""
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second
+        torch._dynamo.reset()
+
+
+def _give(module: nn.Module, given: _Given) -> Callable[[], None]:
+    """Give a norm a backward; return what takes it away, in whatever order those of several are called."""
+    stack: list[_Given] = vars(module).setdefault(GIVEN, [_Given(given.site, declared(module))])
+    stack.append(given)
+    handles: list[RemovableHandle] = []
+    if isinstance(module, Norm):
+        module.backward_rule = given.rule
+    else:
+        handles = [
+            module.register_forward_pre_hook(given.enter, with_kwargs=True, prepend=True),
+            module.register_forward_hook(given.leave, with_kwargs=True, prepend=True, always_call=True),
+        ]
+        _compile_anew()
+
+    def take() -> None:
+        stack.remove(given)
+        if isinstance(module, Norm):
+            module.backward_rule = stack[-1].rule
+        else:
+            for handle in handles:
+                handle.remove()
+            _compile_anew()
+        if len(stack) == 1:
+            del vars(module)[GIVEN]
+
+    return take
 
 
 def _with_gradient(rule: Surrogate, norm: NormFormula, x: Tensor, output: Tensor) -> Tensor:
