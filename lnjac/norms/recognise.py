@@ -25,8 +25,8 @@ LARGE = 1e6
 SMALL = 1e-3
 """Size of the small one: ε between 1e-12 and 1 is seen beside its variance."""
 
-NARROWER = (torch.bfloat16, torch.float16, torch.float32)
-"""Dtypes in which a module may compute, whatever its input's."""
+MISFIT = 1e-5
+"""How far a module's outputs on the chosen tokens may be from a norm's: modules that compute in float32 are within 1e-6."""
 
 SAMPLE = 128
 """Tokens on which a module's output is compared with the formula's."""
@@ -67,7 +67,7 @@ class NormFormula:
         weight: γ in float64: (d,), or (…, d) where it differs by position, as by head; None where it is 1 throughout.
         bias: β likewise; None where it is 0 throughout.
         sizes: the sizes of the normalised axes, where `dims` > 1.
-        rounding: the ε of the dtype that the module computes in, whatever its input's: it may convert within.
+        rounding: how far its outputs on chosen tokens are from it in float64: 1e-7 where it computes in float32.
     """
 
     rms: bool
@@ -384,7 +384,7 @@ def _along(module: nn.Module, call: Callable[[Tensor], Any], x: Tensor, axis: in
         if isinstance(kept, (int, float)) and abs(kept - eps) <= 1e-3 * kept + 1e-9 * SMALL**2:
             eps = float(kept)
     z = normalise(tokens, eps, rms=rms).z.unsqueeze(1)
-    if (apart := residual(z * weight + bias, y)) > 1e-3:
+    if (apart := residual(z * weight + bias, y)) > MISFIT:
         raise Unrecognised(f"its outputs on chosen tokens are {apart:.2g} away from a norm's")
     weight, bias = (_exactly(module, name, values) for name, values in zip(PARTS, (weight, bias), strict=True))
     kept_shape = (*positions, d) if len(weight) > 1 else (d,)
@@ -398,7 +398,7 @@ def _along(module: nn.Module, call: Callable[[Tensor], Any], x: Tensor, axis: in
         else weight.reshape(kept_shape),
         bias=None if not bias.abs().max() > 1e-12 * scale else bias.reshape(kept_shape),
         sizes=tuple(shape) if len(shape) > 1 else (),
-        rounding=next((limits.eps for limits in map(torch.finfo, NARROWER) if apart > limits.eps / 1024), 0.0),
+        rounding=apart,
     )
     if isinstance(module, nn.RMSNorm) and module.eps is None:
         return replace(found, eps=_default_eps(x))
