@@ -477,11 +477,16 @@ def _planned(module: nn.Module, adapters: Mapping[Any, Adapter]) -> dict[str, st
     )
     tail = sizes[0] if sizes[0] else (d,)
     first = next(module.parameters(), torch.empty(0))
-    try:
-        norm = recognise(module, torch.zeros(2, 2, *tail, dtype=first.dtype, device=first.device), adapter=adapter)
-    except Unrecognised as error:
-        return {"kind": REFUSED, "check": check, "reason": str(error)}
-    return {"kind": _kind(norm.rms), "check": f"{check}, and its output and gradient at each call", "reason": ""}
+    shapes, reasons = [(2, 2, *tail), (2, d, 2, 2)], []  # channels last, channels first
+    for shape in shapes:
+        try:
+            norm = recognise(module, torch.zeros(shape, dtype=first.dtype, device=first.device), adapter=adapter)
+        except Unrecognised as error:
+            reasons.append(str(error))
+        else:
+            check = f"{check}, and its output and gradient at each call"
+            return {"kind": _kind(norm.rms), "check": check, "reason": ""}
+    return {"kind": REFUSED, "check": check, "reason": reasons[0]}
 
 
 def _kind(rms: bool) -> str:

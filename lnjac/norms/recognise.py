@@ -129,16 +129,25 @@ class Layer:
     rms: ClassVar[bool] = False
 
     def of(self, module: nn.Module, x: Tensor) -> "NormFormula":
-        """Return the norm that the module computes. Raises Unrecognised if it has no ε."""
-        eps = self.eps(module) if callable(self.eps) else self.eps
+        """Return the norm that the module computes. Raises Unrecognised if the adapter does not fit it."""
+        try:
+            eps = self.eps(module) if callable(self.eps) else self.eps
+            gamma = self.gamma(module) if self.gamma else getattr(module, "weight", None)
+            beta = self.beta(module) if self.beta else getattr(module, "bias", None)
+        except Exception as error:
+            raise Unrecognised(f"its adapter raises {type(error).__name__}: {error}") from None
         if eps is None:
             eps = next(
                 (float(getattr(module, name)) for name in EPS_NAMES if getattr(module, name, None) is not None), None
             )
         if eps is None:
             raise Unrecognised(f"it has no attribute {', '.join(EPS_NAMES)}: give eps in its adapter")
-        gamma = self.gamma(module) if self.gamma else getattr(module, "weight", None)
-        beta = self.beta(module) if self.beta else getattr(module, "bias", None)
+        if not -x.dim() <= self.axis < x.dim():
+            raise Unrecognised(f"its adapter gives axis {self.axis} for an input of {x.dim()} axes")
+        d = x.shape[self.axis]
+        for name, p in (("γ", gamma), ("β", beta)):
+            if isinstance(p, Tensor) and p.numel() != d:
+                raise Unrecognised(f"its adapter gives {p.numel()} entries of {name} for vectors of {d}")
         axis = self.axis if self.axis < 0 else self.axis - x.dim()
         return NormFormula(self.rms, axis, 1, eps, _constant(gamma), _constant(beta))
 
@@ -246,7 +255,7 @@ def recognise(
             return _along(module, call, x, axis, shape)
         except Unrecognised as error:
             reasons.append(str(error))
-        except (RuntimeError, TypeError, IndexError, ValueError, AttributeError) as error:
+        except Exception as error:  # a module may raise anything on an input that is not its model's
             if axis == -1:
                 line = str(error).partition("\n")[0][:120]
                 reasons.append(f"on chosen tokens it raises {type(error).__name__}: {line}")

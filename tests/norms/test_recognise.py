@@ -1,5 +1,6 @@
 """Norms by what they compute: modules of many classes against autograd in float64 through their own forward."""
 
+import math
 import re
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from lnjac.norms.capture import capture
 from lnjac.norms.probe import probe
-from lnjac.norms.recognise import Unrecognised, candidates, is_candidate, recognise
+from lnjac.norms.recognise import Layer, Rms, Unrecognised, candidates, is_candidate, recognise
 
 D = 8
 
@@ -317,3 +318,170 @@ def test_a_forward_put_in_a_known_modules_place_is_measured_as_it_computes() -> 
     expected = probe(around(OnePlusLayerNorm(D))).measure([(x,)], loss).iloc[0]
     for name in ("radial_share", "r_mean", "sum_A", "cos_center_vs_true", "sigma_mean"):
         assert row[name] == pytest.approx(expected[name], rel=1e-9)
+
+
+# adapters and the plan
+
+
+class Sized(nn.LayerNorm):
+    """Is a norm of inputs of one size alone, so that chosen tokens do not show it: γ = 2·weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.square().mean() < 100
+        return F.layer_norm(x, self.normalized_shape, 2 * self.weight, self.bias, self.eps)
+
+
+class SizedRMSNorm(nn.Module):
+    """The same of an RMSNorm over the second axis, its parameters under names of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.delta = nn.Parameter(torch.ones(D)), 1e-4
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.square().mean() < 100
+        h = x.movedim(1, -1)
+        h = h / (h.square().mean(-1, keepdim=True) + self.delta).sqrt() * self.gain
+        return h.movedim(-1, 1)
+
+
+SIZED = Layer(gamma=lambda m: 2 * m.weight)
+SECOND = Rms(axis=1, eps=lambda m: m.delta, gamma=lambda m: m.gain)
+
+
+@pytest.mark.parametrize("key", [Sized, "Sized", nn.LayerNorm, "LayerNorm"], ids=str)
+def test_an_adapter_by_class_or_name_measures_what_outputs_cannot_show(key: Any) -> None:
+    model, x = around(Sized(D)), torch.randn(3, 5, D, dtype=torch.float64)
+    assert probe(model).measure([(x,)], loss)["site"].tolist() == ["norm.layer_norm_0"]  # the function within
+    row = probe(model, adapters={key: SIZED}).measure([(x,)], loss).iloc[0]
+    twin = around(nn.LayerNorm(D))
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        twin.norm.weight *= 2
+    expected = probe(twin).measure([(x,)], loss).iloc[0]
+    for name in ("radial_share", "r_mean", "sum_A", "cos_center_vs_true", "sigma_mean"):
+        assert row[name] == pytest.approx(expected[name], rel=1e-9)
+    assert (row["site"], row["norm"]) == ("norm", "layernorm")
+
+
+def test_an_adapter_says_along_which_axis() -> None:
+    """Of (2, D, D, D), in which no size shows the axis."""
+    model, x = around(SizedRMSNorm()), torch.randn(2, D, D, D, dtype=torch.float64)
+    row = probe(model, adapters={SizedRMSNorm: SECOND}).measure([(x,)], loss).iloc[0]
+
+    class Last(nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+    twin = around(Last(D, eps=1e-4))
+    twin.load_state_dict({name.replace("gain", "weight"): p for name, p in model.state_dict().items()})
+    assert math.isnan(row["r_mean"])
+    expected = probe(twin).measure([(x,)], loss).iloc[0]
+    for name in ("radial_share", "cos_center_vs_true", "sigma_mean", "sum_B", "n_tokens"):
+        assert row[name] == pytest.approx(expected[name], rel=1e-9)
+
+
+WRONG = [
+    (Layer(), "its output is .* of its size away from a LayerNorm's"),
+    (Layer(gamma=lambda m: 2.01 * m.weight), "its output is .* away"),
+    (Layer(gamma=lambda m: 2 * m.weight, eps=1e-2), "its output is .* away"),
+    (Layer(gamma=lambda m: 2 * m.weight, beta=lambda m: None), "its output is .* away"),
+    (Rms(gamma=lambda m: 2 * m.weight), "its output is .* away from a RMSNorm's"),
+]
+
+
+@pytest.mark.parametrize(("adapter", "said"), WRONG)
+def test_a_wrong_adapter_is_refused(adapter: Layer, said: str) -> None:
+    model, x = around(Sized(D)), torch.randn(3, 5, D, dtype=torch.float64)
+    with pytest.raises(ValueError, match=rf"^norm \(Sized\) is not measured: {said}"):
+        probe(model, adapters={"Sized": adapter}).measure([(x,)], loss)
+
+
+def test_an_adapter_of_another_axis_or_without_an_eps_is_refused_in_one_line() -> None:
+    model, x = around(SizedRMSNorm()), torch.randn(2, D, D, D, dtype=torch.float64)
+    for wrong in (Rms(eps=1e-4, gamma=lambda m: m.gain), Rms(axis=2, eps=1e-4, gamma=lambda m: m.gain)):
+        with pytest.raises(ValueError, match=r"^norm \(SizedRMSNorm\) is not measured: its output is .* away"):
+            probe(model, adapters={SizedRMSNorm: wrong}).measure([(x,)], loss)
+    with pytest.raises(ValueError, match=r"^norm .*: it has no attribute eps, .*: give eps in its adapter\n"):
+        probe(model, adapters={SizedRMSNorm: Rms(axis=1)}).measure([(x,)], loss)
+    unfit = [
+        (Rms(axis=7, eps=1e-4), "its adapter gives axis 7 for an input of 4 axes"),
+        (Rms(axis=1, eps=1e-4, gamma=lambda m: m.gain[:3]), "its adapter gives 3 entries of γ for vectors of 8"),
+        (Rms(axis=1, eps=1e-4, gamma=lambda m: m.weight), "its adapter raises AttributeError: .*no attribute 'weight'"),
+    ]
+    for wrong, said in unfit:
+        with pytest.raises(ValueError, match=rf"^norm \(SizedRMSNorm\) is not measured: {said}\n"):
+            probe(model, adapters={SizedRMSNorm: wrong}).measure([(x,)], loss)
+
+
+def test_an_adapter_makes_a_norm_of_a_module_of_any_name() -> None:
+    model, x = around(Sizer()), torch.randn(3, 5, D, dtype=torch.float64)
+    with pytest.raises(ValueError, match="has no LayerNorm or RMSNorm: give an adapter"):
+        probe(model).measure([(x,)], loss)
+    row = probe(model, adapters={"Sizer": Rms(gamma=lambda m: m.gain, eps=1e-6)}).measure([(x,)], loss).iloc[0]
+    h = model.before(x).detach()
+    assert row["sigma_mean"] == pytest.approx(float((h.square().mean(-1) + 1e-6).sqrt().mean()), rel=1e-12)
+
+
+class Sizer(nn.Module):
+    """An RMSNorm under a name that does not tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def test_the_plan_has_a_row_for_each_norm_like_module_with_its_check_or_the_reason() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {
+            "known": nn.LayerNorm(D),
+            "rms": nn.RMSNorm(D),
+            "plus": OnePlusRMSNorm(D),
+            "own": OwnRMSNorm(),
+            "first": ChannelsFirstLayerNorm(D),
+            "bare": nn.RMSNorm(D, elementwise_affine=False),
+            "sized": Sized(D),
+            "odd": OwnActivatedRMSNorm(),
+            "condition": ConditionalNorm(D),
+            "group": nn.GroupNorm(2, D),
+            "batch": nn.BatchNorm1d(D),
+            "fc": nn.Linear(D, D),
+        }
+    )
+    before = torch.get_rng_state()
+    plan = probe(model, adapters={"Sized": SIZED}).plan().set_index("site")
+    assert torch.equal(torch.get_rng_state(), before)
+    kinds = {
+        "known": "layernorm",
+        "rms": "rmsnorm",
+        "plus": "rmsnorm",
+        "own": "rmsnorm",
+        "first": "layernorm",
+        "bare": "rmsnorm",
+        "sized": "layernorm",
+        "odd": "refused",
+        "condition": "refused",
+        "group": "other kind of norm",
+        "batch": "other kind of norm",
+    }
+    assert plan["kind"].to_dict() == kinds
+    assert plan["class"].to_dict() == {site: type(model[site]).__name__ for site in kinds}
+    begins = {
+        "known": "its class's attributes",
+        "own": "its outputs on chosen tokens",
+        "sized": "its adapter",
+        "group": "",
+    }
+    for site, check in begins.items():
+        assert plan["check"][site].startswith(check)
+    assert (plan["reason"] != "").to_dict() == {site: kind == "refused" for site, kind in kinds.items()}
+    assert "missing 1 required positional argument" in plan["reason"]["condition"]
+
+
+def test_unknown_is_one_of_three() -> None:
+    with pytest.raises(ValueError, match=r"""^unknown='ignore': choose "raise", "warn" or "skip"$"""):
+        probe(nn.LayerNorm(D), unknown="ignore")  # type: ignore[arg-type]
