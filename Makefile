@@ -7,19 +7,20 @@ PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt --editable
 # Small tensors: a second thread would mostly wait.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+ZOO := tests/zoo
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: sweep test test-fast test-slurm test-ray lint format docs benchmark clean
+.PHONY: sweep test test-fast test-slurm test-ray test-zoo lint format docs benchmark clean
 
 sweep: $(VENV)/.installed
 	$(PY) run.py -m attn_mode=softmax,sigmoid seed=1,2,3 $(ARGS)
 
 test: lint
-	$(PYTEST)
+	$(PYTEST) --ignore=$(ZOO)
 
 # The unit tests alone.
 test-fast: $(VENV)/.installed-dev
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --ignore=$(ZOO) -m "not slow"
 
 # On a real Slurm and a real Ray: where `sinfo` finds no cluster, ../shared/slurm starts one on this machine.
 test-slurm: $(VENV)/.installed-slurm
@@ -28,6 +29,10 @@ test-slurm: $(VENV)/.installed-slurm
 
 test-ray: $(VENV)/.installed-ray
 	$(PY) -m pytest tests/sweeps/test_clusters.py -k ray
+
+# The norms of transformers', timm's and torchvision's models. Nothing is downloaded but the packages.
+test-zoo: $(VENV)/.installed-zoo
+	$(PYTEST) $(ZOO)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
@@ -64,7 +69,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(PY)
 	$(PIP_INSTALL) '.[dev]'
 	@touch $@ $(VENV)/.installed
 
-$(VENV)/.installed-slurm $(VENV)/.installed-ray: $(VENV)/.installed-%: $(VENV)/.installed-dev
+$(VENV)/.installed-slurm $(VENV)/.installed-ray $(VENV)/.installed-zoo: $(VENV)/.installed-%: $(VENV)/.installed-dev
 	$(PIP_INSTALL) '.[dev,$*]'
 	@touch $@
 

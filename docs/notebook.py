@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import lnjac
-from lnjac.comparing import design
+from lnjac.comparing import experiment
 from lnjac.runs.merge import load
 from lnjac.runs.merged import companions
 from lnjac.runs.schema import FROZEN
@@ -34,7 +34,9 @@ print(f"{len(runs)} runs, {len(layers)} layer rows; status: {runs['status'].valu
 
 # %%
 swept = [name for name in runs if name not in FROZEN["runs"] and runs[name].nunique(dropna=False) > 1]
-levels = design.cell_columns(runs, ["ln_backward"], design.varying(runs))  # the fewest columns that tell the rest apart
+levels = experiment.cell_columns(
+    runs, ["ln_backward"], experiment.varying(runs)
+)  # the fewest columns that tell the rest apart
 print("swept:", ", ".join(swept), "| beside ln_backward and the seed, runs are told apart by:", ", ".join(levels))
 
 # %% [markdown]

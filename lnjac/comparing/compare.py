@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from lnjac.comparing import intervals as stats
-from lnjac.comparing.design import LAST_NORM, Measurements, arrange, by_seed, words
+from lnjac.comparing.experiment import LAST_NORM, Measurements, arrange, by_seed, words
 from lnjac.comparing.intervals import STUDENT, Inference
 from lnjac.comparing.notes import Moving, about, capped, confounded, few_seeds
 from lnjac.comparing.pairing import CORNERS, Contrast, Pairing, corners_of, families, pair

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lnjac.comparing.compare import EXACT, LOSS, Differences, compare, differences, pairs_of
-from lnjac.comparing.design import arrange
+from lnjac.comparing.experiment import arrange
 from lnjac.comparing.intervals import STUDENT, Inference
 from lnjac.comparing.pairing import Contrast
 from lnjac.comparing.tables import Sources, open_tables

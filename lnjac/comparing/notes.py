@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from lnjac.comparing.design import Measurements, words
+from lnjac.comparing.experiment import Measurements, words
 from lnjac.text import listed, word
 
 FEW = 3

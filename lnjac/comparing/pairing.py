@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lnjac.comparing.design import Measurements, numbered, telling_apart
+from lnjac.comparing.experiment import Measurements, numbered, telling_apart
 from lnjac.text import word
 
 CORNERS = ("a", "b", "exact_a", "exact_b")

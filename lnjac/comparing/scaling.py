@@ -9,7 +9,7 @@ import pandas as pd
 
 from lnjac.comparing import intervals as stats
 from lnjac.comparing.compare import LAYER_METRICS, RUN_METRICS
-from lnjac.comparing.design import arrange, by_seed, words
+from lnjac.comparing.experiment import arrange, by_seed, words
 from lnjac.comparing.intervals import STUDENT, Inference
 from lnjac.comparing.notes import about, capped, confounded, few_seeds
 from lnjac.comparing.tables import Sources, open_tables

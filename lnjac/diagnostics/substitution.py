@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lnjac.columns import KEY, Column
 from lnjac.diagnostics.base import Diagnostic, Rows, Subject
+from lnjac.diagnostics.replacements import DOSES, Gradient, Graphs, add
 from lnjac.diagnostics.settings import Parts
-from lnjac.diagnostics.switch import DOSES, Gradient, Graphs, add
 from lnjac.gpt.credit import backprop, is_feedback
 from lnjac.gpt.optimizers import Optimizer, Rehearsal
 from lnjac.norms.capture import Loss

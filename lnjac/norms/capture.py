@@ -29,7 +29,6 @@ from lnjac.norms.recognise import (
     recognise_function,
     require_backward,
     require_formula,
-    require_pullback,
 )
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
@@ -187,6 +186,11 @@ class _Call:
     live: bool = True
 
 
+def _is_exact(rule: Surrogate | None, norm: NormFormula, x: Tensor) -> bool:
+    """Return whether a norm's declared backward is the exact one. x: (…, d)."""
+    return rule is None or rule.surrogate(x.reshape(-1, x.shape[-1])[:1], norm.eps, rms=norm.rms) is None
+
+
 class _Recorder:
     """Number the calls and pair each with its gradient.
 
@@ -321,7 +325,7 @@ class _Recorder:
         """
         x, kept = norm.tokens(given.detach()), None
         shape, n = tuple(x.shape[:-1]), x.numel() // x.shape[-1]
-        if self.max_tokens is not None and n > self.max_tokens and alone and norm.axis == -1:
+        if self.max_tokens is not None and n > self.max_tokens and alone and norm.axis == -1 and not norm.by_position:
             kept = torch.linspace(0, n - 1, self.max_tokens, dtype=torch.float64, device=x.device).round().long()
             x = x.reshape(n, -1)[kept]
         elif not guarded or torch.is_autocast_enabled(given.device.type) or not output.requires_grad:
@@ -389,9 +393,8 @@ class _Recorder:
             y = norm.tokens(call.forward(norm.untokens(leaf)))
             (replayed,) = torch.autograd.grad(y, leaf, grad.to(y.dtype))
         with torch.no_grad():
-            forward_sq = require_formula(norm, x, y.detach())
-            require_pullback(norm, x, grad, replayed)
-        if call.declared is not None:
+            forward_sq = require_formula(norm, x, y.detach(), grad, replayed)
+        if call.declared is not None and not _is_exact(call.backward, norm, leaf.detach()):
             assert call.backward is not None
             with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
                 again = x.to(wide_dtype(x.dtype)).detach().requires_grad_()

@@ -109,18 +109,29 @@ def decompose(
     replayed: Tensor | None = None,
     loss_tokens: int = 1,
 ) -> Tokens:
-    """Measure one call of a norm. x, grad: (…, d), grad = ∂L/∂y; weight: (d,) takes it to g = γ⊙∂L/∂y.
+    """Measure one call of a norm.
 
-    `replayed`: (…, d) is autograd's own ∂L/∂x through this norm, to be compared with the formula. `loss_tokens` turns the
-    gradient of a mean loss over that many tokens into the summed loss's, so that micro-batches of any size add up.
+    Args:
+        x: The input: (…, d).
+        grad: ∂L/∂y: (…, d).
+        eps: Added to the variance, or to the mean square.
+        weight: Takes grad to g = γ⊙∂L/∂y: (d,), or one for each token: (n, d).
+        rms: Whether it is an RMSNorm.
+        replayed: Autograd's own ∂L/∂x through this norm, to be compared with the formula: (…, d).
+        loss_tokens: Turns the gradient of a mean loss over so many tokens into the summed loss's.
+
+    Returns:
+        Per-token scalars.
     """
     d = x.shape[-1]
     tiny = torch.finfo(grad.dtype).tiny
     gamma = None if weight is None else weight.detach().double()
+    by_token = gamma if gamma is not None and gamma.dim() > 1 else None
     parts = []
-    for x_, grad_, replayed_ in _chunks(x, grad, replayed):
+    for x_, grad_, replayed_, gamma_ in _chunks(x, grad, replayed, by_token):
         z, rstd = normalise(x_, eps, rms=rms)
-        g = grad_ if gamma is None else grad_ * gamma
+        gamma_ = gamma if by_token is None else gamma_
+        g = grad_ if gamma_ is None else grad_ * gamma_
         rstd_ = rstd.squeeze(-1)
         rho = z.square().mean(-1)  # 1 - ε/σ² would lose its digits where v ≪ ε
         centred = g if rms else center(g)
@@ -134,10 +145,11 @@ def decompose(
         if replayed_ is None:
             residual_sq = cos_projected = torch.full_like(rho, math.nan)
         else:
-            t = pull_back(g, z, rstd, rms=rms)
+            t = (centred - z * m.unsqueeze(-1)) * rstd
             residual_sq = (t - replayed_).square().sum(-1)
-            # u = σ·t has t's direction, so that t stands for the projected surrogate here
-            cos_projected = (t * replayed_).sum(-1) / (t.norm(dim=-1) * replayed_.norm(dim=-1))
+            # u = σ·t has t's direction, so that t stands for the projected surrogate; ⟨t, replay⟩ follows from ‖t − replay‖²
+            replayed_sq = replayed_.square().sum(-1)
+            cos_projected = (t_sq + replayed_sq - residual_sq) / (2 * (t_sq * replayed_sq).sqrt())
         measurable = (g_sq > tiny**2) & (t_sq > tiny**2) & (t_sq > ROUNDING_SQ * g_sq * rstd_.square())
         scale = float(loss_tokens) ** 2
         parts.append(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lnjac.norms import decompose, distribution, ranks
+from lnjac.norms import decompose, distribution, formulas, ranks
 from lnjac.norms.calls import plain_model, site_name
 from lnjac.norms.capture import (
     FUNCTIONAL,
@@ -319,13 +319,16 @@ class Probe:
         if self.distributed and ranks.ranks() > 1:
             calls, losses, states = _over_ranks(calls, losses, states)
         groups = _by_call(calls)
-        if not groups:
+        if not groups and NOT_FINITE not in states.values():
             raise ValueError(_nothing(states))
         loss = sum(value for value, _ in losses) / sum(n for _, n in losses)
         rows = [{**_row(parts), "loss_nats": loss} for parts in groups]
-        if bad := [f"{row['site']} {row['n_nonfinite']}" for row in rows if row["n_nonfinite"]]:
+        bad = [f"{row['site']} {row['n_nonfinite']}" for row in rows if row["n_nonfinite"]]
+        bad += [f"{site} all" for site, state in states.items() if state == NOT_FINITE]
+        if bad:
             warnings.warn(f"tokens that are not finite are left out: {', '.join(bad)}", stacklevel=3)
-        table = pd.DataFrame(rows).astype({"block": "Int64"})
+        columns = [column.name for column in formulas.columns()]
+        table = pd.DataFrame(rows, columns=columns).astype({"block": "Int64"})
         table.attrs["coverage"] = states
         return table
 
@@ -337,7 +340,9 @@ class Probe:
         if seen.scale != 1:
             grad, replayed = decompose.wide(grad) / seen.scale, replayed / seen.scale
         weight = call.weight if self.grad_at is GradAt.normalized else None
-        if weight is None and call.weight is not None:
+        if weight is not None and weight.dim() > 1:
+            weight = weight.expand(call.shape + x.shape[-1:]).reshape(-1, x.shape[-1])
+        if self.grad_at is GradAt.output and call.weight is not None:
             replayed = replay(decompose.wide(x), grad, call.eps, weight=None, rms=call.rms)
         index = call.kept
         seen.shapes.add(call.shape)
@@ -346,6 +351,7 @@ class Probe:
             index = counted.nonzero()[:, 0] if index is None else index[counted[index]]
             chosen = counted if call.kept is None else counted[call.kept]
             x, grad, replayed = (part.reshape(-1, part.shape[-1])[chosen] for part in (x, grad, replayed))
+            weight = weight if weight is None or weight.dim() == 1 else weight[chosen]
         tokens = decompose.decompose(x, grad, call.eps, weight=weight, rms=call.rms, replayed=replayed)
         tokens, finite = decompose.finite(tokens)
         sums = {**decompose.sums(tokens, rms=call.rms), "n_nonfinite": int(finite.numel() - len(tokens.sigma))}
@@ -503,8 +509,6 @@ def _nothing(states: Mapping[str, str]) -> str:
     known = ", ".join(f"{site or 'the model'}: {state}" for site, state in found.items())
     if not found:
         return "no gradient arrived at any norm: no pass was watched"
-    if NOT_FINITE in found.values():
-        return f"no finite gradient arrived at any norm ({known})"
     return (
         f"no gradient arrived at any norm: is the loss computed from the model's output, with grad enabled? ({known})"
     )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ LARGE = 1e6
 
 SMALL = 1e-3
 """Size of the small one: ε between 1e-12 and 1 is seen beside its variance."""
+
+NARROWER = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes in which a module may compute, whatever its input's."""
 
 SAMPLE = 128
 """Tokens on which a module's output is compared with the formula's."""
@@ -61,8 +64,10 @@ class NormFormula:
         axis: the axis of the module's input that is normalised, negative; with `dims` > 1 it is the last of so many.
         dims: how many trailing axes are normalised together.
         eps: added to the variance, or to the mean square.
-        weight: γ: (d,) in float64; None where it is 1 throughout.
-        bias: β: (d,) in float64; None where it is 0 throughout.
+        weight: γ in float64: (d,), or (…, d) where it differs by position, as by head; None where it is 1 throughout.
+        bias: β likewise; None where it is 0 throughout.
+        sizes: the sizes of the normalised axes, where `dims` > 1.
+        rounding: the ε of the dtype that the module computes in, whatever its input's: it may convert within.
     """
 
     rms: bool
@@ -71,13 +76,17 @@ class NormFormula:
     eps: float
     weight: Tensor | None
     bias: Tensor | None
+    sizes: tuple[int, ...] = ()
+    rounding: float = 0.0
+
+    @property
+    def by_position(self) -> bool:
+        """Whether γ or β differ by position."""
+        return any(p is not None and p.dim() > 1 for p in (self.weight, self.bias))
 
     def tokens(self, x: Tensor) -> Tensor:
         """Return the module's input or output as (…, d), the normalised axis last."""
         return as_tokens(x, self.axis, self.dims)
-
-    sizes: tuple[int, ...] = ()
-    """The sizes of the normalised axes, where `dims` > 1."""
 
     def untokens(self, x: Tensor) -> Tensor:
         """Return tokens (…, d) as the module takes them."""
@@ -189,11 +198,19 @@ def is_known(module: nn.Module) -> bool:
 
 
 def is_candidate(module: nn.Module) -> bool:
-    """Return whether a module looks like a LayerNorm or an RMSNorm: by its class, or by its class's name."""
+    """Return whether a module looks like a LayerNorm or an RMSNorm: by its class, its class's name, or its attributes."""
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return True
     names = [cls.__name__ for cls in type(module).__mro__ if cls not in (nn.Module, object)]
-    return any(re.search("[Nn]orm(?![a-z])", name) for name in names) and not other_kind(module)
+    named = any(re.search("[Nn]orm(?![a-z])", name) for name in names)
+    return (named or _has_eps(module)) and not other_kind(module)
+
+
+def _has_eps(module: nn.Module) -> bool:
+    """Return whether a module of one's own, without modules in it, has an attribute that norms keep their ε in."""
+    if type(module).__module__.startswith("torch.") or any(True for _ in module.children()):
+        return False
+    return any(isinstance(getattr(module, name, None), float) for name in EPS_NAMES)
 
 
 def other_kind(module: nn.Module) -> bool:
@@ -297,9 +314,10 @@ def own_forward(
     """
     known = own_state(module) if state is None else state
 
-    def forward(x: Tensor) -> Any:
-        cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in known.items()}
-        rest = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    def run(x: Tensor, dtype: torch.dtype | None) -> Any:
+        def cast(t: Any) -> Any:
+            return t.to(dtype) if dtype and isinstance(t, Tensor) and t.is_floating_point() else t
+
         with ExitStack() as stack:
             stack.enter_context(_without_hooks(module))
             if not is_known(module):  # it may draw random numbers
@@ -307,7 +325,18 @@ def own_forward(
                 stack.enter_context(torch.random.fork_rng(devices))
             if exact:
                 stack.enter_context(exact_norms(module))
-            return torch.func.functional_call(module, cast, (x.to(dtype), *rest), dict(kwargs))
+            state = {name: cast(t) for name, t in known.items()}
+            return torch.func.functional_call(module, state, (cast(x), *map(cast, args)), dict(kwargs))
+
+    def forward(x: Tensor) -> Any:
+        try:
+            return run(x, dtype)
+        except RuntimeError as error:
+            if "dtype" not in str(error):
+                raise
+        # it converts its input to a dtype that its parameters are not of: run it in theirs
+        own = next((t.dtype for t in known.values() if t.is_floating_point()), dtype)
+        return run(x.to(own), None)
 
     return forward
 
@@ -339,9 +368,10 @@ def _along(module: nn.Module, call: Callable[[Tensor], Any], x: Tensor, axis: in
         given = tokens.reshape(5, *[1] * (x.dim() - 2), d).movedim(-1, axis)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         y = call(given)
-    if not isinstance(y, Tensor) or y.shape != given.shape:
+    if not isinstance(y, Tensor) or not _widened(given.shape, y.shape, axis):
         raise Unrecognised("its output is no tensor of its input's shape")
-    y = as_tokens(y, axis, len(shape)).reshape(5, d).double()
+    y = as_tokens(y, axis, len(shape)).double()
+    positions, y = y.shape[1:-1], y.reshape(5, -1, d)  # (5, m, d): m > 1 where γ or β differ by position
     if not y.isfinite().all():
         raise Unrecognised("its output is not finite")
     weight, bias = (y[0] - y[1]) / (2 * token / size.sqrt()), (y[0] + y[1]) / 2
@@ -362,94 +392,94 @@ def _along(module: nn.Module, call: Callable[[Tensor], Any], x: Tensor, axis: in
         kept = getattr(module, name, None)
         if isinstance(kept, (int, float)) and abs(kept - eps) <= 1e-3 * kept + 1e-9 * SMALL**2:
             eps = float(kept)
+    z = normalise(tokens, eps, rms=rms).z.unsqueeze(1)
+    if (apart := residual(z * weight + bias, y)) > 1e-3:
+        raise Unrecognised(f"its outputs on chosen tokens are {apart:.2g} away from a norm's")
     weight, bias = (_exactly(module, name, values) for name, values in zip(PARTS, (weight, bias), strict=True))
+    kept_shape = (*positions, d) if len(weight) > 1 else (d,)
     found = NormFormula(
         rms=rms,
         axis=axis,
         dims=len(shape),
         eps=eps,
-        weight=None if torch.allclose(weight, torch.ones_like(weight), rtol=0, atol=1e-12) else weight,
-        bias=None if not bias.abs().max() > 1e-12 * scale else bias,
+        weight=None
+        if torch.allclose(weight, torch.ones_like(weight), rtol=0, atol=1e-12)
+        else weight.reshape(kept_shape),
+        bias=None if not bias.abs().max() > 1e-12 * scale else bias.reshape(kept_shape),
         sizes=tuple(shape) if len(shape) > 1 else (),
+        rounding=next((limits.eps for limits in map(torch.finfo, NARROWER) if apart > limits.eps / 1024), 0.0),
     )
-    if (apart := residual(found.output(normalise(tokens, eps, rms=rms).z), y)) > 1e-3:
-        raise Unrecognised(f"its outputs on chosen tokens are {apart:.2g} away from a norm's")
     if isinstance(module, nn.RMSNorm) and module.eps is None:
         return replace(found, eps=_default_eps(x))
     return found
+
+
+def _widened(given: torch.Size, output: torch.Size, axis: int) -> bool:
+    """Return whether the output has the input's shape, but for axes of size 1 along which γ or β differ."""
+    same = len(given) == len(output) and given[0] == output[0] and given[axis] == output[axis]
+    return same and all(a in (b, 1) for a, b in zip(given, output, strict=True))
 
 
 def _exactly(module: nn.Module, name: str, values: Tensor) -> Tensor:
     """Return the module's own parameter of this name in float64 where it has these values but for rounding."""
     own = getattr(module, name, None)
     if isinstance(own, Tensor) and own.numel() == values.numel():
-        exact = own.detach().flatten().double()
+        exact = own.detach().double().reshape(values.shape)
         if torch.allclose(exact, values, rtol=1e-6, atol=1e-9):
             return exact
     return values
 
 
-def require_formula(norm: NormFormula, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Return ‖y − formula‖² and ‖formula‖² over a sample of tokens; raise Unrecognised if they differ by more than rounding.
-
-    x, y: (…, d), the module's input and its output as it computes them.
-    """
-    sample = _sampled(norm, x, y)
-    return _require_equal(norm, "its output", norm.output(sample.z), sample)
-
-
-def require_pullback(norm: NormFormula, x: Tensor, grad: Tensor, found: Tensor) -> None:
-    """Raise Unrecognised unless ∂L/∂x is, on a sample of tokens, the formula's but for rounding.
-
-    x, grad, found: (…, d), the input, ∂L/∂y, and ∂L/∂x through the module's own forward. What is left of g/σ may be a
-    small part of it, so that their difference is compared with g/σ.
-    """
-    sample = _sampled(norm, x, found, grad)
-    g = sample.more if norm.weight is None else sample.more * norm.weight
-    true = pull_back(g, sample.z, sample.rstd, rms=norm.rms)
-    _require_equal(norm, "its input gradient", true, sample, g * sample.rstd)
-
-
-class _Sample(NamedTuple):
-    """Tokens on which a module is compared with a formula; `lost` is |x|/σ at most, by which rounding errors grow."""
-
-    z: Tensor
-    rstd: Tensor
-    found: Tensor
-    more: Tensor
-    eps: float
-    lost: Tensor
-
-
-def _sampled(norm: NormFormula, x: Tensor, found: Tensor, more: Tensor | None = None) -> _Sample:
-    """Return up to SAMPLE tokens, spread evenly, without those whose squares the dtype of `found` cannot hold."""
-    d = x.shape[-1]
-    every = max(1, x.numel() // d // SAMPLE)
-    parts = [t.reshape(-1, d)[::every].double() for t in (x, found, found if more is None else more)]
-    limits = torch.finfo(found.dtype)
-    held = parts[0].square().sum(-1) < limits.max / 4  # not if one is NaN
-    for part in parts[1:]:
-        held &= part.isfinite().all(-1)
-    rows, found_, more_ = (part[held] for part in parts)
-    z, rstd = normalise(rows, norm.eps, rms=norm.rms)
-    lost = (rows.abs() * rstd).max() if len(rows) else rows.sum()
-    return _Sample(z, rstd, found_, more_, limits.eps, lost)
-
-
-def _require_equal(
-    norm: NormFormula, what: str, true: Tensor, sample: _Sample, scale: Tensor | None = None
+def require_formula(
+    norm: NormFormula, x: Tensor, y: Tensor, grad: Tensor | None = None, pulled: Tensor | None = None
 ) -> tuple[float, float]:
-    """Return ‖found − true‖² and ‖scale‖², by default ‖true‖²; raise Unrecognised if the former is more than rounding."""
-    sizes = [(true - sample.found).square().sum(), (true if scale is None else scale).square().sum(), sample.lost]
-    apart, size, lost = torch.stack(sizes).tolist()  # the device is waited for once
-    bound = ROUNDING * sample.eps * (1 + lost)
-    if apart > bound**2 * size:
-        off = math.sqrt(apart / size) if size > 0 else math.inf
-        name = "RMSNorm" if norm.rms else "LayerNorm"
-        raise Unrecognised(
-            f"{what} is {off:.2g} of its size away from a {name}'s, more than the {bound:.1g} of rounding"
-        )
-    return apart, size
+    """Raise Unrecognised unless a module computes the formula, on a sample of tokens and but for rounding.
+
+    Up to `SAMPLE` tokens, spread evenly, are compared; those whose squares the dtype cannot hold are left out. The bound
+    grows with |x|/σ, by which the subtraction of the mean loses digits. What is left of g/σ in a pullback may be a small
+    part of it, so that a difference of pullbacks is compared with g/σ.
+
+    Args:
+        norm: The formula.
+        x: The module's input: (…, d).
+        y: Its own output: (…, d).
+        grad: ∂L/∂y: (…, d).
+        pulled: ∂L/∂x through the module's own forward: (…, d).
+
+    Returns:
+        ‖y − formula‖² and ‖formula‖² over the sample.
+    """
+    d = x.shape[-1]
+    every, limits = max(1, x.numel() // d // SAMPLE), torch.finfo(y.dtype)
+    given = [x, y] if grad is None or pulled is None else [x, y, grad, pulled]
+    rows = [t.reshape(-1, d)[::every].double() for t in given]
+    held = rows[0].square().sum(-1) < limits.max / 4  # not if one is NaN
+    for part in rows[1:]:
+        held &= part.sum(-1).isfinite()
+
+    def of_tokens(p: Tensor | None, default: float) -> Tensor | float:
+        if p is None or p.dim() == 1:
+            return default if p is None else p
+        return p.expand(x.shape).reshape(-1, d)[::every][held]
+
+    inputs, outputs, *rest = (part[held] for part in rows)
+    z, rstd = normalise(inputs, norm.eps, rms=norm.rms)
+    weight, true = of_tokens(norm.weight, 1.0), z * of_tokens(norm.weight, 1.0) + of_tokens(norm.bias, 0.0)
+    sizes = [(true - outputs).square().sum(), true.square().sum()]
+    if rest:
+        g = rest[0] * weight
+        sizes += [(pull_back(g, z, rstd, rms=norm.rms) - rest[1]).square().sum(), (g * rstd).square().sum()]
+    sizes.append((inputs.abs() * rstd).max() if len(inputs) else inputs.sum())
+    *squares, lost = torch.stack(sizes).tolist()  # the device is waited for once
+    bound = ROUNDING * max(limits.eps, norm.rounding) * (1 + lost)
+    for what, apart, size in zip(("output", "input gradient"), squares[::2], squares[1::2], strict=False):
+        if apart > bound**2 * size:
+            off = math.sqrt(apart / size) if size > 0 else math.inf
+            name = "RMSNorm" if norm.rms else "LayerNorm"
+            raise Unrecognised(
+                f"its {what} is {off:.2g} of its size away from a {name}'s, more than the {bound:.1g} of rounding"
+            )
+    return squares[0], squares[1]
 
 
 def require_backward(norm: NormFormula, rule: Surrogate, x: Tensor, grad: Tensor, found: Tensor) -> None:
@@ -460,10 +490,11 @@ def require_backward(norm: NormFormula, rule: Surrogate, x: Tensor, grad: Tensor
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         expression = rule.surrogate(leaf, norm.eps, rms=norm.rms)
-        expression = norm.normalised(leaf) if expression is None else expression
+        assert expression is not None
         g = grad.to(leaf.dtype) if norm.weight is None else (grad * norm.weight).to(leaf.dtype)
         (true,) = torch.autograd.grad(expression, leaf, g)
-    off, bound = residual(found, true), BACKWARD_ROUNDING * torch.finfo(leaf.dtype).eps
+    finite = (found + true).isfinite().all(-1)
+    off, bound = residual(found[finite], true[finite]), BACKWARD_ROUNDING * torch.finfo(leaf.dtype).eps
     if off > bound:
         raise Unrecognised(
             f"its backward {rule.name} gives a gradient {off:.2g} of its size away from the formula's, "

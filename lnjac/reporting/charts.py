@@ -12,7 +12,7 @@ from lnjac.comparing import compare
 from lnjac.comparing import cost as costs
 from lnjac.comparing import scaling as slopes
 from lnjac.comparing.compare import LOSS
-from lnjac.comparing.design import LAST_NORM
+from lnjac.comparing.experiment import LAST_NORM
 from lnjac.errors import ConfigError
 from lnjac.reporting import marks
 from lnjac.reporting.marks import choices

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from lnjac.comparing.design import IDENTITY, RUN, varying
+from lnjac.comparing.experiment import IDENTITY, RUN, varying
 from lnjac.comparing.tables import MergedTables, Sources, open_tables
 from lnjac.errors import ConfigError
 from lnjac.files import write_atomically

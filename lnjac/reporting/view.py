@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lnjac.comparing import compare, design, intervals
-from lnjac.comparing.design import RUN
+from lnjac.comparing import compare, experiment, intervals
+from lnjac.comparing.experiment import RUN
 from lnjac.comparing.filter import Where, require_column
 from lnjac.comparing.tables import MergedTables
 from lnjac.errors import ConfigError
@@ -77,7 +77,7 @@ class View:
         Values are of each run's last step, or of all steps.
         """
         self.merged.require_metrics("layers", metrics)
-        rows = design.norm_rows(self.merged, self.done, metrics, each_step=not last)
+        rows = experiment.norm_rows(self.merged, self.done, metrics, each_step=not last)
         rows = self.done.merge(rows, left_index=True, right_on="run")
         return rows.melt(["cell", "level", "step", "seed", "site"], list(metrics), var_name="metric")
 
@@ -123,17 +123,17 @@ def view(merged: MergedTables, by: str | None = None, where: str | None = None) 
     if "seed" not in chosen:
         raise ConfigError(f"{merged.path} has no column seed, the unit of every interval")
     known = merged.described("runs")
-    vary = design.varying(chosen, known)
+    vary = experiment.varying(chosen, known)
     if by is None:
-        settings = [name for name in vary if name not in design.IDENTITY]
+        settings = [name for name in vary if name not in experiment.IDENTITY]
         by = "attn_mode" if "attn_mode" in settings else next(iter(settings), "")
     else:
-        require_column(by, design.factors(chosen, known), "runs are not told apart by")
+        require_column(by, experiment.factors(chosen, known), "runs are not told apart by")
     compared = [by] if by else []
     labels = {"ln_backward", *compared} & set(chosen)
-    chosen = chosen.assign(**{name: design.labelled(chosen, name) for name in labels})
+    chosen = chosen.assign(**{name: experiment.labelled(chosen, name) for name in labels})
     vary = [name for name in vary if name != "ln_backward.sites"]  # part of the label of ln_backward
-    cells = design.cell_columns(chosen, compared, vary) if by else vary
+    cells = experiment.cell_columns(chosen, compared, vary) if by else vary
     return View(merged, by, where, arranged(chosen, [*cells, *compared], by))
 
 

@@ -8,6 +8,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -123,6 +124,7 @@ class Record:
         self.tables: dict[str, list[dict[str, Any]]] = {"layers": [], "curves": []}
         self.described: dict[str, Any] = {"started_at": runs.now(), "resumed_at": 0, **runs.provenance()}
         self.seconds: dict[str, float] = {"wall_s": 0.0}
+        self.coverage: dict[str, str] = {}  # the state of each norm, as a probe told it last
         self.began = time.perf_counter()
 
     def __enter__(self) -> Record:
@@ -178,7 +180,11 @@ class Record:
         }
         self.tables["runs"] = [row]
         for name, rows in self.tables.items():
-            self.out.write(name, self.declared[name], rows, self.columns, {**self.identity, **self.metadata})
+            note = {**self.identity, **self.metadata}
+            if name == "layers" and self.coverage:
+                sites = sorted(self.coverage, key=self.coverage.__getitem__)
+                note["coverage"] = {state: list(of) for state, of in groupby(sites, key=self.coverage.__getitem__)}
+            self.out.write(name, self.declared[name], rows, self.columns, note)
         more = {"step": row["diverged_step"]} if status == runs.DIVERGED else {"val_loss_nats": row["val_loss_nats"]}
         self.out.status(status, **more)
         self.status = status
@@ -224,6 +230,8 @@ class Record:
     def layers(self, rows: Rows | pd.DataFrame, step: int) -> None:
         """Add what was measured at each norm after `step` updates, as `probe.rows(step)` and `probe.measure(…)` give it."""
         added = self.rows("layers", rows, step)
+        for site, found in getattr(rows, "attrs", {}).get("coverage", {}).items():
+            self.coverage[site] = found
         if self.listener is not None:
             self.listener.layers(step, added)
 
@@ -269,11 +277,12 @@ class Record:
 
     def state(self) -> dict[str, Any]:
         """Return all that was recorded, as JSON values, for a checkpoint."""
-        return {"rows": self.tables, "spent": self.spent(), "started_at": self.described["started_at"]}
+        spent, started_at = self.spent(), self.described["started_at"]
+        return {"rows": self.tables, "spent": spent, "started_at": started_at, "coverage": self.coverage}
 
     def resume(self, state: Mapping[str, Any], step: int) -> None:
         """Go on where `state` was taken, after `step` updates."""
-        self.tables, self.seconds = state["rows"], dict(state["spent"])
+        self.tables, self.seconds, self.coverage = state["rows"], dict(state["spent"]), dict(state["coverage"])
         self.described |= {"started_at": state["started_at"], "resumed_at": step}
 
     def _require_new(self) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -66,7 +65,7 @@ def observe(training: "Training", record: Record, train_loss: float | None = Non
         with _timing(record, "diagnostics_s"):
             found = training.diagnose()
         layers = found.pop("layers")
-        record.layers(layers[np.isfinite(layers["sum_C_rstd2"])], step)
+        record.layers(layers, step)
         for table, rows in found.items():
             record.rows(table, rows, step)
     if train_loss is not None:

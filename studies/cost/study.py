@@ -20,7 +20,7 @@ import pandas as pd
 from lnjac.comparing import cost as comparing_cost
 from lnjac.comparing import intervals as stats
 from lnjac.comparing import scaling
-from lnjac.comparing.design import LAST_NORM
+from lnjac.comparing.experiment import LAST_NORM
 from lnjac.comparing.tables import MergedTables, open_tables
 from lnjac.runs.merge import load
 from lnjac.runs.merged import companions

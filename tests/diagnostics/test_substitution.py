@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import lnjac
 from lnjac.config.compose import compose
+from lnjac.diagnostics import replacements
 from lnjac.diagnostics import substitution as swap
-from lnjac.diagnostics import switch
 from lnjac.diagnostics.settings import Parts
 from lnjac.gpt import credit
 from lnjac.gpt import optimizers as optim
@@ -320,14 +320,16 @@ def test_pull_back_spans_the_eight_backwards_and_every_change_is_made_of_the_bas
     z, rstd = jacobian.normalise(x, 0.1, rms=rms)
     exact = jacobian.pull_back(g, z, rstd, rms=rms)
     torch.testing.assert_close(jacobian.pull_back(g, z, rstd, EXACT, rms=rms), exact)
-    parts = switch.basis(g, z, rstd, rms=rms)
+    parts = replacements.basis(g, z, rstd, rms=rms)
     assert len(parts) == (3 if rms else 5)
     for name, switches in SURROGATES.items():
         found = jacobian.pull_back(g, z, rstd, SURROGATES[name], rms=rms)
         torch.testing.assert_close(found, jacobian.pull_back(g, z, rstd, switches, rms=rms))
     for doses in itertools.product([True, False], [0, 0.3, 1], [True, False]):
         change = jacobian.pull_back(g, z, rstd, Backward(*doses), rms=rms) - exact
-        made = sum(c * part for c, part in zip(switch.coefficients(Backward(*doses), rms=rms), parts, strict=True))
+        made = sum(
+            c * part for c, part in zip(replacements.coefficients(Backward(*doses), rms=rms), parts, strict=True)
+        )
         torch.testing.assert_close(made, change)
 
 
@@ -351,14 +353,14 @@ def test_the_forward_value_is_the_ordinary_one_to_the_last_bit_and_the_gradient_
     batch = training.diagnostic_batches()[0]
     rules = [module.backward_rule for _, module in norms(training.model)]
     plain = training.loss(training.model, batch)[0]
-    with switch.recording(training.model) as calls:
+    with replacements.recording(training.model) as calls:
         recorded = training.loss(training.model, batch)[0]
     assert torch.equal(plain, recorded)
     assert len(calls) == len(norms(training.model))
     assert [module.backward_rule for _, module in norms(training.model)] == rules
     parameters = list(training.trained.values())
     expected = torch.autograd.grad(plain, parameters)
-    exact = switch.Graph(training.model, batch, training.loss, parameters, batch[1].numel()).exact
+    exact = replacements.Graph(training.model, batch, training.loss, parameters, batch[1].numel()).exact
     off = sum((a - b).square().sum() for a, b in zip(exact, expected, strict=True))
     assert float(off) < tolerance**2 * float(sum(g.square().sum() for g in expected))
 
@@ -376,7 +378,7 @@ def test_a_swap_costs_at_most_the_layers_below_it(
     monkeypatch: pytest.MonkeyPatch, case: tuple[str, ...], layers_below: dict[str, int]
 ) -> None:
     training = subject(*case)
-    graph = switch.Graph(training.model, ONE[0], training.loss, list(training.trained.values()), 24)
+    graph = replacements.Graph(training.model, ONE[0], training.loss, list(training.trained.values()), 24)
     passed: list[int] = []
     outer = credit._outer
     monkeypatch.setattr(credit, "_outer", lambda g, x: passed.append(1) or outer(g, x))  # once for each linear layer

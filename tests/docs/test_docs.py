@@ -43,9 +43,8 @@ def test_column_names_are_unique() -> None:
 def test_own_model_code_runs_on_a_transformer_encoder(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    five_lines, imports, loop, raw = re.findall(
-        r"```python\n(.*?)```", (root / "docs" / "own-model.md").read_text(), re.DOTALL
-    )
+    five_lines, imports, checked, adapted, raw = blocks(root / "docs" / "own-model.md", "python")
+    loop, accumulated, ranks, replaced = blocks(root / "docs" / "own-loop.md", "python")
     assert len(five_lines.strip().splitlines()) == 5
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
@@ -53,7 +52,11 @@ def test_own_model_code_runs_on_a_transformer_encoder(
     monkeypatch.chdir(tmp_path)
     save_file(model.state_dict(), "checkpoint.safetensors")
     space = {"model": model, "x": torch.randn(3, 5, 16), "y": torch.randint(16, (3, 5))}
-    exec(imports + five_lines + loop + raw, space)
+    exec(imports + five_lines + checked + adapted + loop + raw, space)
+    whole = space["probe"].measure([(space["x"], space["y"])], space["loss"]).set_index("site")
+    exec(accumulated + ranks + replaced, space)
+    assert space["table"]["radial_share"].tolist() == pytest.approx(whole["radial_share"].tolist(), rel=1e-4)
+    space["table"] = whole.reset_index()
     recorded = pd.read_parquet("runs/lr0.1-seed1/layers.parquet")
     assert set(recorded["step"]) == {2, 4}
     assert set(recorded["model.width"]) == {16}

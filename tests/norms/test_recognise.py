@@ -1,13 +1,13 @@
 """Norms by what they compute: modules of many classes against autograd in float64 through their own forward."""
 
-import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.loops import assert_row, vectors
+from support.walking import walk
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -111,11 +111,6 @@ class OwnTwoRMSNorm(OwnRMSNorm):
 
 
 RMS = (OnePlusRMSNorm, OwnRMSNorm, nn.RMSNorm)
-EFFECTIVE: dict[type, Callable[[nn.Module], Tensor]] = {
-    OnePlusRMSNorm: lambda norm: 1 + norm.weight,
-    OnePlusLayerNorm: lambda norm: 1 + norm.weight,
-    OwnRMSNorm: lambda norm: norm.scale,
-}
 
 
 class Around(nn.Module):
@@ -147,38 +142,6 @@ def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, int]:
     return model(*batch), batch[0][..., 0].numel()
 
 
-def truth(model: Around, x: Tensor) -> dict[str, float]:
-    """radial_share, r_mean and the cosine of center_scale with autograd's own pullback, by vectors per token."""
-    norm, seen = model.norm, {}
-
-    def keep(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        seen["x"], seen["y"] = args[0], y
-        y.retain_grad()
-
-    handle = norm.register_forward_hook(keep)
-    model(x).backward()
-    handle.remove()
-    model.zero_grad()
-    at = seen["x"].detach().requires_grad_()
-    (t,) = torch.autograd.grad(norm(at), at, seen["y"].grad)
-    flat = [a.movedim(1, -1) if a.dim() == 4 else a for a in (at.detach(), seen["y"].grad, t)]
-    h, G, t = (a.reshape(-1, D) for a in flat)
-    g = G * EFFECTIVE.get(type(norm), lambda norm: norm.weight)(norm).detach()
-    rms, eps = isinstance(norm, RMS), getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None)
-    eps = torch.finfo(h.dtype).eps if eps is None else eps
-    centred = h if rms else h - h.mean(-1, keepdim=True)
-    direction = centred / centred.norm(dim=-1, keepdim=True)
-    gc = g if rms else g - g.mean(-1, keepdim=True)
-    radial = (g * direction).sum(-1).square()
-    cos = (gc * t).sum(-1) / (gc.norm(dim=-1) * t.norm(dim=-1))
-    return {
-        "radial_share": float(radial.sum() / gc.square().sum()),
-        "r_mean": math.nan if rms else float((g - gc).square().sum() / g.square().sum()),
-        "cos_center_vs_true": float(cos.mean()),
-        "sigma_mean": float((centred.square().mean(-1) + eps).sqrt().mean()),
-    }
-
-
 MEASURED = [
     (nn.LayerNorm(D), (3, 5)),
     (nn.LayerNorm(D, bias=False), (3, 5)),
@@ -198,9 +161,10 @@ MEASURED = [
 def test_rows_are_the_truth_whatever_the_class(norm: nn.Module, shape: tuple[int, ...]) -> None:
     model = around(norm)
     x = torch.randn(*shape, D, dtype=torch.float64)
+    seen = walk(model, (x,), loss)
+    assert seen.faults == []
+    assert seen.measured == {type(norm).__name__: 1}
     row = probe(model).measure([(x,)], loss).set_index("site").loc["norm"]
-    true = truth(model, x)
-    assert row[list(true)].tolist() == pytest.approx(list(true.values()), rel=1e-6, nan_ok=True)
     assert row["norm"] == ("rmsnorm" if isinstance(norm, RMS) else "layernorm")
     assert row["jacobian_residual"] < 1e-6
 
@@ -351,9 +315,9 @@ def test_a_forward_put_in_a_known_modules_place_is_measured_as_it_computes() -> 
     model, x = around(norm), torch.randn(3, 5, D, dtype=torch.float64)
     norm.forward = lambda h: F.layer_norm(h, (D,), norm.weight + 1, norm.bias, norm.eps)  # type: ignore[method-assign]
     row = probe(model).measure([(x,)], loss).iloc[0]
-    plus = around(OnePlusLayerNorm(D))
-    true = truth(plus, x)
-    assert row[list(true)].tolist() == pytest.approx(list(true.values()), rel=1e-6)
+    expected = probe(around(OnePlusLayerNorm(D))).measure([(x,)], loss).iloc[0]
+    for name in ("radial_share", "r_mean", "sum_A", "cos_center_vs_true", "sigma_mean"):
+        assert row[name] == pytest.approx(expected[name], rel=1e-9)
 
 
 # adapters and the plan
@@ -385,17 +349,27 @@ SIZED = Layer(gamma=lambda m: 2 * m.weight)
 SECOND = Rms(axis=1, eps=lambda m: m.delta, gamma=lambda m: m.gain)
 
 
+def seen_truth(model: Around, x: Tensor, gamma: Tensor, eps: float, axis: int, *, rms: bool) -> dict[str, float]:
+    """The norm's numbers by explicit vectors, from what torch's hooks see in the summed loss."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        y.retain_grad()
+        seen.extend((args[0], y))
+
+    model.norm.register_forward_hook(keep)
+    (x[..., 0].numel() * model(x)).backward()
+    given, y = seen
+    assert y.grad is not None
+    return vectors(given.movedim(axis, -1), y.grad.movedim(axis, -1), gamma, eps, rms=rms)
+
+
 @pytest.mark.parametrize("key", [Sized, "Sized", nn.LayerNorm, "LayerNorm"], ids=str)
 def test_an_adapter_by_class_or_name_measures_what_outputs_cannot_show(key: Any) -> None:
     model, x = around(Sized(D)), torch.randn(3, 5, D, dtype=torch.float64)
     assert probe(model).measure([(x,)], loss)["site"].tolist() == ["norm.layer_norm_0"]  # the function within
     row = probe(model, adapters={key: SIZED}).measure([(x,)], loss).iloc[0]
-    twin = around(nn.LayerNorm(D))
-    twin.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        twin.norm.weight *= 2
-    true = truth(twin, x)
-    assert row[list(true)].tolist() == pytest.approx(list(true.values()), rel=1e-9)
+    assert_row(row, seen_truth(model, x, 2 * model.norm.weight, 1e-5, -1, rms=False))
     assert (row["site"], row["norm"]) == ("norm", "layernorm")
 
 
@@ -403,17 +377,7 @@ def test_an_adapter_says_along_which_axis() -> None:
     """Of (2, D, D, D), in which no size shows the axis."""
     model, x = around(SizedRMSNorm()), torch.randn(2, D, D, D, dtype=torch.float64)
     row = probe(model, adapters={SizedRMSNorm: SECOND}).measure([(x,)], loss).iloc[0]
-
-    class Last(nn.RMSNorm):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-    twin = around(Last(D, eps=1e-4))
-    twin.load_state_dict({name.replace("gain", "weight"): p for name, p in model.state_dict().items()})
-    assert math.isnan(row["r_mean"])
-    expected = probe(twin).measure([(x,)], loss).iloc[0]
-    for name in ("radial_share", "cos_center_vs_true", "sigma_mean", "sum_B", "n_tokens"):
-        assert row[name] == pytest.approx(expected[name], rel=1e-9)
+    assert_row(row, seen_truth(model, x, model.norm.gain, 1e-4, 1, rms=True))
 
 
 WRONG = [

@@ -15,7 +15,7 @@ from support.folders import make_run, rewrite, rows_of
 
 from lnjac import load_run
 from lnjac.columns import KEY, VOLATILE, Column
-from lnjac.comparing.design import arrange, varying
+from lnjac.comparing.experiment import arrange, varying
 from lnjac.comparing.tables import MergedTables, open_tables
 from lnjac.diagnostics import catalogue
 from lnjac.errors import ConfigError

@@ -103,7 +103,7 @@ def test_runs_of_a_plain_loop_merge_and_compare(merged: Path) -> None:
     assert set(rows["n"]) == {3}
 
 
-def test_a_watched_pass_is_what_measure_finds() -> None:
+def test_the_passes_of_one_step_are_what_measure_finds_of_their_mean_loss() -> None:
     torch.manual_seed(0)
     model, batches = Plain("tanh"), [(torch.randn(n, 4), torch.randint(3, (n,))) for n in (5, 9)]
     table = lnjac.probe(model).measure(batches, loss)
@@ -113,8 +113,9 @@ def test_a_watched_pass_is_what_measure_finds() -> None:
         with probe.watch(7) as seen:
             mean, tokens = loss(model, batch)
             seen.tokens(tokens, mean)
-            mean.backward()
-    pd.testing.assert_frame_equal(probe.rows(7), table, check_exact=True)
+            (mean * tokens / 14).backward()
+    residuals = ["jacobian_residual", "forward_residual"]
+    pd.testing.assert_frame_equal(probe.rows(7).drop(columns=residuals), table.drop(columns=residuals), rtol=1e-5)
 
 
 def test_config_and_seed_are_columns_and_identity(tmp_path: Path) -> None:
