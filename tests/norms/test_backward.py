@@ -60,6 +60,17 @@ class Named(nn.Module):
         return out
 
 
+class HeadNorm(nn.Module):
+    """γ differs by head, the second last axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(4, D)), EPS
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.layer_norm(x, (D,), eps=self.eps)
+
+
 def own() -> OwnRMSNorm:
     norm = OwnRMSNorm(D)
     norm.variance_epsilon = EPS
@@ -74,6 +85,7 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "Gemma": (lambda: Gemma(D, eps=EPS), True),
     "channels first": (lambda: ChannelsFirst(D, eps=EPS), False),
     "own": (own, True),
+    "by head": (HeadNorm, False),
     "F.layer_norm": (lambda: Calling(rms=False), False),
     "F.rms_norm": (lambda: Calling(rms=True), True),
     "Norm": (lambda: Norm(D, eps=EPS), False),
