@@ -139,14 +139,14 @@ def decompose(
         m = (g * z).sum(-1) / d
         along = torch.where(rho > 0, m / rho, 0.0)
         radial_part = d * m * along
-        kept = (centred - z * along.unsqueeze(-1)).square().sum(-1)
+        kept = (centred - z * along.unsqueeze(-1)).square_().sum(-1)
         g_sq = mean_part + radial_part + kept
         t_sq = (kept + (1 - rho).square() * radial_part) * rstd_.square()
         if replayed_ is None:
             residual_sq = cos_projected = torch.full_like(rho, math.nan)
         else:
-            t = (centred - z * m.unsqueeze(-1)) * rstd
-            residual_sq = (t - replayed_).square().sum(-1)
+            t = centred.addcmul(z, m.unsqueeze(-1), value=-1).mul_(rstd)
+            residual_sq = t.sub_(replayed_).square_().sum(-1)
             # u = σ·t has t's direction, so that t stands for the projected surrogate; ⟨t, replay⟩ follows from ‖t − replay‖²
             replayed_sq = replayed_.square().sum(-1)
             cos_projected = (t_sq + replayed_sq - residual_sq) / (2 * (t_sq * replayed_sq).sqrt())
