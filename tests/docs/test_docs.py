@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from support.pages import blocks
 from torch import nn
 
 import lnjac
@@ -70,10 +71,6 @@ def test_own_model_code_runs_on_a_transformer_encoder(
 # How-to: each example is put where the page says, and a run is made with it.
 
 SHORT = ("model=tiny", "steps=2", "eval.tokens=100", "batch_size=2")
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def example(page: Path, word: str, language: str = "python") -> str:
