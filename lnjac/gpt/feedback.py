@@ -147,8 +147,9 @@ class Credit:
         return backprop(self.model)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return each layer's stored matrix M and the number of updates. The model's own state dict has neither."""
-        return {**self._stored(), "updates": torch.tensor(self.updates)}
+        """Return each layer's stored matrix M and its spread, and the number of updates. The model's state dict has none."""
+        spreads = {f"{name}.init_std": torch.tensor(layer.init_std, dtype=torch.float64) for name, layer in self.given}
+        return {**self._stored(), **spreads, "updates": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state_dict` returned.
@@ -156,12 +157,14 @@ class Credit:
         Raises:
             ValueError: The state is that of other layers.
         """
-        own = self._stored()
-        for name in sorted((own.keys() | state.keys()) - {"updates"}):
+        own = self.state_dict()
+        for name in sorted(own.keys() | state.keys()):
             if name not in own or name not in state or own[name].shape != state[name].shape:
                 raise ValueError(f"the saved feedback does not fit at {name}: call set_credit as before it was saved")
-        for name, value in own.items():
+        for name, value in self._stored().items():
             value.copy_(state[name])
+        for name, layer in self.given:
+            layer.init_std = float(state[f"{name}.init_std"])
         self.updates = int(state["updates"])
 
     def undo(self) -> None:
@@ -206,6 +209,10 @@ class FirstPass:
         # compiled code has no hooks: the first pass runs uncompiled
         self.output: Callable[[Feedback, Tensor], Tensor] = torch.compiler.disable(self._output)  # type: ignore[no-untyped-call]
         self.handle = _hooked(layer.weight, self._weight_arrived) if layer.weight.requires_grad else None
+        if self.handle is not None:  # the weight's other hooks may clip its gradient: they come after this one
+            hooks: Any = layer.weight._backward_hooks
+            others = {key: hooks.pop(key) for key in list(hooks) if key != self.handle.id}
+            hooks.update(others)
         layer.canary = self
 
     def release(self) -> None:
