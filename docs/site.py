@@ -24,6 +24,7 @@ OUTSIDE = {"index.md": "README.md", "benchmarks.md": "benchmarks/README.md", "ch
 
 FOLDERS = {
     "norms": "Measure a model",
+    "gpt": "Train by another method",
     "runs": "Write and merge tables",
     "training": "Train and open runs",
     "config": "Compose a config",

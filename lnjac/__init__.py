@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lnjac.comparing.cost import cost as cost
     from lnjac.comparing.scaling import scaling as scaling
     from lnjac.config.compose import compose as compose
+    from lnjac.gpt.feedback import set_credit as set_credit
     from lnjac.norms.backward import set_backward as set_backward
     from lnjac.norms.capture import capture as capture
     from lnjac.norms.probe import probe as probe
@@ -45,6 +46,7 @@ _HOME = {
     "run": "training.run",
     "scaling": "comparing.scaling",
     "set_backward": "norms.backward",
+    "set_credit": "gpt.feedback",
 }
 """The public names, and the module that each lives in."""
 

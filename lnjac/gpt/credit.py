@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -93,11 +93,69 @@ def _outer(g: Tensor, x: Tensor) -> Tensor:
     return product(g.t(), x) if g.shape[1] <= x.shape[1] else product(x.t(), g).t()
 
 
-class FeedbackLinear(nn.Module):
-    """A linear layer that a method may give feedback; `kind` is one of KINDS, `init_std` the spread of W as it is drawn."""
+class Feedback(nn.Module):
+    """The part of a linear layer that passes errors back, by its weight, or by a rule B(W, M) of it and of a stored matrix M.
 
+    It stands before the layer's own class (`FeedbackLinear` here, any class of another model in `lnjac.gpt.feedback`).
+    """
+
+    weight: nn.Parameter
     bias: nn.Parameter | None
     feedback: Tensor | None
+    feedback_rule: Callable[[Tensor, Tensor], Tensor] | None = None
+    route: Route | None = None
+    canary: "Canary | None" = None
+    transposed: bool = False
+    """Whether the weight is stored as (in, out), as in transformers' Conv1D. W, M and B are (out, in) all the same."""
+    init_std: float
+    """The spread of W as it was drawn."""
+
+    @property
+    def matrix(self) -> Tensor:
+        """W, (out, in)."""
+        return self.oriented(self.weight)
+
+    def oriented(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the weight's shape as (out, in)."""
+        return tensor.t() if self.transposed else tensor
+
+    def backward_matrix(self) -> Tensor:
+        """Return B, (out, in), by which the output's gradient is multiplied to give the input's."""
+        if self.feedback_rule is None or self.feedback is None:
+            return self.matrix.detach()
+        return self.feedback_rule(self.matrix.detach(), self.feedback.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x·Wᵀ + b, (…, out), of x: (…, in)."""
+        if self.feedback_rule is None and torch._C._are_functorch_transforms_active():
+            return F.linear(x, self.matrix, self.bias)  # any transform of torch.func, jvp included
+        if self.canary is not None and self.route is None and torch.is_grad_enabled():
+            return self.canary.output(self, x)
+        return self.output(*self.operands(x))
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Return x, W, b and B in the dtype that they are multiplied in."""
+        operands = (x, self.matrix, self.bias, self.backward_matrix())
+        if not torch.is_autocast_enabled(x.device.type):
+            return operands
+        dtype = torch.get_autocast_dtype(x.device.type)  # a Function's backward runs outside autocast: cast here
+        x, weight, bias, back = operands
+        return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), back.to(dtype)
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None, back: Tensor) -> Tensor:
+        out: Tensor = _Product.apply(x, weight, bias, back, self.route)  # type: ignore[no-untyped-call]
+        return out
+
+
+class Canary(Protocol):
+    """Watches a layer's first passes, to see that errors went back through its feedback."""
+
+    def output(self, layer: Feedback, x: Tensor) -> Tensor:
+        """Return the layer's output."""
+
+
+class FeedbackLinear(Feedback):
+    """A linear layer of the GPT that a method may give feedback; `kind` is one of KINDS."""
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool, kind: str, init_std: float) -> None:
         super().__init__()
@@ -105,30 +163,15 @@ class FeedbackLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.register_parameter("bias", nn.Parameter(torch.empty(d_out)) if bias else None)
         self.register_buffer("feedback", None)
-        self.feedback_rule: Callable[[Tensor, Tensor], Tensor] | None = None
-        self.route: Route | None = None
-
-    def backward_matrix(self) -> Tensor:
-        """Return B, (out, in), by which the output's gradient is multiplied to give the input's."""
-        if self.feedback_rule is None or self.feedback is None:
-            return self.weight.detach()
-        return self.feedback_rule(self.weight.detach(), self.feedback.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x·Wᵀ + b, (…, out), of x: (…, in)."""
-        if self.feedback_rule is None and torch._C._are_functorch_transforms_active():
-            return F.linear(x, self.weight, self.bias)  # any transform of torch.func, jvp included
-        operands = [x, self.weight, self.bias, self.backward_matrix()]
-        if torch.is_autocast_enabled(x.device.type):  # a Function's backward runs outside autocast: cast here
-            dtype = torch.get_autocast_dtype(x.device.type)
-            operands = [None if operand is None else operand.to(dtype) for operand in operands]
-        out: Tensor = _Product.apply(*operands, self.route)  # type: ignore[no-untyped-call]
-        return out
 
 
-def linears(model: nn.Module) -> list[tuple[str, FeedbackLinear]]:
-    """Return the model's layers of this class with their dotted names."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, FeedbackLinear)]
+Layers = list[tuple[str, Feedback]]
+"""Layers with their dotted names."""
+
+
+def linears(model: nn.Module) -> Layers:
+    """Return the model's layers that have or may have feedback, with their dotted names."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Feedback)]
 
 
 @contextmanager

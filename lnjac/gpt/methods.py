@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lnjac.gpt.credit import KINDS, Broadcast, ErrorAt, FeedbackLinear, Inject, linears
+from lnjac.gpt.credit import KINDS, Broadcast, ErrorAt, Feedback, FeedbackLinear, Inject, Layers, linears
 from lnjac.seeding import normal, stream, uniform
 
 
@@ -109,21 +109,46 @@ class FeedbackMethod(Method):
     layerwise: ClassVar[bool] = True
     """Whether the method is its layers' feedback alone, and so is backprop if every transpose is true."""
 
+    @property
+    def changes(self) -> bool:
+        """Whether the feedback has to be changed between two updates."""
+        return False
+
     def rule(self, weight: Tensor, m: Tensor) -> Tensor:
         """Return B of W and M, all (out, in)."""
         return m
 
-    def draw_feedback(self, layer: FeedbackLinear, generator: np.random.Generator) -> Tensor:
-        return draw(tuple(layer.weight.shape), layer.init_std * self.scale, self.distribution, generator)
+    def draw_feedback(self, layer: Feedback, generator: np.random.Generator) -> Tensor:
+        return draw(tuple(layer.matrix.shape), layer.init_std * self.scale, self.distribution, generator)
 
-    def chosen(self, model: nn.Module) -> list[tuple[str, FeedbackLinear]]:
-        """Return the layers that use random feedback, with their names."""
-        return [(n, layer) for n, layer in linears(model) if getattr(self.policy, layer.kind) is Transpose.random]
-
-    def install(self, model: nn.Module, seed: int) -> None:
-        for name, layer in self.chosen(model):
+    def give(self, layers: Layers, seed: int) -> None:
+        """Draw M for each layer, from a stream of the layer's name."""
+        for name, layer in layers:
             layer.feedback = self.draw_feedback(layer, stream(seed, "feedback", name)).to(layer.weight)
             layer.feedback_rule = self.rule
+
+    def renew(self, layers: Layers, seed: int, step: int) -> None:
+        """Change the layers' M before an update's forward pass."""
+
+    def follow(self, layers: Layers) -> None:
+        """Give each M the gradient by which the optimizer changes it."""
+
+    def chosen(self, model: nn.Module) -> Layers:
+        """Return the layers of our GPT that use random feedback."""
+        return [
+            (name, layer)
+            for name, layer in linears(model)
+            if isinstance(layer, FeedbackLinear) and getattr(self.policy, layer.kind) is Transpose.random
+        ]
+
+    def install(self, model: nn.Module, seed: int) -> None:
+        self.give(self.chosen(model), seed)
+
+    def refresh(self, model: nn.Module, seed: int, step: int) -> None:
+        self.renew(self.chosen(model), seed, step)
+
+    def before_update(self, model: nn.Module) -> None:
+        self.follow(self.chosen(model))
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
@@ -151,19 +176,23 @@ class SignSymmetric(FeedbackMethod):
     def rule(self, weight: Tensor, m: Tensor) -> Tensor:
         return m.abs() * weight.sign()
 
-    def draw_feedback(self, layer: FeedbackLinear, generator: np.random.Generator) -> Tensor:
+    @property
+    def changes(self) -> bool:
+        return self.redraw
+
+    def draw_feedback(self, layer: Feedback, generator: np.random.Generator) -> Tensor:
         if self.uniform:
             return torch.tensor(layer.init_std * self.scale, dtype=torch.float64)
         return super().draw_feedback(layer, generator)
 
-    def install(self, model: nn.Module, seed: int) -> None:
-        super().install(model, seed)
-        self.refresh(model, seed, 0)  # so that an analysis before the first update sees that update's feedback
+    def give(self, layers: Layers, seed: int) -> None:
+        super().give(layers, seed)
+        self.renew(layers, seed, 0)  # so that an analysis before the first update sees that update's feedback
 
-    def refresh(self, model: nn.Module, seed: int, step: int) -> None:
+    def renew(self, layers: Layers, seed: int, step: int) -> None:
         if not self.redraw:
             return
-        for name, layer in self.chosen(model):
+        for name, layer in layers:
             assert layer.feedback is not None
             layer.feedback.copy_(self.draw_feedback(layer, stream(seed, "feedback", name, step)))
 
@@ -183,6 +212,10 @@ class KolenPollack(FeedbackMethod):
 
     decay: float
 
+    @property
+    def changes(self) -> bool:
+        return True
+
     def install(self, model: nn.Module, seed: int) -> None:
         super().install(model, seed)
         for _, layer in self.chosen(model):
@@ -191,10 +224,12 @@ class KolenPollack(FeedbackMethod):
             del layer.feedback  # a buffer's name must be given up before a parameter can take it
             layer.feedback = feedback
 
-    def before_update(self, model: nn.Module) -> None:
-        for _, layer in self.chosen(model):
+    def follow(self, layers: Layers) -> None:
+        for _, layer in layers:
             assert layer.feedback is not None
-            layer.feedback.grad = layer.weight.grad
+            grad = layer.weight.grad
+            # a copy, because a GradScaler divides every gradient in place
+            layer.feedback.grad = None if grad is None else layer.oriented(grad).clone()
 
     def weight_decay(self, model: nn.Module, parameter: str, default: float) -> float:
         layer, _, leaf = parameter.rpartition(".")

@@ -45,7 +45,7 @@ def test_own_model_code_runs_on_a_transformer_encoder(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     five_lines, imports, checked, adapted, raw = blocks(root / "docs" / "own-model.md", "python")
-    loop, accumulated, ranks, replaced = blocks(root / "docs" / "own-loop.md", "python")
+    loop, accumulated, ranks, replaced, fed_back = blocks(root / "docs" / "own-loop.md", "python")
     assert len(five_lines.strip().splitlines()) == 5
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
@@ -66,6 +66,10 @@ def test_own_model_code_runs_on_a_transformer_encoder(
     assert table["site"].tolist() == ["layers.0.norm1", "layers.0.norm2", "layers.1.norm1", "layers.1.norm2", "norm"]
     assert table["jacobian_residual"].max() < 1e-5
     assert "layers.0.norm1 0 (3, 5, 16)" in capsys.readouterr().out
+    exec(fed_back, space)
+    cosines = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(cosines) == 3
+    assert all(0 < cosine < 0.99 for cosine in cosines)
 
 
 # How-to: each example is put where the page says, and a run is made with it.
