@@ -26,7 +26,7 @@ from lnjac.gpt.methods import (
     Transpose,
 )
 from lnjac.norms.calls import plain_model, site_name
-from lnjac.norms.layers import matches
+from lnjac.norms.layers import listed, matches
 from lnjac.seeding import normal, stream
 
 METHODS: dict[str, Callable[..., FeedbackMethod]] = {
@@ -91,7 +91,7 @@ def set_credit(
             f"{type(method).__name__} is not feedback of layers alone: train lnjac's GPT by it (python run.py)"
         )
     model = plain_model(model)
-    return Credit(model, method, _chosen(model, _listed(only), _listed(skip)), seed)
+    return Credit(model, method, _chosen(model, listed(only), listed(skip)), seed)
 
 
 class Credit:
@@ -307,10 +307,6 @@ def _method(name: str, distribution: str, scale: float, decay: float) -> Feedbac
     more = {"decay": decay} if name == "kp" else {}
     every = Policy(*[Transpose.random] * 5)
     return METHODS[name](name=name, policy=every, distribution=Distribution(distribution), scale=scale, **more)
-
-
-def _listed(patterns: str | Iterable[str]) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 def _chosen(model: nn.Module, only: list[str], skip: list[str]) -> dict[str, nn.Module]:

@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lnjac.norms.calls import FunctionalCall, followed, plain_model, replaying, site_name
 from lnjac.norms.decompose import wide, wide_dtype
-from lnjac.norms.formulas import EXACT, SURROGATES
-from lnjac.norms.layers import Factors, Norm, Surrogate, matches
+from lnjac.norms.formulas import BACKWARDS
+from lnjac.norms.layers import Factors, Norm, Surrogate, listed, matches
 from lnjac.norms.recognise import (
     Adapter,
     NormFormula,
@@ -59,12 +59,11 @@ def set_backward(
         ValueError: No backward has this name, or a pattern matches no norm; at a module's first call, if it is no norm.
     """
     if isinstance(backward, str):
-        known = {"exact": EXACT, **SURROGATES}
-        if backward not in known:
-            raise ValueError(f"no backward is called {backward!r}: choose one of {', '.join(known)}")
-        factors = known[backward]
+        if backward not in BACKWARDS:
+            raise ValueError(f"no backward is called {backward!r}: choose one of {', '.join(BACKWARDS)}")
+        factors = BACKWARDS[backward]
         backward = Factors(backward, ["all"], factors.center, bool(factors.radial), factors.scale)
-    patterns = backward.sites if sites is None else [sites] if isinstance(sites, str) else list(sites)
+    patterns = backward.sites if sites is None else listed(sites)
     return Backwards(model, backward, patterns, adapters or {})
 
 

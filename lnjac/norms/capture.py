@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lnjac.norms.backward import declared, declared_forward, functional_backward
 from lnjac.norms.calls import Frame, FunctionalCall, followed, in_backward, plain_model, replaying, site_name
-from lnjac.norms.decompose import wide_dtype
+from lnjac.norms.decompose import pull_through, wide, wide_dtype
 from lnjac.norms.layers import Surrogate
 from lnjac.norms.recognise import (
     Adapter,
@@ -343,10 +343,9 @@ class _Recorder:
         call.live = False
         if call.when is not None:
             self.order[call.site].remove(call.when)
+            self.results.pop(call.when, None)
         elif call in self.repeats.get(call.site, []):
             self.repeats[call.site].remove(call)
-        if call.when is not None:
-            self.results.pop(call.when, None)
 
     def _refuse(self, frame: Frame, reason: str) -> None:
         """Refuse a module, unless it calls functional norms, which are measured in its place."""
@@ -388,19 +387,17 @@ class _Recorder:
         grad = norm.tokens(grad)
         if call.kept is not None:
             grad = grad.reshape(-1, grad.shape[-1])[call.kept]
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            leaf = x.to(wide_dtype(x.dtype)).detach().requires_grad_()
-            y = norm.tokens(call.forward(norm.untokens(leaf)))
-            (replayed,) = torch.autograd.grad(y, leaf, grad.to(y.dtype))
+        wider = wide(x)
+
+        def replayed_by(forward: Callable[[Tensor], Any]) -> tuple[Tensor, Tensor]:
+            return pull_through(lambda tokens: norm.tokens(forward(norm.untokens(tokens))), wider, grad)
+
+        y, replayed = replayed_by(call.forward)
         with torch.no_grad():
-            forward_sq = require_formula(norm, x, y.detach(), grad, replayed)
-        if call.declared is not None and not _is_exact(call.backward, norm, leaf.detach()):
+            forward_sq = require_formula(norm, x, y, grad, replayed)
+        if call.declared is not None and not _is_exact(call.backward, norm, wider):
             assert call.backward is not None
-            with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-                again = x.to(wide_dtype(x.dtype)).detach().requires_grad_()
-                through = norm.tokens(call.declared(norm.untokens(again)))
-                (found,) = torch.autograd.grad(through, again, grad.to(through.dtype))
-            require_backward(norm, call.backward, leaf.detach(), grad, found)
+            require_backward(norm, call.backward, wider, grad, replayed_by(call.declared)[1])
         return Capture(
             site=call.site,
             call=self.order[call.site].index(call.when),  # type: ignore[arg-type]

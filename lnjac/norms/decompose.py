@@ -68,6 +68,14 @@ def pull_back(g: Tensor, z: Tensor, rstd: Tensor, backward: Backward = EXACT, *,
     return g * rstd if backward.scale else g
 
 
+def pull_through(forward: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return y = forward(x), and autograd's ∂L/∂x through it given grad = ∂L/∂y; without autocast, and detached."""
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        leaf = x.detach().requires_grad_()
+        y = forward(leaf)
+        return y.detach(), torch.autograd.grad(y, leaf, grad.to(y.dtype))[0]
+
+
 class Normalised(NamedTuple):
     """z: (…, d), the normalised input; rstd = 1/σ: (…, 1)."""
 
@@ -107,7 +115,6 @@ def decompose(
     weight: Tensor | None = None,
     rms: bool = False,
     replayed: Tensor | None = None,
-    loss_tokens: int = 1,
 ) -> Tokens:
     """Measure one call of a norm.
 
@@ -118,7 +125,6 @@ def decompose(
         weight: Takes grad to g = γ⊙∂L/∂y: (d,), or one for each token: (n, d).
         rms: Whether it is an RMSNorm.
         replayed: Autograd's own ∂L/∂x through this norm, to be compared with the formula: (…, d).
-        loss_tokens: Turns the gradient of a mean loss over so many tokens into the summed loss's.
 
     Returns:
         Per-token scalars.
@@ -151,16 +157,15 @@ def decompose(
             replayed_sq = replayed_.square().sum(-1)
             cos_projected = (t_sq + replayed_sq - residual_sq) / (2 * (t_sq * replayed_sq).sqrt())
         measurable = (g_sq > tiny**2) & (t_sq > tiny**2) & (t_sq > ROUNDING_SQ * g_sq * rstd_.square())
-        scale = float(loss_tokens) ** 2
         parts.append(
             Tokens(
                 sigma=rstd_.reciprocal(),
                 rho=rho,
-                A=mean_part * scale,
-                B=radial_part * scale,
-                C=kept * scale,
+                A=mean_part,
+                B=radial_part,
+                C=kept,
                 cos_projected=cos_projected,
-                residual_sq=residual_sq * scale,
+                residual_sq=residual_sq,
                 measurable=measurable,
             )
         )

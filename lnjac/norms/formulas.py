@@ -34,6 +34,8 @@ SURROGATES = {
 }
 """The backwards compared with the exact one; center_scale and scale are Xu et al. 2019 (arXiv 1911.07013), "detach σ" and
 DetachNorm."""
+BACKWARDS = {"exact": EXACT, **SURROGATES}
+"""All eight by name."""
 
 SIGMA_QUANTILES = {"sigma_q05": 0.05, "sigma_q25": 0.25, "sigma_q50": 0.50, "sigma_q75": 0.75, "sigma_q95": 0.95}
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lnjac.norms.decompose import normalise, pull_back
-from lnjac.norms.formulas import EXACT, SURROGATES, Backward
+from lnjac.norms.formulas import BACKWARDS, EXACT, Backward
 
 
 class Surrogate(Protocol):
@@ -46,9 +46,8 @@ class Factors:
 
     def problems(self, config: Any) -> Iterator[str]:
         mine = self.value()
-        named = {"exact": EXACT, **SURROGATES}
-        if mine != named.get(self.name, mine):
-            right = next(name for name, backward in named.items() if backward == mine)
+        if mine != BACKWARDS.get(self.name, mine):
+            right = next(name for name, backward in BACKWARDS.items() if backward == mine)
             yield f"ln_backward={self.name} with other factors than its own would be mislabelled: use ln_backward={right}"
 
     def surrogate(self, x: Tensor, eps: float, *, rms: bool) -> Tensor | None:
@@ -120,6 +119,11 @@ def exact_norms(model: nn.Module) -> AbstractContextManager[None]:
 def norms(model: nn.Module) -> list[tuple[str, Norm]]:
     """Return the model's norms of this class with their dotted names, in order of definition."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Norm)]
+
+
+def listed(patterns: str | Iterable[str]) -> list[str]:
+    """Return one pattern or several, as `matches` takes them."""
+    return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 def unmatched(sites: Iterable[str], rule: Any) -> list[str]:

@@ -315,7 +315,7 @@ class Probe:
 
         calls = [call.scaled(factor) for seen in passes for call in seen.calls]
         losses = [(float(seen.loss) * seen.n_tokens, seen.n_tokens) for seen in passes]
-        states = {site: self.covered.states[site] for site in self.covered.states}
+        states = dict(self.covered.states)
         if self.distributed and ranks.ranks() > 1:
             calls, losses, states = _over_ranks(calls, losses, states)
         groups = _by_call(calls)
@@ -452,12 +452,12 @@ def _without_parameter_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[Non
 
 def replay(x: Tensor, grad: Tensor, eps: float, *, weight: Tensor | None, rms: bool) -> Tensor:
     """Return autograd's ∂L/∂x through this norm alone by its exact backward, in x's dtype. x, grad: (…, d); weight: (d,)."""
-    d = (x.shape[-1],)
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        leaf = x.detach().clone().requires_grad_()
-        gamma = None if weight is None else weight.to(x.dtype)
-        y = F.rms_norm(leaf, d, gamma, eps) if rms else F.layer_norm(leaf, d, gamma, None, eps)
-        return torch.autograd.grad(y, leaf, grad.to(y.dtype))[0]
+    d, gamma = (x.shape[-1],), None if weight is None else weight.to(x.dtype)
+
+    def norm(leaf: Tensor) -> Tensor:
+        return F.rms_norm(leaf, d, gamma, eps) if rms else F.layer_norm(leaf, d, gamma, None, eps)
+
+    return decompose.pull_through(norm, x, grad)[1]
 
 
 def block_of(name: str) -> int | None:

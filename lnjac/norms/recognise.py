@@ -96,11 +96,6 @@ class NormFormula:
         """Return z of tokens x: (…, d)."""
         return normalise(x, self.eps, rms=self.rms).z
 
-    def output(self, z: Tensor) -> Tensor:
-        """Return γ⊙z + β: (…, d)."""
-        y = z if self.weight is None else z * self.weight
-        return y if self.bias is None else y + self.bias
-
 
 def as_tokens(x: Tensor, axis: int, dims: int) -> Tensor:
     """Return x as (…, d): one axis moved to the end, or the last `dims` of them as one."""
@@ -464,7 +459,8 @@ def require_formula(
 
     inputs, outputs, *rest = (part[held] for part in rows)
     z, rstd = normalise(inputs, norm.eps, rms=norm.rms)
-    weight, true = of_tokens(norm.weight, 1.0), z * of_tokens(norm.weight, 1.0) + of_tokens(norm.bias, 0.0)
+    weight = of_tokens(norm.weight, 1.0)
+    true = z * weight + of_tokens(norm.bias, 0.0)
     sizes = [(true - outputs).square().sum(), true.square().sum()]
     if rest:
         g = rest[0] * weight

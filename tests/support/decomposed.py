@@ -1,6 +1,6 @@
 """The backward of one norm as explicit vectors per token, the oracle of its decomposition, in float64."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -112,11 +112,12 @@ def autograd(case: Case) -> Tensor:
     return torch.autograd.grad(y, x, case.grad)[0]
 
 
-def measure(case: Case, **more: object) -> Tokens:
-    return jacobian.decompose(case.x, case.grad, case.eps, weight=case.weight, rms=case.rms, **more)  # type: ignore[arg-type]
+def measure(case: Case, loss_tokens: int = 1, **more: object) -> Tokens:
+    tokens = jacobian.decompose(case.x, case.grad, case.eps, weight=case.weight, rms=case.rms, **more)  # type: ignore[arg-type]
+    return jacobian.scaled_tokens(tokens, loss_tokens)
 
 
-def total(case: Case, **more: object) -> jacobian.Sums:
+def total(case: Case, **more: Any) -> jacobian.Sums:
     return jacobian.sums(measure(case, **more), rms=case.rms)
 
 
