@@ -114,17 +114,20 @@ def _fenced(found: "re.Match[str]") -> str:
 
 def configuration() -> str:
     """Return a section for conf/config.yaml, one for each config group, and in it a table for each member."""
-    from lnjac.config.schema import GROUPS, RunConfig, field_types
+    from lnjac.config.schema import GROUPS, RunConfig, field_types, folder_of
 
     types = field_types(RunConfig)
     top = yaml.safe_load((CONF / "config.yaml").read_text())
     plain = {key: value for key, value in top.items() if key not in ("defaults", "hydra")}
     parts = ["## Top level", _table(plain, _comments(CONF / "config.yaml"), RunConfig, "")]
     chosen = {group: member for entry in top["defaults"][:-1] for group, member in entry.items()}
+    shape = yaml.safe_load((CONF / "model" / f"{chosen['model']}.yaml").read_text())
+    chosen |= {f"model.{key}": value for key, value in shape.items()}
     for group in (*GROUPS, "hydra/launcher"):
         default = chosen.get(group, chosen.get(f"override {group}"))
         parts.append(f"## {group}")
-        for path in sorted((CONF / group).glob("*.yaml"), key=lambda path: (path.stem != default, path.stem)):
+        folder = CONF / folder_of(group)
+        for path in sorted(folder.glob("*.yaml"), key=lambda path: (path.stem != default, path.stem)):
             values, comments = _member(path)
             cls = _class(values.pop("_target_", None), types.get(group))
             note = " (default)" * (path.stem == default)

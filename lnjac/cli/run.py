@@ -32,7 +32,7 @@ def task(cfg: "DictConfig") -> str:
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     try:
-        settings = schema.build(compose.plain(cfg, compose.folders(job.runtime)), job.runtime.choices)
+        settings = schema.build(compose.plain(cfg), job.runtime.choices, compose.folders(job.runtime))
         corpus = train.admit(settings)
         if job.mode == RunMode.RUN and (meant := [word for word in job.overrides.task if word.startswith("sweep=")]):
             raise errors.ConfigError(
@@ -94,7 +94,8 @@ def main() -> None:
         import hydra  # half a second in which Ctrl-C may come, too
         from hydra.errors import CompactHydraException
 
-        from lnjac.config.compose import CONF, as_typed, broken_yaml
+        from lnjac.config.compose import as_typed, broken_yaml
+        from lnjac.config.schema import CONF
         from lnjac.errors import ConfigError
 
         try:

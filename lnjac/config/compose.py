@@ -4,23 +4,19 @@ import copy
 import dataclasses
 import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lnjac.config.schema import MISSING, SWEEP, RunConfig, build, first_line
+from lnjac.config.schema import CONF, MISSING, NAMED_GROUPS, SWEEP, RunConfig, build, first_line, folder_of
 from lnjac.errors import ConfigError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
-
-CHECKOUT = Path(__file__).resolve().parents[2] / "conf"
-CONF = CHECKOUT if (CHECKOUT / "config.yaml").is_file() else CHECKOUT.parent / "lnjac" / "conf"
-"""The folder of the config groups: the checkout's, else the one inside the installed package."""
 
 
 def compose(*overrides: str) -> RunConfig:
@@ -153,7 +149,9 @@ class Composed:
     @property
     def choices(self) -> dict[str, Any]:
         """The chosen member of each group, by which rows are labelled."""
-        return self.base.choices
+        named = {f"{group}.name": group for group in NAMED_GROUPS}
+        given = {named[o.key_or_group]: str(o.value()) for o in self.plain if o.key_or_group in named}
+        return self.base.choices | given
 
     def build(self) -> RunConfig:
         """Return the typed config. Raises ConfigError for values that the schema refuses."""
@@ -161,8 +159,8 @@ class Composed:
         if "${" not in repr((self.base.values, given)):
             values = copy.deepcopy(self.base.values)
             if all(_put(values, key, value) for key, value in given):
-                return build(_with_diagnostics(values, self.base.folders), self.choices)
-        return build(plain(self.full(), self.base.folders), self.choices)
+                return build(values, self.choices, self.base.folders)
+        return build(plain(self.full()), self.choices, self.base.folders)
 
     def full(self) -> "DictConfig":
         """Return the config as Hydra composes it, with Hydra's own part."""
@@ -187,9 +185,11 @@ def _put(values: dict[str, Any], key: str, value: Any) -> bool:
     """Put a value at a dotted key; False if that takes OmegaConf's own rules: a mapping, a place in a list."""
     *folders, name = key.split(".")
     for folder in folders:
-        values = values.get(folder)  # type: ignore[assignment]
-        if not isinstance(values, dict):
+        if isinstance(values.get(folder), list):
             return False
+        if not isinstance(values.get(folder), dict):
+            values[folder] = {}  # as OmegaConf does
+        values = values[folder]
     scalars = value if isinstance(value, list) else [value]
     if not all(item is None or isinstance(item, (bool, int, float, str)) for item in scalars):
         return False
@@ -199,15 +199,11 @@ def _put(values: dict[str, Any], key: str, value: Any) -> bool:
     return True
 
 
-def plain(config: "DictConfig", folders: Sequence[Path]) -> dict[str, Any]:
+def plain(config: "DictConfig") -> dict[str, Any]:
     """Return our own keys of a composed config as plain values, which `schema.build` takes.
 
-    Args:
-        config: The composed config.
-        folders: Those that Hydra composed from, in which the diagnostics of `diagnostics.more` are looked up.
-
     Raises:
-        ConfigError: for an interpolation that cannot be resolved, or a diagnostic that has no file.
+        ConfigError: for an interpolation that cannot be resolved.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -219,49 +215,39 @@ def plain(config: "DictConfig", folders: Sequence[Path]) -> dict[str, Any]:
             values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key}: {first_line(error)}") from None
-    return _with_diagnostics(values, folders)
-
-
-def _with_diagnostics(values: dict[str, Any], folders: Sequence[Path]) -> dict[str, Any]:
-    """Return the values with the yaml files that `diagnostics.more` names in place of their names."""
-    from omegaconf import OmegaConf
-
-    diagnostics = values.get("diagnostics")
-    if not isinstance(diagnostics, dict) or not (names := diagnostics.get("more")) or isinstance(names, Mapping):
-        return values
-    nodes = {}
-    for name in [names] if isinstance(names, str) else names:
-        files = [file for folder in folders if (file := folder / "diagnostic" / f"{name}.yaml").is_file()]
-        if not files:
-            raise ConfigError(
-                f"diagnostics.more={name} names no file conf/diagnostic/{name}.yaml: write one, or leave it out"
-            )
-        nodes[name] = OmegaConf.to_container(OmegaConf.load(files[0]), resolve=True)
-    return {**values, "diagnostics": {**diagnostics, "more": nodes}}
+    return values
 
 
 def spelled(words: Iterable[str]) -> list[str]:
     """Quote each name that Hydra would read as a number, a boolean or null, of a member, a file or a folder.
 
-    So `attn_mode=1e3` chooses 1e3.yaml, and `sweep=2026_11_26` does not go to multirun/20261126.
+    So `attn_mode=1e3` chooses 1e3.yaml, and `sweep=2026_11_26` does not go to multirun/20261126. `model.norm=NAME` becomes
+    `model.norm.name=NAME`, as Hydra would otherwise lose the name where a key of the member is given too.
 
     Raises:
         ConfigError: for a `_target_`, as rows would carry the chosen member's label for the code of another class.
     """
-    folders = "|".join(path.name for path in CONF.iterdir() if path.is_dir())
-    names = "|".join([folders, *map(re.escape, TEXTS)])
+    named_groups = "|".join(map(re.escape, NAMED_GROUPS))
+    folders = "|".join([*(path.name for path in CONF.iterdir() if path.is_dir()), named_groups])
+    names = "|".join([folders, rf"(?:{named_groups})\.name", *map(re.escape, TEXTS)])
     found = []
     for word in words:
+        word = re.sub(rf"^(\+*(?:{named_groups}))=(?!\s*\{{)", r"\1.name=", word)
         if named := re.match(rf"[+~]*({folders})(\._target_\b|=\{{.*\b_target_\b)", word):
             raise ConfigError(
-                f"{word}: rows would carry the label of another class: name this class in a file conf/{named[1]}/NAME.yaml "
-                f"and choose it by {named[1]}=NAME"
+                f"{word}: rows would carry the label of another class: name this class in a file "
+                f"conf/{folder_of(named[1])}/NAME.yaml and choose it by {named[1]}=NAME"
             )
         name = re.fullmatch(rf"(\+*(?:{names})(?:@[^=]*)?=)([^'\"\\$]*)", word)
         if name and not re.search(r"\b(range|interval)\(", name[2]):
             word = name[1] + re.sub(r"[^,()\[\]{}]+", _quoted, name[2])
         found.append(word)
     return found
+
+
+def typed(word: str) -> str:
+    """Return a word that `as_typed` or `spelled` made as its user typed it."""
+    return re.sub(rf"^\+*({'|'.join(map(re.escape, NAMED_GROUPS))})\.name=", r"\1=", word.removeprefix("++"))
 
 
 def _quoted(found: "re.Match[str]") -> str:

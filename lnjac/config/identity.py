@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import typing
 from collections.abc import Iterator, Mapping
 from enum import Enum
+from operator import attrgetter
 from typing import Any
 
 from lnjac.columns import Column
-from lnjac.config.schema import PLUGIN_GROUPS, RunConfig, field_types, is_group
+from lnjac.config.schema import NAMED_GROUPS, PLUGIN_GROUPS, RunConfig, field_types, held, is_group, named_alone
 from lnjac.files import digest
 
 NUMERICS_VERSION = 2
@@ -22,7 +22,10 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     """Return the config as plain JSON values, from which `build` makes it again."""
     plain: dict[str, Any] = _plain(config)
     for group in PLUGIN_GROUPS:
-        plain[group] = {"_target_": target(group, type(getattr(config, group))), **plain[group]}
+        holder, key = held(plain, group)
+        member = attrgetter(group)(config)
+        alone = group in NAMED_GROUPS and named_alone(group, member)
+        holder[key] = member.name if alone else {"_target_": target(group, type(member)), **holder[key]}
     if not (more := config.diagnostics.more):  # as before there was such a key
         del plain["diagnostics"]["more"]
     for name, diagnostic in more.items():
@@ -66,8 +69,7 @@ def columns(config: RunConfig) -> list[tuple[Column, Any]]:
         if hasattr(value, "name"):
             found.append((Column(field.name, "string", "", f"which member of conf/{field.name}"), value.name))
         if field.name != "data":
-            inner = {key: part for key, part in plain[field.name].items() if key not in ("name", "_target_")}
-            found += _leaves(type(value), inner, f"{field.name}.")
+            found += _leaves(value, _keys(plain[field.name]), f"{field.name}.")
     return found
 
 
@@ -76,18 +78,26 @@ def column_values(config: RunConfig) -> dict[str, Any]:
     return {column.name: value for column, value in columns(config)}
 
 
-def _leaves(cls: type, plain: Mapping[str, Any], prefix: str) -> Iterator[tuple[Column, Any]]:
+def _leaves(part: Any, plain: Mapping[str, Any], prefix: str) -> Iterator[tuple[Column, Any]]:
     """Yield a column and its value for each scalar; lists of scalars are joined by `+`, other lists and mappings are JSON."""
-    hints = field_types(cls)
     for name, value in plain.items():
-        if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
-            yield from _leaves(typing.cast(type, hints[name]), value, f"{prefix}{name}.")
+        inner = getattr(part, name)
+        if prefix + name in NAMED_GROUPS:
+            yield _column(type(part), name, prefix + name), inner.name
+            value = {} if isinstance(value, str) else _keys(value)
+        if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
+            yield from _leaves(inner, value, f"{prefix}{name}.")
             continue
         if isinstance(value, list) and not any(isinstance(item, (list, Mapping)) for item in value):
             value = "+".join(map(str, value))
         elif isinstance(value, (list, Mapping)):
             value = json.dumps(value, sort_keys=True)
-        yield _column(cls, name, prefix + name), value
+        yield _column(type(part), name, prefix + name), value
+
+
+def _keys(member: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a member's own values, without its label and its class."""
+    return {key: value for key, value in member.items() if key not in ("name", "_target_")}
 
 
 def _column(cls: type, field: str, name: str) -> Column:

@@ -5,6 +5,8 @@ A group whose members bring their own code (attention mode, method, LayerNorm ba
 names a dataclass by `_target_`. That dataclass is the member's schema, its config columns and its behaviour. It may define
 `resolve(config)`, to replace values that depend on the rest, and `problems(config)`, to refuse a config that it cannot run.
 Its field `name` is the label that rows carry: the chosen member, which is the name of its yaml file.
+
+Some of a model's values are members too, such as model.norm. They are given by name, and looked up in conf/model/norm.
 """
 
 import copy
@@ -18,6 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from operator import attrgetter
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from lnjac.diagnostics.settings import Diagnostics
@@ -29,6 +33,10 @@ SWEEP = ("sweep", "retry_failed", "dry_run", "report")
 
 MISSING = "???"
 """The value by which a yaml file asks for one."""
+
+CHECKOUT = Path(__file__).resolve().parents[2] / "conf"
+CONF = CHECKOUT if (CHECKOUT / "config.yaml").is_file() else CHECKOUT.parent / "lnjac" / "conf"
+"""The folder of the config groups: the checkout's, else the one inside the installed package."""
 
 
 class Device(str, Enum):
@@ -87,8 +95,9 @@ class RunConfig:
     tracker: Any
 
     def parts(self) -> dict[str, Any]:
-        """Return the values that are dataclasses, by name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if is_group(f)}
+        """Return the values that are dataclasses, by name, and the members among the model's values."""
+        names = [f.name for f in dataclasses.fields(self) if is_group(f)]
+        return {name: attrgetter(name)(self) for name in (*names, *NAMED_GROUPS)}
 
 
 class Plugin(NamedTuple):
@@ -109,7 +118,12 @@ PLUGIN_GROUPS = {
     "optimizer": Plugin("lnjac.gpt.optimizers.Optimizer", "lnjac.optim"),
     "data": Plugin("lnjac.data.corpus.Source", "lnjac.data"),
     "tracker": Plugin("lnjac.training.trackers.Tracker", "lnjac.tracking"),
+    "model.norm": Plugin("lnjac.gpt.norms.Kind", "lnjac.norm_kind"),
+    "model.placement": Plugin("lnjac.gpt.norms.Placement", "lnjac.placement"),
 }
+
+NAMED_GROUPS = tuple(group for group in PLUGIN_GROUPS if "." in group)
+"""The groups whose member is a value within another group's: its name, or a mapping with its name and its keys."""
 
 DIAGNOSTIC = "lnjac.diagnostics.base.Diagnostic"
 """The class that a member of `diagnostics.more` derives from."""
@@ -131,36 +145,45 @@ class Hooks(Protocol):
         """Yield a line for each property of a sound config that its user should know."""
 
 
-def build(values: Mapping[str, Any], choices: Mapping[str, Any] | None = None) -> RunConfig:
+def build(
+    values: Mapping[str, Any], choices: Mapping[str, Any] | None = None, folders: Sequence[Path] = (CONF,)
+) -> RunConfig:
     """Turn a config's plain values into dataclasses.
 
     Args:
         values: from `compose.plain`, or from `identity.to_dict`, which include the labels.
         choices: the chosen member of each group, by which rows are labelled; None if `values` include the labels.
+        folders: those of yaml files, in which members that `values` only name are looked up.
 
     Raises:
         ConfigError: a line for each unknown, missing or ill-typed value, and for each class that its group cannot use.
     """
     problems: list[str] = []
-    values = dict(values)
+    values = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     for group in GROUPS if choices is not None else ():
         if isinstance(value := values.get(group), Mapping):
             values[group] = _labelled(group, value, (choices or {}).get(group), problems)
     for group in PLUGIN_GROUPS:
-        if values.get(group, MISSING) != MISSING:
-            values[group] = _member(group, values[group], problems)
+        holder, key = held(values, group)
+        if holder.get(key, MISSING) != MISSING:
+            finished = choices is None and isinstance(holder[key], Mapping)
+            if group in NAMED_GROUPS and not finished:
+                holder[key] = _named_member(group, holder[key], folders, problems)
+            else:
+                holder[key] = _member(group, holder[key], problems)
     config: RunConfig = _fill(RunConfig, values, "", problems)
     if not problems:
+        nodes = _diagnostics(config.diagnostics.more or {}, folders, problems)
         config.diagnostics.more = {
             name: _made("diagnostic", f"diagnostics.more={name}: ", f"diagnostic.{name}.", node, DIAGNOSTIC, problems)
-            for name, node in (config.diagnostics.more or {}).items()
+            for name, node in nodes.items()
         }
     if not problems:
         for part in config.parts().values():
             if hasattr(part, "resolve"):
                 part.resolve(config)
         for group, plugin in PLUGIN_GROUPS.items():  # after `resolve`, which may replace a member
-            part = getattr(config, group)
+            part = attrgetter(group)(config)
             problems += [
                 f"{group}={part.name}: {said}" for said in _unfit(part.__class__, _named(plugin.offers), required=True)
             ]
@@ -169,17 +192,86 @@ def build(values: Mapping[str, Any], choices: Mapping[str, Any] | None = None) -
     return config
 
 
+def held(values: dict[str, Any], group: str) -> tuple[dict[str, Any], str]:
+    """Return the mapping that holds a group's member, and the key there: an empty one where there is no such mapping."""
+    outer, _, key = group.rpartition(".")
+    holder = values.get(outer) if outer else values
+    return (holder if isinstance(holder, dict) else {}), key
+
+
+def _diagnostics(named: Any, folders: Sequence[Path], problems: list[str]) -> Mapping[str, Any]:
+    """Return the yaml files' values by the names that `diagnostics.more` lists; what is no list has them already."""
+    if isinstance(named, Mapping):
+        return named
+    names = [named] if isinstance(named, str) else named
+    nodes = {name: _file("diagnostics.more", "diagnostic", name, folders, problems) for name in names}
+    return {name: node for name, node in nodes.items() if node is not None}
+
+
+def _named_member(group: str, given: Any, folders: Sequence[Path], problems: list[str]) -> Any:
+    """Make the dataclass of a name's yaml file, with the keys given beside the name; None if that is not possible."""
+    keys = dict(given) if isinstance(given, Mapping) else {"name": given}
+    if "_target_" in keys:
+        problems.append(
+            f"{group}._target_={keys['_target_']}: rows would carry the label of another class: name this class in a file "
+            f"conf/{folder_of(group)}/NAME.yaml and choose it by {group}=NAME"
+        )
+        return None
+    if not isinstance(name := keys.pop("name", None), str):
+        said = (
+            f"{', '.join(f'{group}.{key}' for key in keys)} has no member" if keys else f"{group}={name} is no member"
+        )
+        problems.append(f"{said}: choose one by {group}=NAME, of a file conf/{folder_of(group)}/NAME.yaml")
+        return None
+    node = _file(group, folder_of(group), name, folders, problems)
+    if isinstance(node, Mapping):
+        node = _labelled(group, {**node, **keys}, name, problems)
+    return None if node is None else _member(group, node, problems)
+
+
+def named_alone(group: str, member: Any) -> bool:
+    """Return whether a member's name is enough to make it again: one of our classes without keys, by a file of ours."""
+    cls = type(member)
+    node = _file(group, folder_of(group), member.name, (CONF,), [])
+    ours = cls.__module__.startswith("lnjac.") and [field.name for field in dataclasses.fields(cls)] == ["name"]
+    return ours and node == {"_target_": f"{cls.__module__}.{cls.__qualname__}"}
+
+
+def _file(key: str, folder: str, name: str, folders: Sequence[Path], problems: list[str]) -> Any:
+    """Return the values of folder/NAME.yaml in the first of the folders that has it; None, with a problem, if none has."""
+    for file in (root / folder / f"{name}.yaml" for root in folders):
+        if file.is_file():
+            return copy.deepcopy(_loaded(file, file.stat().st_mtime_ns))
+    known = sorted({file.stem for root in folders for file in (root / folder).glob("*.yaml")})
+    remedy = f"choose {' or '.join(known)}, or write it" if known else "write one, or leave it out"
+    problems.append(f"{key}={name} names no file conf/{folder}/{name}.yaml: {remedy}")
+    return None
+
+
+@lru_cache
+def _loaded(file: Path, changed_ns: int) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+
+
+def folder_of(group: str) -> str:
+    """Return the folder of a group's members, in conf/."""
+    return group.replace(".", "/")
+
+
 def _labelled(group: str, value: Mapping[str, Any], member: Any, problems: list[str]) -> dict[str, Any]:
     """Return a group's values with its label, the chosen member; a group without one, or with another, is a problem."""
     labelled = {"name": member, **value}
     if not isinstance(member, str):
         problems.append(
-            f"{group} has no chosen member to label its rows by: choose one by {group}=NAME, of a file conf/{group}/NAME.yaml"
+            f"{group} has no chosen member to label its rows by: choose one by {group}=NAME, "
+            f"of a file conf/{folder_of(group)}/NAME.yaml"
         )
     elif labelled["name"] != member:
         problems.append(
             f"{group}.name={labelled['name']}: rows are labelled by the chosen member, {member}: "
-            f"leave the key name out of conf/{group}/{member}.yaml and of the command"
+            f"leave the key name out of conf/{folder_of(group)}/{member}.yaml and of the command"
         )
     return labelled
 
@@ -189,7 +281,7 @@ def _member(group: str, value: Any, problems: list[str]) -> Any:
     if not isinstance(value, Mapping):
         problems.append(
             f"{group}={value} is no member: choose one by {group}=NAME, "
-            f"of a file conf/{group}/NAME.yaml with `key: value` lines"
+            f"of a file conf/{folder_of(group)}/NAME.yaml with `key: value` lines"
         )
         return None
     return _made(group, f"{group}={value.get('name')}: ", f"{group}.", value, None, problems)

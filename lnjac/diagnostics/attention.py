@@ -4,7 +4,6 @@ With y = γ⊙z + β what a norm hands on, ⟨g,z⟩ = ⟨∂L/∂y, y − β⟩
 feedback B (bp: B = W) is ⟨∂L/∂W − ∂L/∂b·βᵀ, B⟩; docs/diagnostics.md derives it, and the predictions.
 """
 
-import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -118,11 +117,13 @@ class Mechanism(Diagnostic):
     def _hooks(self) -> Iterator[RemovableHandle]:
         for _, norm in norms(self.model):
             yield norm.register_forward_hook(self._hands_on)
-        blocks = [module for module in self.model.modules() if isinstance(module, Block)]
-        entries = [(block.ln_1, block.ln_2) if block.pre else (block.attn, block.mlp) for block in blocks]
-        last = [self.model.ln_f] if isinstance(self.model.ln_f, Norm) else []
-        for entry in itertools.chain(*entries, last):
-            yield entry.register_forward_pre_hook(self._branches)
+        for block in (module for module in self.model.modules() if isinstance(module, Block)):
+            for branch, of_branch in block.branches():
+                start = self._first()
+                for module in (branch, *of_branch):
+                    yield module.register_forward_pre_hook(start)
+        if not isinstance(self.model.ln_f, nn.Identity):
+            yield self.model.ln_f.register_forward_pre_hook(self._branches)
         for reader in [*(layer.qkv for layer in self.layers), self.model.head]:
             yield reader.register_forward_hook(self._reads)
         for layer in self.layers:
@@ -185,6 +186,16 @@ class Mechanism(Diagnostic):
             self._record(norm, quantity, value, n)
 
     # The residual
+
+    def _first(self) -> Callable[[nn.Module, Any], tuple[Any, ...] | None]:
+        """Return a hook for a branch and its norms, which separates the gradients at the one that is called first."""
+        called: list[nn.Module] = []
+
+        def start(entry: nn.Module, args: Any) -> tuple[Any, ...] | None:
+            called.append(entry)
+            return self._branches(entry, args) if len(called) == 1 else None
+
+        return start
 
     def _branches(self, entry: nn.Module, args: Any) -> tuple[Any, ...] | None:
         """Separate, where a branch starts, the gradient that returns through it from the residual's."""

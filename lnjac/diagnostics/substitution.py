@@ -181,7 +181,7 @@ def places(model: nn.Module) -> dict[str, list[str]]:
     for site in sites:
         roles.setdefault(site.rpartition(".")[2], []).append(site)
     several = {role: members for role, members in roles.items() if len(members) > 1}
-    return {**{site: [site] for site in sites}, **several, ALL: sites}
+    return {**{site: [site] for site in sites}, **several, ALL: sites} if sites else {}
 
 
 def is_group(sites: Sequence[str], every: Sequence[tuple[str, nn.Module]]) -> bool:

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lnjac.errors import ConfigError
 from lnjac.gpt.attention import Attention
 from lnjac.gpt.credit import Broadcast, Cut, FeedbackLinear, is_feedback, keep
-from lnjac.gpt.settings import Model, NormKind, Placement, Precision
+from lnjac.gpt.settings import Model, Precision
 from lnjac.norms.backward import set_backward
-from lnjac.norms.layers import Norm
+from lnjac.norms.layers import Norm, OtherNorm, norms
 from lnjac.seeding import normal, stream
 
 INIT_STD = 0.02
@@ -57,21 +58,31 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A block of h + f(norm(h)) (pre-LN) or norm(h + f(h)) (post-LN), for attention and then the MLP as f."""
+    """A block of two branches, attention and the MLP, with norms around each as the placement has them."""
+
+    attn: SelfAttention
+    mlp: MLP
 
     def __init__(self, model: Model, mode: Attention) -> None:
         super().__init__()
-        self.pre = model.placement is Placement.pre
-        self.ln_1, self.attn = _norm(model, model.n_embd), SelfAttention(model, mode)
-        self.ln_2, self.mlp = _norm(model, model.n_embd), MLP(model)
+        self.placement = model.placement
+        for number, (name, branch) in enumerate((("attn", SelfAttention(model, mode)), ("mlp", MLP(model))), 1):
+            for norm in self.placement.norms:
+                self.add_module(f"{norm}_{number}", _norm(model, model.n_embd))
+            self.add_module(name, branch)
+
+    def branches(self) -> list[tuple[nn.Module, list[nn.Module]]]:
+        """Return attention and the MLP, each with its norms."""
+        return [
+            (branch, [getattr(self, f"{norm}_{number}") for norm in self.placement.norms])
+            for number, branch in enumerate((self.attn, self.mlp), 1)
+        ]
 
     def forward(self, h: Tensor, cut: Cut = keep) -> Tensor:
         """Map h: (B, T, d) to (B, T, d); `cut` is called on each sublayer's output."""
-        if self.pre:
-            h = cut(h + self.attn(self.ln_1(h)), "sublayer")
-            return cut(h + self.mlp(self.ln_2(h)), "block")
-        h = cut(self.ln_1(h + self.attn(h)), "sublayer")
-        return cut(self.ln_2(h + self.mlp(h)), "block")
+        for (branch, its_norms), point in zip(self.branches(), ("sublayer", "block"), strict=True):
+            h = cut(self.placement.add(h, branch, its_norms), point)
+        return h
 
 
 class GPT(nn.Module):
@@ -83,9 +94,10 @@ class GPT(nn.Module):
         self.block_size = model.block_size
         self.wte = _embedding(vocab_size, d)
         self.wpe = _embedding(model.block_size, d)
+        self.ln_e = _norm(model, d) if model.placement.embedding else nn.Identity()
         self.drop = nn.Dropout(model.dropout)
         self.blocks = nn.ModuleList(Block(model, mode) for _ in range(model.n_layer))
-        self.ln_f = _norm(model, d) if model.placement is Placement.pre else nn.Identity()
+        self.ln_f = _norm(model, d) if model.placement.final else nn.Identity()
         self.head = FeedbackLinear(d, vocab_size, bias=False, kind="head", init_std=INIT_STD)
         if model.tie:
             self.head.weight = self.wte.weight  # type: ignore[assignment]
@@ -101,7 +113,7 @@ class GPT(nn.Module):
         taught: list[Tensor] = []
         broadcast = self.broadcast if torch.is_grad_enabled() else None
         cut = keep if broadcast is None else broadcast.cutter(taught)
-        h = self.drop(self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device)))
+        h = self.drop(self.ln_e(self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))))
         for block in self.blocks:
             h = block(h, cut)
         logits: Tensor = self.head(self.ln_f(h))
@@ -128,7 +140,8 @@ def build(config: Any, vocab_size: int) -> GPT:
         model.double()
     initialise(model, config.seed)
     config.method.install(model, config.seed)
-    set_backward(model, config.ln_backward)
+    if norms(model):
+        set_backward(model, config.ln_backward)
     return model
 
 
@@ -181,13 +194,16 @@ def load_saved(model: GPT, state: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def initialise(model: GPT, seed: int) -> None:
-    """Draw weights from N(0, 0.02²), residual projections' smaller by 1/√(2·n_layer); set biases to 0 and γ to 1."""
+    """Draw weights from N(0, 0.02²), residual projections' smaller by 1/√(2·n_layer); set biases to 0.
+
+    Norms keep the values that they are made with.
+    """
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(module, (FeedbackLinear, nn.Embedding)):
+            continue
         if name.endswith("bias"):
             parameter.zero_()
-        elif isinstance(module, Norm):
-            parameter.fill_(1.0)
         else:
             std = module.init_std if isinstance(module, FeedbackLinear) else INIT_STD
             parameter.copy_(normal(tuple(parameter.shape), stream(seed, "init", name)) * std)
@@ -203,6 +219,11 @@ def _embedding(n: int, d: int) -> nn.Embedding:
     return made
 
 
-def _norm(model: Model, d: int) -> Norm:
-    rms = model.norm is NormKind.rmsnorm
-    return Norm(d, eps=model.eps, rms=rms, affine=model.affine, bias=model.bias)
+def _norm(model: Model, d: int) -> Norm | OtherNorm:
+    made = model.norm.make(d, model)
+    if not isinstance(made, (Norm, OtherNorm)):
+        raise ConfigError(
+            f"model.norm={model.norm.name} makes a {type(made).__name__}, which diagnostics do not know: "
+            "derive it from Norm or OtherNorm of lnjac.norms.layers"
+        )
+    return made

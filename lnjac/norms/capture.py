@@ -21,6 +21,7 @@ from lnjac.norms.recognise import (
     Unrecognised,
     adapter_of,
     candidates,
+    has_other_norms,
     is_known,
     other_kind,
     own_forward,
@@ -145,7 +146,7 @@ def capture(
             yield found
     finally:
         found += recorder.close()
-    if not sites and not recorder.functions:
+    if not (sites or recorder.functions or has_other_norms(model)):
         raise ValueError("the model has no LayerNorm or RMSNorm: give an adapter for a norm under another name")
     if coverage.reasons and unknown != "skip":
         if unknown == "raise":

@@ -92,6 +92,10 @@ class Norm(nn.Module):
         return f"{self.normalized_shape[0]}, eps={self.eps}, rms={self.rms}, backward={rule}"
 
 
+class OtherNorm(nn.Module):
+    """The base of norms without the parts of a LayerNorm's Jacobian: the probe names them, and measures nothing there."""
+
+
 def matches(site: str, patterns: Iterable[str]) -> bool:
     """Return whether `all`, a site's dotted name (`blocks.0.ln_1`), its role (`ln_1`) or a glob of either is a pattern."""
     role = site.rpartition(".")[2]

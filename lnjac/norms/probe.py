@@ -319,7 +319,7 @@ class Probe:
         if self.distributed and ranks.ranks() > 1:
             calls, losses, states = _over_ranks(calls, losses, states)
         groups = _by_call(calls)
-        if not groups and NOT_FINITE not in states.values():
+        if not groups and NOT_FINITE not in states.values() and set(states.values()) != {OTHER}:
             raise ValueError(_nothing(states))
         loss = sum(value for value, _ in losses) / sum(n for _, n in losses)
         rows = [{**_row(parts), "loss_nats": loss} for parts in groups]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lnjac.norms.calls import FunctionalCall, site_name
 from lnjac.norms.decompose import normalise, pull_back, wide_dtype
-from lnjac.norms.layers import Norm, Surrogate, exact_norms
+from lnjac.norms.layers import Norm, OtherNorm, Surrogate, exact_norms
 
 LARGE = 1e6
 """Size of the chosen token: its variance makes any ε vanish."""
@@ -209,8 +209,13 @@ def _has_eps(module: nn.Module) -> bool:
 
 
 def other_kind(module: nn.Module) -> bool:
-    """Return whether a module is a norm of another kind: BatchNorm, GroupNorm, InstanceNorm and their like."""
-    return any(OTHER_KINDS.search(cls.__name__) for cls in type(module).__mro__)
+    """Return whether a module is a norm of another kind: BatchNorm, GroupNorm, and their like, or an OtherNorm."""
+    return isinstance(module, OtherNorm) or any(OTHER_KINDS.search(cls.__name__) for cls in type(module).__mro__)
+
+
+def has_other_norms(model: nn.Module) -> bool:
+    """Return whether the model has norms that are declared, by an OtherNorm, to have nothing to measure."""
+    return any(isinstance(module, OtherNorm) for module in model.modules())
 
 
 def recognise(

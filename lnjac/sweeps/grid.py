@@ -68,6 +68,8 @@ def advice(typed: Sequence[str], jobs: Sequence[Checked]) -> list[str]:
     Returns:
         Nothing unless some members lack a typed key that others have.
     """
+    from lnjac.config.compose import typed as as_read
+
     lacked = [_lacked(typed, job.problems) for job in jobs]
     by_all = set.intersection(*lacked) if lacked else set()
     alike: dict[frozenset[str], list[Mapping[str, str]]] = {}  # the jobs' choices, by the words that only they lack
@@ -83,7 +85,7 @@ def advice(typed: Sequence[str], jobs: Sequence[Checked]) -> list[str]:
     script = f"python {program}" if program.endswith(".py") else program
     groups = [name for name in jobs[0].choices if len({choices.get(name) for choices, _ in jobs}) > 1]
     for lacking, members in alike.items():
-        kept = [word.removeprefix("++") for word in typed if word not in lacking and _key(word) not in groups]
+        kept = [as_read(word) for word in typed if word not in lacking and _key(as_read(word)) not in groups]
         chosen = [f"{name}={','.join(dict.fromkeys(choices[name] for choices in members))}" for name in groups]
         name = [] if any(_key(word) == "sweep" for word in typed) else ["sweep=NAME"]
         lines.append(f"  {script} -m {shlex.join([*kept, *chosen, *name])}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lnjac.config.compose import Composed
+from lnjac.config.compose import Composed, typed
 from lnjac.escape import visible
 from lnjac.runs import folder as runs
 from lnjac.runs import state as states
@@ -45,7 +45,7 @@ class Job:
 
 def in_words(overrides: Sequence[str]) -> str:
     """Return a job's words as a user types them."""
-    return visible(" ".join(word.removeprefix("++") for word in overrides))
+    return visible(" ".join(typed(word) for word in overrides))
 
 
 def to_do(jobs: Sequence[Job], *, retry_failed: bool) -> list[Job]:

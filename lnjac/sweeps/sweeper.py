@@ -156,9 +156,11 @@ class Sweeper(HydraSweeper):
 
     def _full(self, job: "Job") -> DictConfig:
         """Return the job's config as Hydra composes it, with its folder and the words by which it was asked for."""
+        from lnjac.config.compose import typed
+
         config = job.composed.full()
         ours = [override for override in job.composed.overrides if not override.is_hydra_override()]
-        config.hydra.overrides.task = [str(override.input_line).removeprefix("++") for override in ours]
+        config.hydra.overrides.task = [typed(str(override.input_line)) for override in ours]
         names = config.hydra.job.config.override_dirname
         config.hydra.job.override_dirname = get_overrides_dirname(
             overrides=ours, kv_sep=names.kv_sep, item_sep=names.item_sep, exclude_keys=names.exclude_keys

@@ -59,10 +59,7 @@ def admit(config: RunConfig, *, here: bool = True) -> Corpus:
         sites = _sites(config)
         if not config.ln_backward.sites:
             problems.append("ln_backward.sites is empty: name a site, or use ln_backward=exact")
-        problems += [
-            f"ln_backward.sites={pattern} matches no norm of this model: it has {', '.join(sites)}"
-            for pattern in unmatched(sites, config.ln_backward)
-        ]
+        problems += _site_problems(config, sites) if sites else _problems_without_sites(config)
     if problems:
         raise ConfigError("\n".join(problems))
     if here and config.precision is Precision.bf16 and device_of(config).type == "cpu" and not _computes_bf16():
@@ -73,8 +70,36 @@ def admit(config: RunConfig, *, here: bool = True) -> Corpus:
     return corpus
 
 
+def _site_problems(config: RunConfig, sites: list[str]) -> list[str]:
+    return [
+        f"ln_backward.sites={pattern} matches no norm of this model: it has {', '.join(sites)}"
+        for pattern in unmatched(sites, config.ln_backward)
+    ]
+
+
+def _problems_without_sites(config: RunConfig) -> list[str]:
+    """Return a line for each setting that needs a LayerNorm or an RMSNorm, for a model that has norms of another kind."""
+    why = f"model.norm={config.model.norm.name}, whose Jacobian has no such parts"
+    found = []
+    if config.ln_backward.name != "exact":
+        found.append(
+            f"ln_backward={config.ln_backward.name} replaces parts of a norm's backward, but the norms are {why}: "
+            "use ln_backward=exact, or model.norm=layernorm"
+        )
+    for name in ("swap", "distributions", "feedback_draws"):
+        if value := getattr(config.diagnostics, name):
+            found.append(
+                f"diagnostics.{name}={value} compares parts of norms' backward, but the norms are {why}: "
+                f"set diagnostics.{name}={'0' if name == 'feedback_draws' else 'false'}, or use model.norm=layernorm"
+            )
+    return found
+
+
 def _sites(config: RunConfig) -> list[str]:
-    """Return the names of the model's norms. A sweep checks thousands of configs of a few models, so they are kept."""
+    """Return the names of the model's norms that have parts.
+
+    They are kept, as a sweep checks thousands of configs of a few models.
+    """
     key = repr((config.model, config.attn_mode))
     if key not in _KNOWN_SITES:
         with torch.device("meta"):

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lnjac.config.schema import PLUGIN_GROUPS, RunConfig, build
+from lnjac.config.schema import PLUGIN_GROUPS, RunConfig, build, held
 from lnjac.errors import ConfigError
 from lnjac.files import file_sha256
 from lnjac.runs import folder as runs
@@ -38,8 +38,9 @@ class Run:
     def config(self) -> RunConfig:
         """The run's config. Classes of other packages are imported, by their names, only with `trust`."""
         plain = self.metadata["config"] | {"tracker": tracking.NONE}  # opened again, it tells nobody
-        members = [plain[group] for group in PLUGIN_GROUPS] + list(plain["diagnostics"].get("more", {}).values())
-        targets = [member["_target_"] for member in members]
+        held_by = [held(plain, group) for group in PLUGIN_GROUPS]
+        members = [holder[key] for holder, key in held_by] + list(plain["diagnostics"].get("more", {}).values())
+        targets = [member["_target_"] for member in members if not isinstance(member, str)]  # a name is ours
         foreign = [target for target in targets if not target.startswith("lnjac.")]
         if foreign and not self.trust:
             raise ConfigError(

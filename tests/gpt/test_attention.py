@@ -167,8 +167,7 @@ def test_sigmoid_mass_at_initialisation_is_i_over_n() -> None:
 @pytest.mark.parametrize("placement", ["pre", "post"])
 @pytest.mark.parametrize("name", MODES)
 def test_a_later_token_changes_no_earlier_logit(name: str, placement: str, qk_norm: bool) -> None:
-    config = config_of(f"attn_mode={name}")
-    config.model.placement, config.model.qk_norm = type(config.model.placement)(placement), qk_norm
+    config = config_of(f"attn_mode={name}", f"model.placement={placement}", f"model.qk_norm={qk_norm}")
     model = gpt.build(config, 11)
     grow(model)
     idx = torch.randint(11, (2, BLOCK), generator=torch.Generator().manual_seed(1))

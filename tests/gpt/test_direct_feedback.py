@@ -34,7 +34,7 @@ def parts_of(model: gpt.GPT, inject: str) -> Iterator[tuple[str, Callable[[Tenso
     for i, block in enumerate(model.blocks):
         if inject == "block":
             yield (f"blocks.{i}.",), block
-        elif block.pre:
+        elif block.placement.name == "pre":
             yield (f"blocks.{i}.ln_1.", f"blocks.{i}.attn."), lambda h, b=block: h + b.attn(b.ln_1(h))
             yield (f"blocks.{i}.ln_2.", f"blocks.{i}.mlp."), lambda h, b=block: h + b.mlp(b.ln_2(h))
         else:

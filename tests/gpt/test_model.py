@@ -19,12 +19,13 @@ from lnjac.config.schema import RunConfig, check
 from lnjac.data import batches
 from lnjac.data import corpus as data
 from lnjac.gpt import model as gpt
-from lnjac.gpt.settings import NormKind, Placement
+from lnjac.gpt.norms import Kind, LayerNorm, PostLN, RMSNorm
 from lnjac.norms.layers import norms
 from lnjac.seeding import normal, sequence, stream
 from lnjac.training.loop import Training
 
 VOCAB = 11
+RMS, POST = RMSNorm("rmsnorm"), PostLN("post")
 TINY = ("model=tiny", "model.n_embd=16", "model.block_size=8", "precision=fp64", "method=bp", "batch_size=4")
 
 
@@ -132,7 +133,7 @@ def oracle(p: dict[str, Tensor], config: RunConfig, idx: Tensor) -> Tensor:
     d, size, t = m.n_embd, m.n_embd // m.n_head, idx.shape[1]
 
     def norm(x: Tensor, site: str) -> Tensor:
-        centred = x if m.norm is NormKind.rmsnorm else x - x.mean(-1, keepdim=True)
+        centred = x if m.norm.name == "rmsnorm" else x - x.mean(-1, keepdim=True)
         y = centred / (centred.pow(2).mean(-1, keepdim=True) + m.eps).sqrt() * p.get(f"{site}.weight", 1.0)
         return y + p.get(f"{site}.bias", 0.0)
 
@@ -159,13 +160,13 @@ def oracle(p: dict[str, Tensor], config: RunConfig, idx: Tensor) -> Tensor:
     h = p["wte.weight"][idx] + p["wpe.weight"][:t]
     for i in range(m.n_layer):
         b = f"blocks.{i}"
-        if m.placement is Placement.pre:
+        if m.placement.name == "pre":
             h = h + attention(norm(h, f"{b}.ln_1"), f"{b}.attn")
             h = h + mlp(norm(h, f"{b}.ln_2"), f"{b}.mlp")
         else:
             h = norm(h + attention(h, f"{b}.attn"), f"{b}.ln_1")
             h = norm(h + mlp(h, f"{b}.mlp"), f"{b}.ln_2")
-    h = norm(h, "ln_f") if m.placement is Placement.pre else h
+    h = norm(h, "ln_f") if m.placement.name == "pre" else h
     return h @ p.get("head.weight", p["wte.weight"]).T
 
 
@@ -173,10 +174,10 @@ VARIANTS = [
     {},
     {"bias": False},
     {"affine": False},
-    {"norm": NormKind.rmsnorm},
-    {"norm": NormKind.rmsnorm, "affine": False, "bias": False},
-    {"placement": Placement.post},
-    {"placement": Placement.post, "norm": NormKind.rmsnorm, "qk_norm": True},
+    {"norm": RMS},
+    {"norm": RMS, "affine": False, "bias": False},
+    {"placement": POST},
+    {"placement": POST, "norm": RMS, "qk_norm": True},
     {"qk_norm": True},
     {"qk_norm": True, "bias": False, "n_head": 4},
     {"tie": True},
@@ -188,10 +189,10 @@ def n_parameters(config: RunConfig) -> int:
     """The closed form: embeddings, n_layer blocks, ln_f, head."""
     m = config.model
     d, b = m.n_embd, int(m.bias)
-    per_entry = int(m.affine) * (1 + int(m.bias and m.norm is NormKind.layernorm))
+    per_entry = int(m.affine) * (1 + int(m.bias and m.norm.name != "rmsnorm"))
     qk = 2 * (d // m.n_head) * per_entry if m.qk_norm else 0
     block = 12 * d * d + 9 * d * b + 2 * d * per_entry + qk
-    final = d * per_entry if m.placement is Placement.pre else 0
+    final = d * per_entry if m.placement.name == "pre" else 0
     return VOCAB * d * (1 if m.tie else 2) + m.block_size * d + m.n_layer * block + final
 
 
@@ -228,7 +229,7 @@ def test_pre_placement_has_two_norms_a_block_and_ln_f() -> None:
 
 
 def test_post_placement_has_no_ln_f() -> None:
-    assert sites(placement=Placement.post) == {f"blocks.{i}.ln_{j}": (16,) for i in range(2) for j in (1, 2)}
+    assert sites(placement=POST) == {f"blocks.{i}.ln_{j}": (16,) for i in range(2) for j in (1, 2)}
 
 
 def test_qk_norm_adds_norms_over_one_heads_dimensions() -> None:
@@ -237,10 +238,10 @@ def test_qk_norm_adds_norms_over_one_heads_dimensions() -> None:
     assert added == {f"blocks.{i}.attn.{c}_norm": (4,) for i in range(2) for c in "qk"}
 
 
-@pytest.mark.parametrize("kind", NormKind)
-def test_norms_get_eps_kind_and_affine(kind: NormKind) -> None:
+@pytest.mark.parametrize("kind", [LayerNorm("layernorm"), RMS])
+def test_norms_get_eps_kind_and_affine(kind: Kind) -> None:
     for _, module in norms(gpt.build(config_of(norm=kind, eps=0.25, qk_norm=True, affine=False), VOCAB)):
-        assert (module.eps, module.rms) == (0.25, kind is NormKind.rmsnorm)
+        assert (module.eps, module.rms) == (0.25, kind is RMS)
         assert not list(module.parameters())
 
 
@@ -336,7 +337,7 @@ def test_precision_rounds_the_same_draws() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"n_layer": 4}, {"qk_norm": True}, {"bias": False}, {"norm": NormKind.rmsnorm}, {"placement": Placement.post}],
+    [{"n_layer": 4}, {"qk_norm": True}, {"bias": False}, {"norm": RMS}, {"placement": POST}],
     ids=str,
 )
 def test_shared_parameters_start_alike_whatever_else_the_model_has(changes: dict[str, Any]) -> None:
