@@ -102,7 +102,7 @@ def test_every_bad_value_is_said_at_once() -> None:
     (), ("method=kp", "attn_mode=sigmoid", "attn_mode.bias=-2.0"), ("steps=${batch_size}", "model.n_embd=64"),
     ("+experiment=original", "data=text", "data.files=[a,b]"), ("model=tiny", "ln_backward=ste", "ln_backward.sites=ln_f"),
     ("eval={every:2}", "eval.every=3", "threads=null"), ("ln_backward.sites.0=ln_1", "optimizer.lr=-0.0", "optimizer.lr=0.0"),
-    ("model.norm=rmsnorm", "model.placement=post"), ("model.norm={name:rmsnorm}", "model.placement.name=post"),
+    ("model.norm=rmsnorm", "model.placement=post"), ("model.norm={name:rmsnorm}", "++model.placement.name=post"),
     ("sweep=A", "method.policy={qkv:true}", "method.policy.fc=true", "seed=1", "seed=2"), ("eval.every=${steps}", "steps=7"),
 ])  # fmt: skip
 def test_configs_are_composed_as_hydra_composes_them(overrides: tuple[str, ...]) -> None:
