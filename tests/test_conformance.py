@@ -1,5 +1,6 @@
 """What every member of every config group must do: a newcomer's yaml file is tested unasked."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +11,33 @@ from support.paths import ROOT
 from support.small import SMALL, corpus, members
 
 from lnjac.config.compose import compose
-from lnjac.config.identity import columns
-from lnjac.config.schema import check
+from lnjac.config.identity import columns, to_dict
+from lnjac.config.schema import build, check
+from lnjac.diagnostics.catalogue import chosen
+from lnjac.errors import ConfigError
 from lnjac.gpt import model as gpt
-from lnjac.norms.layers import norms
+from lnjac.norms.layers import Norm, OtherNorm, norms
 from lnjac.runs import folder as runs
 from lnjac.training import loop
 from lnjac.training import run as train
 
-GROUPS = ("model", "attn_mode", "method", "ln_backward", "optimizer", "diagnostics")
+GROUPS = (
+    "model",
+    "model/norm",
+    "model/placement",
+    "attn_mode",
+    "method",
+    "ln_backward",
+    "optimizer",
+    "diagnostics",
+)
+SHAPES = ("model/norm", "model/placement")
 CASES = [(group, name) for group in GROUPS for name in members(group)]
 
 
 def small(group: str, name: str, *more: str) -> list[str]:
     """The smallest run with this member; a model member keeps its own shape but for its size."""
-    return [f"{group}={name}", *SMALL, *more]
+    return [f"{group.replace('/', '.')}={name}", *SMALL, *more]
 
 
 @pytest.mark.parametrize("group", [*GROUPS, "data", "tracker"])
@@ -46,7 +59,9 @@ def test_a_run_writes_its_rows(group: str, name: str, tmp_path: Path) -> None:
     run = runs.read_table(tmp_path / runs.FILES["runs"]).to_pylist()[0]
     assert run["status"] == "done"
     assert 0 < run["val_loss_nats"] < 10
-    assert run[group] == name
+    assert run[group.replace("/", ".")] == name
+    if layers.num_rows == 0 and steps:  # norms of another kind say so
+        assert set(json.loads(layers.schema.metadata[b"lnjac"])["coverage"]) == {"other kind of norm"}
     declared = {column.name for column, _ in columns(config)}
     assert declared <= set(layers.column_names)
     curve = runs.read_table(tmp_path / runs.FILES["curves"]).to_pylist()
@@ -56,7 +71,7 @@ def test_a_run_writes_its_rows(group: str, name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
 @pytest.mark.parametrize(
-    ("group", "name"), [case for case in CASES if case[0] in ("attn_mode", "method", "ln_backward")]
+    ("group", "name"), [case for case in CASES if case[0] in ("attn_mode", "method", "ln_backward", *SHAPES)]
 )
 def test_an_update_is_finite_in_every_precision(group: str, name: str, precision: str) -> None:
     training = loop.Training(compose(*small(group, name, f"precision={precision}")), corpus())
@@ -68,9 +83,9 @@ def test_an_update_is_finite_in_every_precision(group: str, name: str, precision
     assert any(not torch.equal(p, before[n]) for n, p in training.trained.items())
 
 
-@pytest.mark.parametrize("name", members("attn_mode"))
-def test_no_token_sees_a_later_one(name: str) -> None:
-    config = compose(*small("attn_mode", name, "precision=fp64"))
+@pytest.mark.parametrize(("group", "name"), [case for case in CASES if case[0] in ("attn_mode", *SHAPES)])
+def test_no_token_sees_a_later_one(group: str, name: str) -> None:
+    config = compose(*small(group, name, "precision=fp64"))
     model = gpt.build(config, 11)
     idx = torch.randint(11, (1, 8), generator=torch.Generator().manual_seed(0))
     changed = idx.clone()
@@ -78,6 +93,45 @@ def test_no_token_sees_a_later_one(name: str) -> None:
     one, other = model(idx)[0], model(changed)[0]
     assert torch.equal(one[:, :5], other[:, :5])
     assert not torch.equal(one[:, 5:], other[:, 5:])
+
+
+@pytest.mark.parametrize("options", [[], ["model.affine=false"], ["model.bias=false", "model.qk_norm=true"]])
+@pytest.mark.parametrize(("group", "name"), [case for case in CASES if case[0] in SHAPES])
+def test_a_norm_is_where_its_name_says_under_every_option(group: str, name: str, options: list[str]) -> None:
+    """Norms have d entries; they are what the model trains with affine, have no bias without, and are opened again."""
+    config = compose(*small(group, name, *options))
+    assert build(to_dict(config)) == config
+    model = gpt.build(config, 11)
+    placement, found = config.model.placement, dict(model.named_modules())
+    roles = [f"{norm}_{i}" for norm in placement.norms for i in (1, 2)]
+    sites = [f"blocks.{b}.{role}" for b in range(2) for role in roles] + ["ln_e"] * placement.embedding
+    for site in sites + ["ln_f"] * placement.final:
+        norm = found[site]
+        assert isinstance(norm, (Norm, OtherNorm)), site
+        assert norm(torch.randn(2, 3, 8)).shape == (2, 3, 8)
+        shapes = {key: tuple(p.shape) for key, p in norm.named_parameters() if key in ("weight", "bias")}
+        assert ("weight" in shapes) == config.model.affine
+        assert "bias" not in shapes or (config.model.affine and config.model.bias)
+        assert set(shapes.values()) <= {(8,)}
+
+
+@pytest.mark.parametrize("diagnostics", ["alignment", "attention", "swap", "full"])
+@pytest.mark.parametrize(("group", "name"), [case for case in CASES if case[0] in SHAPES])
+def test_a_diagnostic_works_with_a_norm_or_is_refused_in_a_line_each(
+    group: str, name: str, diagnostics: str, tmp_path: Path
+) -> None:
+    config = compose(*small(group, name, f"diagnostics={diagnostics}", f"data.dir={tmp_path}/play"))
+    refused = ""
+    try:
+        train.admit(config)
+    except ConfigError as error:
+        refused = str(error)
+    if refused:
+        assert all(line.startswith("diagnostics.") and "set diagnostics." in line for line in refused.split("\n"))
+        return
+    assert train.run(config, tmp_path / "run", corpus()) == runs.DONE
+    for table in {diagnostic.table for diagnostic in chosen(config.diagnostics)}:
+        assert runs.read_table(tmp_path / "run" / runs.file_of(table)).num_rows
 
 
 @pytest.mark.parametrize("name", members("method"))

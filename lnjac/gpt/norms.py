@@ -132,3 +132,16 @@ class PostLN(Placement):
         (ln,) = norms
         out: Tensor = ln(h + branch(h))
         return out
+
+
+@dataclass
+class PeriLN(Placement):
+    """h + norm(f(norm(h))), with norms of the embedding and before the head (Kim et al. 2025, arXiv 2502.02732)."""
+
+    norms = ("ln", "ln_out")
+    embedding = True
+
+    def add(self, h: Tensor, branch: nn.Module, norms: Sequence[nn.Module]) -> Tensor:
+        ln, ln_out = norms
+        out: Tensor = h + ln_out(branch(ln(h)))
+        return out

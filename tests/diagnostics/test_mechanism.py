@@ -269,6 +269,24 @@ def test_post_ln_branches_start_at_the_layers() -> None:
     assert {p for p, q in found if q == "branch_sq"} == {f"blocks.{i}.{m}" for i in (0, 1) for m in ("attn", "mlp")}
 
 
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_peri_ln_has_the_paths_of_pre_ln_and_branches_that_start_at_their_first_norm(norm: str) -> None:
+    model = made("model.placement=peri", f"model.norm={norm}", "method=fa")
+    found, at = values(rows_of(model)), calls(model)
+    for i in (0, 1):
+        paths = sum(found[f"blocks.{i}.ln_1", f"gz_{path}"] for path in "qkv")
+        assert paths == pytest.approx(gz(at[f"blocks.{i}.ln_1"]), rel=1e-9)
+    assert found["ln_f", "gz_head"] == pytest.approx(gz(at["ln_f"]), rel=1e-9)
+    for site in ("ln_e", "blocks.0.ln_out_1", "blocks.1.ln_out_2"):
+        assert found[site, "gz"] == pytest.approx(gz(at[site]), rel=1e-9)
+    starts = {f"blocks.{i}.ln_{j}" for i in (0, 1) for j in (1, 2)}
+    assert {p for p, q in found if q == "branch_sq"} == starts | {"ln_f"}
+    for site in starts:
+        call = at[site]
+        exact = replay(call.x, call.grad, call.eps, weight=call.weight, rms=call.rms)
+        assert found[site, "branch_sq"] == pytest.approx(float(exact.square().sum()), rel=1e-9)
+
+
 def test_no_junction_where_dfa_cuts() -> None:
     found = values(rows_of(made("method=dfa")))
     assert {p for p, q in found if q == "branch_sq"} == {"blocks.0.ln_1", "blocks.0.ln_2", "blocks.1.ln_2"}

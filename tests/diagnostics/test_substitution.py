@@ -41,6 +41,7 @@ CASES = {
     "fa, rmsnorm": ("method=fa", "model.norm=rmsnorm"),
     "fa, linear, no affine": ("method=fa", "attn_mode=linear", "model.affine=false"),
     "bp, post-LN": ("method=bp", "model.placement=post"),
+    "fa, peri-LN": ("method=fa", "model.placement=peri"),
     "bp, qk_norm, relu": ("method=bp", "attn_mode=relu", "model.qk_norm=true"),
     "bp, tied": ("method=bp", "model.tie=true"),
     "frozen": ("method=frozen",),

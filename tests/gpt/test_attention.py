@@ -164,7 +164,7 @@ def test_sigmoid_mass_at_initialisation_is_i_over_n() -> None:
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("placement", ["pre", "post"])
+@pytest.mark.parametrize("placement", ["pre", "post", "peri"])
 @pytest.mark.parametrize("name", MODES)
 def test_a_later_token_changes_no_earlier_logit(name: str, placement: str, qk_norm: bool) -> None:
     config = config_of(f"attn_mode={name}", f"model.placement={placement}", f"model.qk_norm={qk_norm}")

@@ -37,6 +37,11 @@ def parts_of(model: gpt.GPT, inject: str) -> Iterator[tuple[str, Callable[[Tenso
         elif block.placement.name == "pre":
             yield (f"blocks.{i}.ln_1.", f"blocks.{i}.attn."), lambda h, b=block: h + b.attn(b.ln_1(h))
             yield (f"blocks.{i}.ln_2.", f"blocks.{i}.mlp."), lambda h, b=block: h + b.mlp(b.ln_2(h))
+        elif block.placement.name == "peri":
+            for n, name in ((1, "attn"), (2, "mlp")):
+                ln, ln_out, f = (getattr(block, part) for part in (f"ln_{n}", f"ln_out_{n}", name))
+                names = tuple(f"blocks.{i}.{part}." for part in (f"ln_{n}", f"ln_out_{n}", name))
+                yield names, lambda h, ln=ln, ln_out=ln_out, f=f: h + ln_out(f(ln(h)))
         else:
             yield (f"blocks.{i}.ln_1.", f"blocks.{i}.attn."), lambda h, b=block: b.ln_1(h + b.attn(h))
             yield (f"blocks.{i}.ln_2.", f"blocks.{i}.mlp."), lambda h, b=block: b.ln_2(h + b.mlp(h))
@@ -49,11 +54,11 @@ def pulled_back(model: gpt.GPT, bp: gpt.GPT, inject: str, error: str, cut_head: 
     """
     p = dict(bp.named_parameters())
     found: dict[str, Tensor] = {}
-    h = bp.wte(IDX) + bp.wpe(torch.arange(BLOCK))
+    h = bp.ln_e(bp.wte(IDX) + bp.wpe(torch.arange(BLOCK)))
     top = errors(bp(IDX)[0], bp.head.weight, error).detach()
     parts = list(parts_of(bp, inject))
     for i, (prefixes, part) in enumerate(parts):
-        names = [n for n in p if n.startswith(tuple(prefixes))] + (["wte.weight", "wpe.weight"] if i == 0 else [])
+        names = [n for n in p if n.startswith((*prefixes, *(("wte.", "wpe.", "ln_e.") if i == 0 else ())))]
         out = part(h)
         if i == len(parts) - 1 and not cut_head:
             loss = F.cross_entropy(bp.head(bp.ln_f(out)).view(-1, VOCAB), TARGETS.view(-1))
@@ -68,7 +73,7 @@ def pulled_back(model: gpt.GPT, bp: gpt.GPT, inject: str, error: str, cut_head: 
     return found | dict(zip(above, torch.autograd.grad(loss, [p[n] for n in above]), strict=True))
 
 
-@pytest.mark.parametrize("placement", ["pre", "post"])
+@pytest.mark.parametrize("placement", ["pre", "post", "peri"])
 @pytest.mark.parametrize("cut_head", [True, False])
 @pytest.mark.parametrize("error", ["logits", "hidden"])
 @pytest.mark.parametrize("inject", ["block", "sublayer"])

@@ -19,13 +19,13 @@ from lnjac.config.schema import RunConfig, check
 from lnjac.data import batches
 from lnjac.data import corpus as data
 from lnjac.gpt import model as gpt
-from lnjac.gpt.norms import Kind, LayerNorm, PostLN, RMSNorm
+from lnjac.gpt.norms import Kind, LayerNorm, PeriLN, PostLN, RMSNorm
 from lnjac.norms.layers import norms
 from lnjac.seeding import normal, sequence, stream
 from lnjac.training.loop import Training
 
 VOCAB = 11
-RMS, POST = RMSNorm("rmsnorm"), PostLN("post")
+RMS, POST, PERI = RMSNorm("rmsnorm"), PostLN("post"), PeriLN("peri")
 TINY = ("model=tiny", "model.n_embd=16", "model.block_size=8", "precision=fp64", "method=bp", "batch_size=4")
 
 
@@ -158,15 +158,19 @@ def oracle(p: dict[str, Tensor], config: RunConfig, idx: Tensor) -> Tensor:
         return linear(a * 0.5 * (1 + torch.erf(a / math.sqrt(2))), f"{site}.proj")
 
     h = p["wte.weight"][idx] + p["wpe.weight"][:t]
+    h = norm(h, "ln_e") if m.placement.name == "peri" else h
     for i in range(m.n_layer):
         b = f"blocks.{i}"
         if m.placement.name == "pre":
             h = h + attention(norm(h, f"{b}.ln_1"), f"{b}.attn")
             h = h + mlp(norm(h, f"{b}.ln_2"), f"{b}.mlp")
+        elif m.placement.name == "peri":
+            h = h + norm(attention(norm(h, f"{b}.ln_1"), f"{b}.attn"), f"{b}.ln_out_1")
+            h = h + norm(mlp(norm(h, f"{b}.ln_2"), f"{b}.mlp"), f"{b}.ln_out_2")
         else:
             h = norm(h + attention(h, f"{b}.attn"), f"{b}.ln_1")
             h = norm(h + mlp(h, f"{b}.mlp"), f"{b}.ln_2")
-    h = norm(h, "ln_f") if m.placement.name == "pre" else h
+    h = h if m.placement.name == "post" else norm(h, "ln_f")
     return h @ p.get("head.weight", p["wte.weight"]).T
 
 
@@ -178,6 +182,8 @@ VARIANTS = [
     {"norm": RMS, "affine": False, "bias": False},
     {"placement": POST},
     {"placement": POST, "norm": RMS, "qk_norm": True},
+    {"placement": PERI},
+    {"placement": PERI, "norm": RMS, "qk_norm": True, "n_layer": 3},
     {"qk_norm": True},
     {"qk_norm": True, "bias": False, "n_head": 4},
     {"tie": True},
@@ -191,9 +197,9 @@ def n_parameters(config: RunConfig) -> int:
     d, b = m.n_embd, int(m.bias)
     per_entry = int(m.affine) * (1 + int(m.bias and m.norm.name != "rmsnorm"))
     qk = 2 * (d // m.n_head) * per_entry if m.qk_norm else 0
-    block = 12 * d * d + 9 * d * b + 2 * d * per_entry + qk
-    final = d * per_entry if m.placement.name == "pre" else 0
-    return VOCAB * d * (1 if m.tie else 2) + m.block_size * d + m.n_layer * block + final
+    of_block, outside = {"pre": (2, 1), "post": (2, 0), "peri": (4, 2)}[m.placement.name]
+    block = 12 * d * d + 9 * d * b + of_block * d * per_entry + qk
+    return VOCAB * d * (1 if m.tie else 2) + m.block_size * d + m.n_layer * block + outside * d * per_entry
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
@@ -230,6 +236,11 @@ def test_pre_placement_has_two_norms_a_block_and_ln_f() -> None:
 
 def test_post_placement_has_no_ln_f() -> None:
     assert sites(placement=POST) == {f"blocks.{i}.ln_{j}": (16,) for i in range(2) for j in (1, 2)}
+
+
+def test_peri_placement_has_four_norms_a_block_and_one_at_each_end() -> None:
+    in_blocks = {f"blocks.{i}.{norm}_{j}": (16,) for i in range(2) for norm in ("ln", "ln_out") for j in (1, 2)}
+    assert sites(placement=PERI) == {"ln_e": (16,), **in_blocks, "ln_f": (16,)}
 
 
 def test_qk_norm_adds_norms_over_one_heads_dimensions() -> None:
