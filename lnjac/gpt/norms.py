@@ -4,8 +4,9 @@ Each is a dataclass with one method of its own. A file conf/model/norm/NAME.yaml
 and gives its fields.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,8 +62,13 @@ class Pointwise(Kind):
     def make(self, d: int, model: Model) -> OtherNorm:
         return PointwiseNorm(d, self, affine=model.affine, bias=model.bias)
 
-    def warnings(self, config: Any) -> list[str]:
-        return [f"model.norm={self.name} has a diagonal Jacobian, without the three parts: layers has no rows of it"]
+    def problems(self, config: Any) -> Iterator[str]:
+        for name, value in self.learned().items():
+            if not math.isfinite(value):
+                yield f"model.norm.{name}={value} must be finite: it is the initial value of a learnt scalar"
+
+    def warnings(self, config: Any) -> Iterator[str]:
+        yield f"model.norm={self.name} has a diagonal Jacobian, without the three parts: layers has no rows of it"
 
 
 class PointwiseNorm(OtherNorm):
