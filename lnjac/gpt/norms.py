@@ -95,6 +95,19 @@ class PointwiseNorm(OtherNorm):
 
 
 @dataclass
+class DyT(Pointwise):
+    """γ⊙tanh(αx) + β, α a learnt scalar (Zhu et al. 2025, arXiv 2503.10622)."""
+
+    alpha: float
+
+    def learned(self) -> Mapping[str, float]:
+        return {"alpha": self.alpha}
+
+    def value(self, x: Tensor, learned: Mapping[str, Tensor]) -> Tensor:
+        return (learned["alpha"] * x).tanh()
+
+
+@dataclass
 class Placement(ABC):
     """The base of every placement of norms around a block's branches, attention and then the MLP."""
 
