@@ -1,5 +1,6 @@
 """The documents say what the code does: columns, and the code blocks of README and docs as they stand."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -20,7 +21,7 @@ import lnjac
 from lnjac.columns import Column
 from lnjac.config import compose, identity, schema
 from lnjac.diagnostics import catalogue
-from lnjac.gpt import attention, methods
+from lnjac.gpt import attention, methods, norms
 from lnjac.norms import decompose as jacobian
 from lnjac.norms import formulas
 from lnjac.norms import layers as norm
@@ -148,6 +149,38 @@ def test_how_to_add_an_attention_mode(
     member = add_member("attn_mode", example(root / "docs" / "extending.md", "lnjac.gpt.attention.Squared", "yaml"))
     row = run_with(tmp_path, f"attn_mode={member}")
     assert (row["attn_mode"], row["attn_mode.gain"]) == ("squared", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("group", "cls", "file", "own"),
+    [
+        ("model/norm", norms.DyT, "dyt", {"model.norm.alpha": 0.5}),
+        ("model/placement", norms.PeriLN, "peri", {}),
+    ],
+)
+def test_how_to_add_a_norm_and_a_placement(
+    group: str,
+    cls: type,
+    file: str,
+    own: dict[str, float],
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    add_member: Callable[..., str],
+) -> None:
+    """The examples are the ones that lnjac has, to the letter, and make the same run when they are put in their places."""
+    page, key = root / "docs" / "extending.md", group.replace("/", ".")
+    code, text = example(page, f"class {cls.__name__}"), example(page, f"lnjac.gpt.norms.{cls.__name__}", "yaml")
+    assert code.strip() == inspect.getsource(cls).strip()
+    shipped = root / "conf" / group / f"{file}.yaml"
+    assert yaml.safe_load(text) == yaml.safe_load(shipped.read_text())
+    before = run_with(tmp_path / "shipped", f"{key}={file}")
+    monkeypatch.delattr(norms, cls.__name__)
+    defined(monkeypatch, norms, code, cls.__name__)
+    row = run_with(tmp_path / "example", f"{key}={add_member(group, text)}")
+    assert row[key] == file
+    assert {name: row[name] for name in own} == own
+    assert all(row[name] == before[name] for name in ("run_id", "val_loss_nats", "n_params"))
 
 
 @pytest.mark.filterwarnings("error")

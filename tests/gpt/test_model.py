@@ -19,13 +19,14 @@ from lnjac.config.schema import RunConfig, check
 from lnjac.data import batches
 from lnjac.data import corpus as data
 from lnjac.gpt import model as gpt
-from lnjac.gpt.norms import Kind, LayerNorm, PeriLN, PostLN, RMSNorm
+from lnjac.gpt.norms import DyT, Kind, LayerNorm, PeriLN, PostLN, RMSNorm
 from lnjac.norms.layers import norms
 from lnjac.seeding import normal, sequence, stream
 from lnjac.training.loop import Training
 
 VOCAB = 11
 RMS, POST, PERI = RMSNorm("rmsnorm"), PostLN("post"), PeriLN("peri")
+DYT = DyT("dyt", 0.7)
 TINY = ("model=tiny", "model.n_embd=16", "model.block_size=8", "precision=fp64", "method=bp", "batch_size=4")
 
 
@@ -133,6 +134,9 @@ def oracle(p: dict[str, Tensor], config: RunConfig, idx: Tensor) -> Tensor:
     d, size, t = m.n_embd, m.n_embd // m.n_head, idx.shape[1]
 
     def norm(x: Tensor, site: str) -> Tensor:
+        if m.norm.name == "dyt":
+            squashed = torch.tanh(p[f"{site}.learned.alpha"] * x)
+            return squashed * p.get(f"{site}.weight", 1.0) + p.get(f"{site}.bias", 0.0)
         centred = x if m.norm.name == "rmsnorm" else x - x.mean(-1, keepdim=True)
         y = centred / (centred.pow(2).mean(-1, keepdim=True) + m.eps).sqrt() * p.get(f"{site}.weight", 1.0)
         return y + p.get(f"{site}.bias", 0.0)
@@ -182,6 +186,8 @@ VARIANTS = [
     {"norm": RMS, "affine": False, "bias": False},
     {"placement": POST},
     {"placement": POST, "norm": RMS, "qk_norm": True},
+    {"norm": DYT},
+    {"norm": DYT, "placement": PERI, "qk_norm": True, "affine": False},
     {"placement": PERI},
     {"placement": PERI, "norm": RMS, "qk_norm": True, "n_layer": 3},
     {"qk_norm": True},
@@ -196,10 +202,10 @@ def n_parameters(config: RunConfig) -> int:
     m = config.model
     d, b = m.n_embd, int(m.bias)
     per_entry = int(m.affine) * (1 + int(m.bias and m.norm.name != "rmsnorm"))
-    qk = 2 * (d // m.n_head) * per_entry if m.qk_norm else 0
+    of_norm, of_head = (size * per_entry + int(m.norm.name == "dyt") for size in (d, d // m.n_head))
     of_block, outside = {"pre": (2, 1), "post": (2, 0), "peri": (4, 2)}[m.placement.name]
-    block = 12 * d * d + 9 * d * b + of_block * d * per_entry + qk
-    return VOCAB * d * (1 if m.tie else 2) + m.block_size * d + m.n_layer * block + outside * d * per_entry
+    block = 12 * d * d + 9 * d * b + of_block * of_norm + 2 * of_head * int(m.qk_norm)
+    return VOCAB * d * (1 if m.tie else 2) + m.block_size * d + m.n_layer * block + outside * of_norm
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
