@@ -243,8 +243,8 @@ def _file(key: str, folder: str, name: str, folders: Sequence[Path], problems: l
         if file.is_file():
             return copy.deepcopy(_loaded(file, file.stat().st_mtime_ns))
     known = sorted({file.stem for root in folders for file in (root / folder).glob("*.yaml")})
-    remedy = f"choose {' or '.join(known)}, or write it" if known else "write one, or leave it out"
-    problems.append(f"{key}={name} names no file conf/{folder}/{name}.yaml: {remedy}")
+    other = f"choose {' or '.join(known)}" if known else "leave it out"
+    problems.append(f"{key}={name} names no file conf/{folder}/{name}.yaml: write one, or {other}")
     return None
 
 

@@ -61,7 +61,7 @@ def test_bare_default_is_the_original_run() -> None:
         (["+attn_mode.bais=1", "attn_mode=sigmoid"], "did you mean bias?"),
         (["device=gpu"], "expected one of [auto, cpu, cuda]"),
         (["precision=fp16"], "expected one of [fp32, bf16, fp64]"),
-        (["model.norm=batchnorm"], "names no file conf/model/norm/batchnorm.yaml: choose "),
+        (["model.norm=batchnorm"], "names no file conf/model/norm/batchnorm.yaml: write one, or choose dyt or layer"),
         (["data=nanogpt"], "data.dir has no value"),
         (["method=dfa", "method.policy.head=random"], "use method=fa"),
         (["method=fa", "model.tie=true"], "use model.tie=false"),

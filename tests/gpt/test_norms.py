@@ -70,7 +70,7 @@ def test_a_yaml_file_of_a_model_names_its_norm_with_or_without_keys(add_member: 
         ("", ["model.norm.alpha=1"], "model.norm.alpha has no member: choose one by model.norm=NAME, of a file conf/model/"),
         ("", ["model.norm=rmsnorm", "model.norm.alpha=1"], "model.norm.alpha is not a setting: known: name"),
         ("", ["model.norm=dyt", "model.norm.alpha=nan"], "model.norm.alpha=nan must be finite"),
-        ("", ["model.placement=mid"], "conf/model/placement/mid.yaml: choose peri or post or pre, or write it"),
+        ("", ["model.placement=mid"], "conf/model/placement/mid.yaml: write one, or choose peri or post or pre"),
         ("", ["model.norm=[dyt]"], "model.norm=['dyt'] is no member: choose one by model.norm=NAME"),
         ("", ["model.norm=null"], "names no file conf/model/norm/null.yaml"),
         ("", ["model.norm._target_=x.Y"], "name this class in a file conf/model/norm/NAME.yaml"),
