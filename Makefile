@@ -30,7 +30,7 @@ test-slurm: $(VENV)/.installed-slurm
 test-ray: $(VENV)/.installed-ray
 	$(PY) -m pytest tests/sweeps/test_clusters.py -k ray
 
-# The norms of transformers', timm's and torchvision's models. Nothing is downloaded but the packages.
+# The norms of transformers', timm's and torchvision's models, and feedback alignment of two of them. Nothing is downloaded but the packages.
 test-zoo: $(VENV)/.installed-zoo
 	$(PYTEST) $(ZOO)
 
