@@ -350,6 +350,7 @@ def test_compiled_models_have_the_same_gradients_and_lose_them(before: bool) -> 
     for _ in range(3):
         found = {name.removeprefix("_orig_mod."): grad for name, grad in backward(compiled).items()}
         assert_close(found, expected)
+    assert watched(credit) == []
     torch._dynamo.utils.counters.clear()
     backward(compiled)
     assert not torch._dynamo.utils.counters["graph_break"]  # it is one graph once the first pass is proven
@@ -381,6 +382,11 @@ def test_kp_shrinks_the_gap_by_its_decay(foreach: bool, scaled: bool) -> None:
     _, _, gaps = trained("kp", 5, lambda groups: torch.optim.AdamW(groups, lr=0.02, foreach=foreach), scaled)
     for before, after in pairwise(gaps):
         assert_close(after, {name: gap * (1 - 0.02 * 5.0) for name, gap in before.items()}, tol=1e-4)
+
+
+def test_kp_makes_the_same_updates_under_a_gradscaler() -> None:
+    plain, scaled = (trained("kp", 3, lambda groups: torch.optim.SGD(groups, lr=0.02), on)[0] for on in (False, True))
+    assert_close(dict(scaled.named_parameters()), dict(plain.named_parameters()), tol=1e-5)
 
 
 def test_groups_hold_every_parameter_once() -> None:
