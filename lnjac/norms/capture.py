@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lnjac.norms.backward import declared, declared_forward, functional_backward
 from lnjac.norms.calls import Frame, FunctionalCall, followed, in_backward, plain_model, replaying, site_name
@@ -102,6 +103,7 @@ def capture(
     adapters: Mapping[Any, Adapter] | None = None,
     max_tokens: int | None = None,
     coverage: Coverage | None = None,
+    edges: list[GradientEdge | None] | None = None,
 ) -> Iterator[list[Any]]:
     """Within the context, record every call of every norm whose gradient arrives; yield the list of the calls.
 
@@ -126,6 +128,8 @@ def capture(
         adapters: Adapters by class or class name, for norms that cannot be recognised by their outputs.
         max_tokens: At most so many tokens of each call are kept, spread evenly over them.
         coverage: Is filled with what became of each norm-like module.
+        edges: Is filled with the place in autograd's graph at which each call's gradient arrives, for
+            `torch.autograd.grad`; None for a call without grad, as those within a reentrant checkpoint are at first.
 
     Raises:
         ValueError: The model has no norm, it is run by torch.func, or a module is refused; the text names each with the
@@ -134,7 +138,7 @@ def capture(
     model = plain_model(model)
     sites = candidates(model, adapters)
     coverage = Coverage() if coverage is None else coverage
-    recorder = _Recorder(sites, reduce, adapters or {}, max_tokens, coverage)
+    recorder = _Recorder(sites, reduce, adapters or {}, max_tokens, coverage, [] if edges is None else edges)
     coverage.classes |= {site: type(module).__name__ for site, module in sites.items()}
     for name, module in model.named_modules():
         if other_kind(module):
@@ -207,9 +211,10 @@ class _Recorder:
         adapters: Mapping[Any, Adapter],
         max_tokens: int | None,
         coverage: Coverage,
+        edges: list[GradientEdge | None],
     ) -> None:
         self.sites, self.reduce = sites, reduce or (lambda call: call)
-        self.adapters, self.max_tokens, self.coverage = adapters, max_tokens, coverage
+        self.adapters, self.max_tokens, self.coverage, self.edges = adapters, max_tokens, coverage, edges
         self.open = True
         self.clock = 0  # calls of any norm seen so far
         self.order: dict[str, list[int]] = {}  # site -> the clock of each of its calls, recomputations left out
@@ -304,6 +309,7 @@ class _Recorder:
         self.order.setdefault(site, []).append(self.clock)
         if not torch.is_grad_enabled():
             self.waiting.setdefault(site, []).append(self.clock)
+            self.edges.append(None)
         return self.clock
 
     def _noted(
@@ -337,6 +343,8 @@ class _Recorder:
         call = _Call(site, when, norm, forward, x, x._version, kept, shape, backward, surrogate)
         if when is None:
             self.repeats.setdefault(site, []).append(call)
+        else:
+            self.edges.append(get_gradient_edge(output))
         output.register_hook(lambda grad: self._arrived(call, grad))  # type: ignore[no-untyped-call]
         return call, replaced
 

@@ -134,32 +134,39 @@ def decompose(
     gamma = None if weight is None else weight.detach().double()
     by_token = gamma if gamma is not None and gamma.dim() > 1 else None
     parts = []
-    for x_, grad_, replayed_, gamma_ in _chunks(x, grad, replayed, by_token):
-        z, rstd = normalise(x_, eps, rms=rms)
-        gamma_ = gamma if by_token is None else gamma_
-        g = grad_ if gamma_ is None else grad_ * gamma_
-        rstd_ = rstd.squeeze(-1)
-        rho = z.square().mean(-1)  # 1 - ε/σ² would lose its digits where v ≪ ε
-        centred = g if rms else center(g)
-        mean_part = torch.zeros_like(rho) if rms else g.sum(-1).square() / d
-        m = (g * z).sum(-1) / d
+    # copies, which are changed in place, as passes over fresh memory cost most
+    for z, g, replayed_, gamma_ in _chunks(x, grad, replayed, by_token):
+        if not rms:
+            z -= z.mean(-1, keepdim=True)
+        v = _size_sq(z) / d
+        rstd = (v + eps).rsqrt()
+        rho = v * rstd.square()  # 1 - ε/σ² would lose its digits where v ≪ ε
+        z *= rstd.unsqueeze(-1)
+        if weight is not None:
+            g *= gamma if by_token is None else gamma_
+        mean_part = torch.zeros_like(rho)
+        if not rms:
+            mean = g.mean(-1)
+            mean_part = d * mean.square()
+            g -= mean.unsqueeze(-1)
+        m = (g * z).mean(-1)
         along = torch.where(rho > 0, m / rho, 0.0)
         radial_part = d * m * along
-        kept = (centred - z * along.unsqueeze(-1)).square_().sum(-1)
+        kept = _size_sq(g.addcmul(z, along.unsqueeze(-1), value=-1))
         g_sq = mean_part + radial_part + kept
-        t_sq = (kept + (1 - rho).square() * radial_part) * rstd_.square()
+        t_sq = (kept + (1 - rho).square() * radial_part) * rstd.square()
         if replayed_ is None:
             residual_sq = cos_projected = torch.full_like(rho, math.nan)
         else:
-            t = centred.addcmul(z, m.unsqueeze(-1), value=-1).mul_(rstd)
-            residual_sq = t.sub_(replayed_).square_().sum(-1)
+            u = g.addcmul_(z, m.unsqueeze(-1), value=-1)
             # u = σ·t has t's direction, so that t stands for the projected surrogate; ⟨t, replay⟩ follows from ‖t − replay‖²
-            replayed_sq = replayed_.square().sum(-1)
+            replayed_sq = _size_sq(replayed_)
+            residual_sq = _size_sq(replayed_.addcmul_(u, rstd.unsqueeze(-1), value=-1))
             cos_projected = (t_sq + replayed_sq - residual_sq) / (2 * (t_sq * replayed_sq).sqrt())
-        measurable = (g_sq > tiny**2) & (t_sq > tiny**2) & (t_sq > ROUNDING_SQ * g_sq * rstd_.square())
+        measurable = (g_sq > tiny**2) & (t_sq > tiny**2) & (t_sq > ROUNDING_SQ * g_sq * rstd.square())
         parts.append(
             Tokens(
-                sigma=rstd_.reciprocal(),
+                sigma=rstd.reciprocal(),
                 rho=rho,
                 A=mean_part,
                 B=radial_part,
@@ -181,13 +188,20 @@ def concatenate(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Tokens)})
 
 
+def _size_sq(v: Tensor) -> Tensor:
+    """‖v‖² over the last axis: (…, d) -> (…,)."""
+    size: Tensor = torch.linalg.vector_norm(v, dim=-1)
+    return size.square()
+
+
 def _chunks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The tensors, (…, d) each, as matching float64 pieces of (rows, d); None stays None."""
-    d, device = next((a.shape[-1], a.device.type) for a in tensors if a is not None)
-    rows = max(1, (CHUNK_ELEMENTS if device == "cpu" else ACCELERATOR_CHUNK_ELEMENTS) // d)
+    """Copies of the tensors, (…, d) each, as matching float64 pieces of (rows, d); None stays None."""
+    size, d, device = next((a.numel(), a.shape[-1], a.device.type) for a in tensors if a is not None)
+    most, n = max(1, (CHUNK_ELEMENTS if device == "cpu" else ACCELERATOR_CHUNK_ELEMENTS) // d), size // d
+    rows = max(1, math.ceil(n / max(1, math.ceil(n / most))))  # pieces of one size
     pieces = [repeat(None) if a is None else a.detach().reshape(-1, d).split(rows) for a in tensors]  # type: ignore[no-untyped-call]
     for chunk in zip(*pieces, strict=False):  # as long as the tensors; None repeats
-        yield tuple(None if a is None else a.double() for a in chunk)
+        yield tuple(None if a is None else a.to(torch.float64, copy=True) for a in chunk)
 
 
 def cosines(tokens: Tokens, *, rms: bool = False) -> dict[str, Tensor]:
@@ -240,9 +254,12 @@ def sums(tokens: Tokens, *, rms: bool = False) -> Sums:
     slack = 1 - tokens.rho
     energies = {"A": tokens.A, "B": tokens.B, "C": tokens.C, "B1": slack * tokens.B, "B2": slack.square() * tokens.B}
     assert list(energies) == list(ENERGIES)
-    weights = {suffix: tokens.sigma.pow(-power) for suffix, power in RSTD_POWERS.items()}
-    found = {f"sum_{e}{s}": (energy * weight).sum() for e, energy in energies.items() for s, weight in weights.items()}
-    found |= {f"sum_{name}": values[tokens.measurable].sum() for name, values in per_token(tokens, rms=rms).items()}
+    weights = torch.stack([tokens.sigma.pow(-power) for power in RSTD_POWERS.values()])
+    weighted = (torch.stack(list(energies.values())).unsqueeze(1) * weights).sum(-1)  # (energies, powers)
+    found = {f"sum_{e}{s}": weighted[i, j] for i, e in enumerate(energies) for j, s in enumerate(RSTD_POWERS)}
+    means = per_token(tokens, rms=rms)
+    added = torch.stack(list(means.values()))[:, tokens.measurable].sum(-1)
+    found |= {f"sum_{name}": added[i] for i, name in enumerate(means)}
     found["sum_sigma"] = tokens.sigma.sum()
     found["sum_rho"] = tokens.rho.sum()
     found["sum_residual_sq"] = tokens.residual_sq.sum()
@@ -276,22 +293,21 @@ def add(parts: Sequence[Sums]) -> Sums:
     return {name: sum(part[name] for part in parts) for name in parts[0]}
 
 
-def ratios(total: Mapping[str, float], d: int, *, rms: bool = False) -> dict[str, float]:
-    """Return the columns that are formulas of the added statistics: shares, flattened cosines, gains, …"""
-    known = {name: np.float64(value) for name, value in total.items()}
-    values = {**known, "d": d, "norm": "rmsnorm" if rms else "layernorm"}
-    return {column.name: float(evaluate(column.formula, values)) for column in formulas.COLUMNS if column.formula}
+def ratios(total: Mapping[str, Any], d: Any, *, rms: Any = False) -> dict[str, Any]:
+    """Return the columns that are formulas of the added statistics, of one row or many: shares, cosines, gains, …"""
+    values = {name: np.asarray(value, np.float64) for name, value in total.items()}
+    values |= {"d": d, "norm": np.where(rms, "rmsnorm", "layernorm")}
+    return {column.name: evaluate(column.formula, values) for column in formulas.COLUMNS if column.formula}
 
 
-def summary(total: Mapping[str, float], sigma: Tensor, d: int, *, rms: bool = False) -> dict[str, float]:
-    """Every measured column of a layer row, from the added statistics and, for spread and quantiles, every σ: (n,)."""
+def summary(total: Mapping[str, float], sigma: Tensor) -> dict[str, float]:
+    """Every measured column of a layer row but `ratios`, from the added statistics and, for quantiles, every σ: (n,)."""
     n, n_zero = int(total["n_tokens"]), int(total["n_zero"])
     found: dict[str, float] = {
         column.name: _ratio(total[f"sum_{column.name}"], n - n_zero)
         for column in formulas.columns()
         if column.pool == BY_MEASURABLE
     }
-    found |= ratios(total, d, rms=rms)
     sigmas = sigma.double().cpu().numpy()  # numpy's quantile takes any number of tokens, torch's 2^24
     found |= dict(zip(SIGMA_QUANTILES, np.quantile(sigmas, list(SIGMA_QUANTILES.values())).tolist(), strict=True))
     return found | {

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from lnjac.norms import decompose, distribution, formulas, ranks
 from lnjac.norms.calls import plain_model, site_name
@@ -125,6 +126,8 @@ class Pass:
     mask: Tensor | None = None
     calls: list[CallSums] = field(default_factory=list)
     """What was measured at each call of a norm, in the order of the forward pass; filled when the pass is over."""
+    edges: list[GradientEdge | None] = field(default_factory=list)
+    """Where in autograd's graph the gradients arrive that are measured (see `capture`)."""
     begun: bool = False
     shapes: set[tuple[int, ...]] = field(default_factory=set)
     """The shapes of the norms' inputs, before the normalised axis."""
@@ -207,6 +210,7 @@ class Probe:
     ) -> pd.DataFrame:
         """Return a row for each norm and call over all batches. The model is left as it was found.
 
+        No parameter's gradient is computed, unless a reentrant checkpoint or torch.distributed needs a whole backward pass.
         Parameters' `.grad`, buffers and torch's random generators are put back. Hooks on parameters (such as those that step
         an optimizer in the backward pass) are suspended.
 
@@ -224,17 +228,31 @@ class Probe:
         """
         passes, covered = [], Coverage()
         for batch in batches:
-            self.step = None  # a step of its own, whatever was watched before
-            with left_as_found(self.model), self.watch() as seen:
-                mean, tokens = loss(self.model, batch)
-                seen.tokens(tokens, mean, mask=None if mask is None else mask(batch))
-                if mean.requires_grad:  # else no gradient arrives, as `rows` says
-                    mean.backward()  # type: ignore[no-untyped-call]
-            seen.calls = [call.scaled(seen.n_tokens) for call in seen.calls]  # each batch's loss is a mean of its own
+            try:
+                seen = self._pass(batch, loss, mask, whole=ranks.ranks() > 1)
+            except RuntimeError as error:
+                if "checkpoint" not in str(error).lower():
+                    raise
+                seen = self._pass(batch, loss, mask, whole=True)  # a reentrant checkpoint knows no other backward pass
             passes.append(seen)
             covered = _joined(covered, self.covered)
         self.step, self.passes, self.covered, self.summed = 0, passes, covered, True
         return self.rows()
+
+    def _pass(self, batch: Any, loss: Loss, mask: Callable[[Any], Tensor] | None, *, whole: bool) -> Pass:
+        """Measure one batch, by a `whole` backward pass or by one that leaves out the gradients of parameters."""
+        self.step = None  # a step of its own, whatever was watched before
+        with left_as_found(self.model), self.watch() as seen:
+            mean, tokens = loss(self.model, batch)
+            seen.tokens(tokens, mean, mask=None if mask is None else mask(batch))
+            edges = [edge for edge in seen.edges if edge is not None]
+            if mean.requires_grad and (whole or len(edges) < len(seen.edges)):
+                mean.backward()  # type: ignore[no-untyped-call]
+            elif mean.requires_grad and edges:  # else no gradient arrives, as `rows` says
+                torch.autograd.grad(mean, edges, allow_unused=True)
+        seen.edges.clear()
+        seen.calls = [call.scaled(seen.n_tokens) for call in seen.calls]  # each batch's loss is a mean of its own
+        return seen
 
     @contextmanager
     def watch(self, step: int = 0, *, scale: float = 1.0) -> Iterator[Pass]:
@@ -261,6 +279,7 @@ class Probe:
                 adapters=self.adapters,
                 max_tokens=self.max_tokens,
                 coverage=covered,
+                edges=seen.edges,
             ) as found:
                 yield seen
         finally:
@@ -329,6 +348,10 @@ class Probe:
             warnings.warn(f"tokens that are not finite are left out: {', '.join(bad)}", stacklevel=3)
         columns = [column.name for column in formulas.columns()]
         table = pd.DataFrame(rows, columns=columns).astype({"block": "Int64"})
+        shares = decompose.ratios(
+            dict(table.filter(like="sum_")), table["d"].to_numpy(), rms=table["norm"] == _kind(True)
+        )
+        table = table.assign(**shares)
         table.attrs["coverage"] = states
         return table
 
@@ -564,6 +587,6 @@ def _row(parts: Sequence[CallSums]) -> dict[str, Any]:
         "n_backwards": 4 if one.rms else 8,
         "d": one.d,
         "dtype": one.dtype,
-        **decompose.summary(total, sigma, one.d, rms=one.rms),
+        **decompose.summary(total, sigma),
         "forward_residual": math.sqrt(apart / size) if size > 0 else math.nan,
     }

@@ -452,17 +452,15 @@ def require_formula(
     d = x.shape[-1]
     every, limits = max(1, x.numel() // d // SAMPLE), torch.finfo(y.dtype)
     given = [x, y] if grad is None or pulled is None else [x, y, grad, pulled]
-    rows = [t.reshape(-1, d)[::every].double() for t in given]
-    held = rows[0].square().sum(-1) < limits.max / 4  # not if one is NaN
-    for part in rows[1:]:
-        held &= part.sum(-1).isfinite()
+    rows = torch.stack([t.reshape(-1, d)[::every].double() for t in given])
+    held = rows.sum(-1).isfinite().all(0) & (rows[0].square().sum(-1) < limits.max / 4)
 
     def of_tokens(p: Tensor | None, default: float) -> Tensor | float:
         if p is None or p.dim() == 1:
             return default if p is None else p
         return p.expand(x.shape).reshape(-1, d)[::every][held]
 
-    inputs, outputs, *rest = (part[held] for part in rows)
+    inputs, outputs, *rest = rows if bool(held.all()) else rows[:, held]
     z, rstd = normalise(inputs, norm.eps, rms=norm.rms)
     weight = of_tokens(norm.weight, 1.0)
     true = z * weight + of_tokens(norm.bias, 0.0)

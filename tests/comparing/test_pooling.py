@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from support.decomposed import measured
 
 from lnjac.columns import Column
 from lnjac.comparing.pooling import NORM, needed, pooled
@@ -29,7 +30,7 @@ def tokens(seed: int, n: int, *, rms: bool) -> Tokens:
 
 
 def row(part: Tokens, site: str, call: int, *, rms: bool) -> dict[str, Any]:
-    found = jacobian.summary(jacobian.sums(part, rms=rms), part.sigma, D, rms=rms)
+    found = measured(jacobian.sums(part, rms=rms), part.sigma, D, rms=rms)
     ids = {"run_id": "r", "diag_id": "d", "step": 5, "site": site, "call": call}
     return ids | {"d": D, "norm": "rmsnorm" if rms else "layernorm"} | found
 

@@ -10,6 +10,7 @@ from support.decomposed import (
     draw,
     explicit,
     measure,
+    measured,
     sq,
     total,
 )
@@ -50,7 +51,7 @@ def test_zero_gradients_are_counted_and_left_out_of_the_means() -> None:
     assert (found["n_tokens"], found["n_zero"]) == (10, 3)
     rest = [i for i in range(10) if i not in (2, 5, 6)]
     kept = case._replace(x=case.x[rest], grad=case.grad[rest])
-    row, other = (jacobian.summary(total(c, replayed=autograd(c)), measure(c).sigma, 8) for c in (holed, kept))
+    row, other = (measured(total(c, replayed=autograd(c)), measure(c).sigma, 8) for c in (holed, kept))
     for name in row:
         if name.startswith(("cos_", "r_", "share_", "flat_", "gain_", "sum_")):
             close(row[name], other[name])
@@ -59,7 +60,7 @@ def test_zero_gradients_are_counted_and_left_out_of_the_means() -> None:
 def test_a_batch_of_zero_gradients_has_no_ratio() -> None:
     case = draw(6, 4, 8, 1e-3)
     case = case._replace(grad=torch.zeros_like(case.grad))
-    row = jacobian.summary(total(case, replayed=autograd(case)), measure(case).sigma, 8)
+    row = measured(total(case, replayed=autograd(case)), measure(case).sigma, 8)
     assert row["n_zero"] == 4
     for name in ("cos_center_vs_true", "r_mean", "radial_share", "flat_cos_ste", "gain_ste", "jacobian_residual"):
         assert math.isnan(row[name]), name

@@ -305,19 +305,28 @@ def test_measure_suspends_the_optimizer_in_the_backward_pass(kind: str) -> None:
         assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_hook_of_an_autograd_node_that_steps_is_refused() -> None:
-    """Such a hook, as on AccumulateGrad, cannot be suspended from outside."""
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_hook_of_an_autograd_node_that_steps_is_left_out_or_refused(whole: bool) -> None:
+    """Such a hook, as on AccumulateGrad, cannot be suspended from outside; a pass for the norms' gradients alone has none."""
     model = net()
     weight = model.head.weight
-    node = weight.expand_as(weight).grad_fn.next_functions[0][0]
+    node, before = weight.expand_as(weight).grad_fn.next_functions[0][0], weight.clone()
 
     def step(*_: Any) -> None:
         with torch.no_grad():
             weight.sub_(0.1 * weight.grad)
 
+    def checkpointed(module: nn.Module, given: Any) -> tuple[torch.Tensor, int]:
+        anchor = torch.zeros((), requires_grad=True)
+        return checkpoint(lambda x: loss(module, given)[0] + 0 * x, anchor, use_reentrant=True), 1
+
     node.register_hook(step)
-    with pytest.raises(ValueError, match=r"^the backward pass changed parameters: take off the hook that steps"):
+    if whole:  # a reentrant checkpoint makes a whole backward pass
+        with pytest.raises(ValueError, match=r"^the backward pass changed parameters: take off the hook that steps"):
+            probe(model).measure([batch()], checkpointed)
+    else:
         probe(model).measure([batch()], loss)
+        assert torch.equal(weight, before)
 
 
 def test_several_updates_in_one_loop(recwarn: pytest.WarningsRecorder) -> None:

@@ -19,6 +19,7 @@ from support.decomposed import (
     flattened,
     laws,
     measure,
+    measured,
     not_annihilated,
     sq,
     total,
@@ -208,7 +209,7 @@ def test_summary_against_plain_formulas(rms: bool) -> None:
     e, t = explicit(case), autograd(case)
     off = t * (1 + 1e-3 * torch.sin(torch.arange(8, dtype=torch.float64)))
     tokens = measure(case, replayed=off)
-    found = jacobian.summary(jacobian.sums(tokens, rms=rms), tokens.sigma, 8, rms=rms)
+    found = measured(jacobian.sums(tokens, rms=rms), tokens.sigma, 8, rms=rms)
     sigma = e.sigma.squeeze(-1)
     close(found["sigma_mean"], sigma.mean())
     close(found["sigma_std"], sigma.std(unbiased=True))
@@ -234,7 +235,7 @@ def test_summary_against_plain_formulas(rms: bool) -> None:
 
 def test_one_token_has_no_standard_deviation() -> None:
     case = draw(17, 1, 8, 1e-5)
-    assert math.isnan(jacobian.summary(total(case), measure(case).sigma, 8)["sigma_std"])
+    assert math.isnan(measured(total(case), measure(case).sigma, 8)["sigma_std"])
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-4])
@@ -243,5 +244,5 @@ def test_standard_deviation_of_nearly_equal_sigmas(spread: float) -> None:
     z = explicit(case).z * 100.0
     case = case._replace(x=z * (1 + spread * torch.linspace(-1, 1, 30, dtype=torch.float64))[:, None])
     sigma = explicit(case).sigma.squeeze(-1)
-    found = jacobian.summary(total(case), sigma, 16)
+    found = measured(total(case), sigma, 16)
     close(found["sigma_std"], sigma.std(), rtol=1e-4, atol=1e-5)

@@ -155,3 +155,8 @@ def not_annihilated(case: Case) -> Explicit:
     e = explicit(case)
     assume(bool((sq(e.u) > 1e-5 * sq(e.g)).all()))
     return e
+
+
+def measured(total: jacobian.Sums, sigma: Tensor, d: int, *, rms: bool = False) -> dict[str, Any]:
+    """Every measured column of one row."""
+    return jacobian.summary(total, sigma) | jacobian.ratios(total, d, rms=rms)
