@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lnjac.columns import Column
 from lnjac.errors import ConfigError
-from lnjac.files import digest
 from lnjac.norms import formulas
 from lnjac.runs import folder as runs
+from lnjac.runs.handed import given
+from lnjac.runs.identity import Identified, identify
 from lnjac.runs.schema import CURVES, MEASURED_AT, RUNS
 from lnjac.runs.state import FOREIGN, state
 
@@ -32,10 +33,11 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def record(
-    folder: str | Path,
+    folder: str | Path | None = None,
     *,
-    config: Mapping[str, Any],
-    seed: int,
+    config: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    execution: Collection[str] | None = None,
     tables: Mapping[str, Sequence[Column]] | None = None,
 ) -> Record:
     """Open a run's folder, to be filled from any training loop.
@@ -49,47 +51,51 @@ def record(
     The tables are written when the context ends, the status last: `done`, or `diverged` if `run.diverged(step)` said so. An
     exception leaves the status `failed` with its traceback; Ctrl-C and SystemExit leave `interrupted`.
 
+    In a script that Hydra starts with lnjac's sweeper, `record()` takes folder, config and execution from there.
+
     Args:
         folder: Made if it is not there. No other process may write to it meanwhile.
         config: What tells this run from others, as plain values, which may be nested: `model.width` is a column of its rows.
-        seed: Runs with equal seeds are compared in pairs.
+        seed: Runs with equal seeds are compared in pairs. config["seed"] unless given.
+        execution: Dotted keys of `config` that are no part of the run's identity and columns, such as paths, device and
+            workers; the name of a group stands for all below it. They are kept in the files' notes.
         tables: Columns of tables of your own, for `run.rows`; run_id, diag_id and step are put before them.
 
     Raises:
-        ConfigError: A value of `config` is not plain or has the name of another column; on entry, if the folder holds
-            another run or another process writes to it.
+        ConfigError: With a line for each problem of `config` (see `lnjac.runs.identity.identify`); on entry, if the folder
+            holds another run or another process writes to it.
     """
-    plain = {"seed": seed, **config}
-    if plain["seed"] != seed:
-        raise ConfigError(f"seed={seed}, but config has seed={plain['seed']}: give one of them")
-    columns = list(_columns(plain))
-    taken = Counter(column.name for column, _ in columns) + Counter(
-        {column.name for column in (*MEASURED_AT, *formulas.columns(), *RUNS)}
-    )
-    if clash := [column.name for column, _ in columns if taken[column.name] > 1]:
-        raise ConfigError(f"the config has {', '.join(clash)}, as another column is called too: rename this key")
+    folder, described = _described(folder, config, seed, execution)
     for table in tables or {}:
         if not table.isidentifier() or f"{table}.parquet" in runs.FILES.values():
             raise ConfigError(f"{table!r} cannot be a table's name: choose another word of letters, digits and _")
-    identity = {"run_id": digest(plain), "diag_id": digest({})}
-    return Record(folder, identity, columns=columns, metadata={"config": plain}, tables=tables)
+    note = {"config": described.config}
+    if described.execution:
+        note["execution"] = json.loads(json.dumps(described.execution, default=str))
+    return Record(folder, described.identity, columns=described.columns, metadata=note, tables=tables)
 
 
-def _columns(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[Column, Any]]:
-    """Yield a typed column for each plain value, by its dotted name; a list is joined by `+`."""
-    for key, value in plain.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _columns(value, f"{name}.")
-            continue
-        if isinstance(value, (list, tuple)) and all(isinstance(item, (str, int, float)) for item in value):
-            value = "+".join(map(str, value))
-        dtype = {bool: "bool", int: "int64", float: "float64", str: "string", type(None): "string"}.get(type(value))
-        if dtype is None or (dtype == "int64" and abs(value) >= 2**63):
+def _described(
+    folder: str | Path | None, config: Mapping[str, Any] | None, seed: int | None, execution: Collection[str] | None
+) -> tuple[Path, Identified]:
+    """Return the run's folder and identity, from the arguments of `record` and from what its process was handed."""
+    handed = given()
+    if handed is None:
+        missing = [name for name, value in (("folder", folder), ("config", config)) if value is None]
+        if folder is None or config is None:
             raise ConfigError(
-                f"config value {name}={value!r} is not plain: give text, a number, a bool, None or a list"
+                f"record() was given no {' and no '.join(missing)}, and nothing started this process with one: give "
+                "record(folder, config=…), or start the script by Hydra with `override hydra/sweeper: lnjac` in its config"
             )
-        yield Column(name, dtype, "", f"config value {name}"), value
+        return Path(folder), identify(config, seed=seed, execution=execution or ())
+    keys = handed.execution if execution is None else execution
+    found = identify(handed.config if config is None else config, seed=seed, execution=keys)
+    if folder is None and found.identity != identify(handed.config, execution=handed.execution).identity:
+        raise ConfigError(
+            "record() was given another config, seed or execution than this run was started with, so its folder would "
+            "not be this run's: leave them out, or give a folder too"
+        )
+    return Path(handed.folder if folder is None else folder), found
 
 
 class Listener(Protocol):
