@@ -200,10 +200,10 @@ def test_a_given_argument_wins_but_the_handed_folder_is_the_handed_configs(hande
 
 @pytest.mark.parametrize(
     ("given", "missing"),
-    [({}, "no folder and no config"), ({"config": CONFIG, "seed": 1}, "no folder,"), ({"folder": "a"}, "no config,")],
+    [({}, "no folder and no config"), ({"config": CONFIG, "seed": 1}, "no folder"), ({"folder": "a"}, "no config")],
 )
 def test_without_a_sweep_folder_and_config_are_needed(given: dict[str, Any], missing: str) -> None:
-    with pytest.raises(ConfigError, match=rf"was given {missing} .* give record\(folder, config=…\)"):
+    with pytest.raises(ConfigError, match=rf"was given {missing}, .* give record\(folder, config=…\)"):
         lnjac.record(**given)
 
 
