@@ -31,6 +31,8 @@ FILES = {name: f"{name}.parquet" for name in FROZEN} | {"runs": "run.parquet", "
 MODEL = "model.safetensors"
 BATCH = "diagnostic_batch.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
+JOURNAL = "rows.journal"
+"""The rows of a run that is not finished."""
 LOCK = ".lock"
 
 SMALL = 200
