@@ -18,6 +18,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
+LAUNCHERS = ROOT / "lnjac" / "sweeps" / "conf"
 
 OUTSIDE = {"index.md": "README.md", "benchmarks.md": "benchmarks/README.md", "changelog.md": "CHANGELOG.md"}
 """Pages of the site that are kept elsewhere in the repository."""
@@ -126,7 +127,7 @@ def configuration() -> str:
     for group in (*GROUPS, "hydra/launcher"):
         default = chosen.get(group, chosen.get(f"override {group}"))
         parts.append(f"## {group}")
-        folder = CONF / folder_of(group)
+        folder = (LAUNCHERS if group == "hydra/launcher" else CONF) / folder_of(group)
         for path in sorted(folder.glob("*.yaml"), key=lambda path: (path.stem != default, path.stem)):
             values, comments = _member(path)
             cls = _class(values.pop("_target_", None), types.get(group))

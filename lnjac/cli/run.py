@@ -4,13 +4,14 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from lnjac.config.compose import Composed
+    from lnjac.config.compose import RunComposed, RunComposer
     from lnjac.sweeps.protocol import Planned
 
 log = logging.getLogger("lnjac")
@@ -34,10 +35,6 @@ def task(cfg: "DictConfig") -> str:
     try:
         settings = schema.build(compose.plain(cfg), job.runtime.choices, compose.folders(job.runtime))
         corpus = train.admit(settings)
-        if job.mode == RunMode.RUN and (meant := [word for word in job.overrides.task if word.startswith("sweep=")]):
-            raise errors.ConfigError(
-                f"{meant[0]} names the folder of a sweep, but this command makes a single run: add -m"
-            )
         if cfg.dry_run:
             log.info("dry_run: the config is sound; nothing was started")
             return "dry_run"
@@ -53,7 +50,14 @@ def task(cfg: "DictConfig") -> str:
         raise
 
 
-def plan(composed: "Composed", here: bool) -> "Planned":
+def composer(loader: Any, load: "Callable[[list[str]], DictConfig]") -> "RunComposer":
+    """Return what composes a sweep's configs (lnjac.sweeps.protocol)."""
+    from lnjac.config.compose import RunComposer
+
+    return RunComposer(loader, load)
+
+
+def plan(composed: "RunComposed", here: bool) -> "Planned":
     """Check a sweep's job and identify its run (lnjac.sweeps.protocol). Raises ConfigError with every problem found."""
     from lnjac.config import identity
     from lnjac.sweeps.protocol import Planned

@@ -4,15 +4,16 @@ import copy
 import dataclasses
 import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from enum import Enum
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lnjac.config.schema import CONF, MISSING, NAMED_GROUPS, SWEEP, RunConfig, build, first_line, folder_of
 from lnjac.errors import ConfigError
+from lnjac.escape import visible
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -42,7 +43,7 @@ def compose(*overrides: str) -> RunConfig:
 
 
 @lru_cache(1)
-def _composer(folder: Path, changed_ns: int) -> "Composer":
+def _composer(folder: Path, changed_ns: int) -> "RunComposer":
     """Return the composer of a folder's files as they were at that time: an edited, new or deleted file needs another."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -50,7 +51,7 @@ def _composer(folder: Path, changed_ns: int) -> "Composer":
 
     with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
         loader = GlobalHydra.instance().config_loader()
-    return Composer(loader, lambda words: loader.load_configuration("config", words, RunMode.RUN))
+    return RunComposer(loader, lambda words: loader.load_configuration("config", words, RunMode.RUN))
 
 
 NOT_OURS = ("hydra", *SWEEP)
@@ -88,47 +89,126 @@ class Composer:
     `loader` is Hydra's, and `load` has it make a config from override words.
     """
 
+    whole: Collection[str] = ()
+    """Keys that belong to a sweep as a whole, so that they cannot be swept."""
+
     def __init__(self, loader: Any, load: "Callable[[list[str]], DictConfig]") -> None:
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
         self.loader, self._load = loader, load
         self._parser = OverridesParser.create(config_loader=loader)
-        self._words: dict[str, tuple[Override, bool]] = {}
+        self._words: dict[str, Override] = {}
+        self._groups: dict[str, bool] = {}
         self._bases: dict[tuple[str, ...], Base] = {}
+
+    def read(self, words: Sequence[str]) -> "list[Override]":
+        """Read a command's words. Raises ConfigError or a HydraException if they cannot be read."""
+        if new := [word for word in words if word not in self._words]:
+            self._words |= zip(new, self._parser.parse_overrides(self.spelled(new)), strict=True)
+        return [self._words[word] for word in words]
 
     def compose(self, words: Sequence[str]) -> "Composed":
         """Compose a command's words. Raises ConfigError or a HydraException if they cannot be read or name no member."""
+        read = self.read(words)
+        plain = self.plain(read)
+        return Composed(self, self.base([override for override in read if override not in plain]), read, plain)
+
+    def base(self, overrides: "Iterable[Override]") -> "Base":
+        """Return the config that Hydra composes by these words."""
         from omegaconf import OmegaConf
 
-        if new := [word for word in words if word not in self._words]:
-            for word, override in zip(new, self._parser.parse_overrides(spelled(new)), strict=True):
-                self._words[word] = override, self._is_plain(override)
-        read = [self._words[word] for word in words]
-        rest = tuple(str(override.input_line) for override, plain in read if not plain)
-        if rest not in self._bases:
-            config = self.load(rest)
+        words = tuple(str(override.input_line) for override in overrides)
+        if words not in self._bases:
+            config = self.load(words)
             values: Any = OmegaConf.to_container(config)
-            ours = {key: value for key, value in values.items() if key not in NOT_OURS}
-            self._bases[rest] = Base(config, ours, values["hydra"]["runtime"]["choices"], folders(config.hydra.runtime))
-        return Composed(self, self._bases[rest], [o for o, _ in read], [o for o, plain in read if plain])
+            choices = values.pop("hydra")["runtime"]["choices"]
+            self._bases[words] = Base(config, values, choices, folders(config.hydra.runtime))
+        return self._bases[words]
 
     def load(self, words: Iterable[str]) -> "DictConfig":
         with broken_yaml():
             return self._load(list(words))
 
-    def _is_plain(self, override: "Override") -> bool:
-        """Return whether it gives a key of ours a value: it chooses no group's member and removes nothing."""
-        changes = override.is_delete() or override.package is not None
-        return not (
-            changes or override.is_hydra_override() or self.loader.repository.group_exists(override.key_or_group)
-        )
+    def plain(self, overrides: "Sequence[Override]") -> "list[Override]":
+        """Return those that only give keys values, so that they can be put into a config that Hydra composed without them.
+
+        None of them if another word removes a key or gives a group values, as then their order matters.
+        """
+        given = [override for override in overrides if not self._chooses(override)]
+        groups = [override for override in overrides if override not in given and not override.is_hydra_override()]
+        if any(o.is_delete() or isinstance(o.value(), dict) for o in groups):
+            return []
+        return [] if any(o.is_delete() or o.package is not None for o in given) else given
+
+    def _chooses(self, override: "Override") -> bool:
+        """Return whether it chooses a group's member, or is about Hydra's own part."""
+        if (key := override.key_or_group) not in self._groups:
+            self._groups[key] = self.loader.repository.group_exists(key)
+        return self._groups[key] or override.is_hydra_override()
+
+    def put(self, overrides: "Sequence[Override]", config: "DictConfig") -> None:
+        """Give keys of a config values. Raises a HydraException for those that Hydra refuses."""
+        from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+        ConfigLoaderImpl._apply_overrides_to_config(list(overrides), config)
+
+    # Words of a command, by the rules of the script
+
+    def spelled(self, words: Sequence[str]) -> list[str]:
+        """Return words as Hydra is to read them."""
+        return list(words)
+
+    def as_typed(self, words: Sequence[str]) -> list[str]:
+        """Return words of a yaml file as Hydra would get them from a command."""
+        return list(words)
+
+    def typed(self, word: str) -> str:
+        """Return a word as its user typed it."""
+        return word
+
+    def in_words(self, words: Sequence[str]) -> str:
+        """Return a job's words as its user typed them, in one line."""
+        return visible(" ".join(map(self.typed, words)))
+
+
+class RunComposer(Composer):
+    """Composes our own runs' configs, 2.5 ms each: the schema checks their keys and values, in place of OmegaConf."""
+
+    whole = (*SWEEP, "experiment")
+
+    def plain(self, overrides: "Sequence[Override]") -> "list[Override]":
+        return [o for o in overrides if not (o.is_delete() or o.package is not None or self._chooses(o))]
+
+    def compose(self, words: Sequence[str]) -> "RunComposed":
+        return RunComposed(*super().compose(words))
+
+    def put(self, overrides: "Sequence[Override]", config: "DictConfig") -> None:
+        """Give any keys values: `build` refuses those that the schema lacks."""
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            for override in overrides:
+                OmegaConf.update(config, override.key_or_group, override.value(), merge=True, force_add=True)
+        except OmegaConfBaseException:
+            super().put(overrides, config)  # its error names the override
+            raise
+
+    def spelled(self, words: Sequence[str]) -> list[str]:
+        return spelled(words)
+
+    def as_typed(self, words: Sequence[str]) -> list[str]:
+        return as_typed(words)
+
+    def typed(self, word: str) -> str:
+        return typed(word)
 
 
 class Base(NamedTuple):
     """A config that Hydra composed, in which jobs put plain values of their own.
 
-    `values` are those of our own keys, with interpolations as they are written; `choices` the member of each group;
-    `folders` are those of the yaml files.
+    `values` are those of the script's own keys, with interpolations as they are written; `choices` the member of each
+    group; `folders` are those of the yaml files.
     """
 
     config: "DictConfig"
@@ -137,14 +217,36 @@ class Base(NamedTuple):
     folders: list[Path]
 
 
-@dataclass(frozen=True)
-class Composed:
+class Composed(NamedTuple):
     """One job's config, in a form of which a sweep can hold thousands; `plain` are the overrides that `base` lacks."""
 
     composer: Composer
     base: Base
     overrides: "Sequence[Override]"
     plain: "Sequence[Override]"
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The chosen member of each group."""
+        return self.base.choices
+
+    def full(self) -> "DictConfig":
+        """Return the config as Hydra composes it, with Hydra's own part. Raises a HydraException for what it refuses."""
+        from hydra._internal.config_loader_impl import get_overrides_dirname
+
+        config = copy.deepcopy(self.base.config)
+        self.composer.put(self.plain, config)
+        ours = [override for override in self.overrides if not override.is_hydra_override()]
+        config.hydra.overrides.task = [self.composer.typed(str(override.input_line)) for override in ours]
+        names = config.hydra.job.config.override_dirname
+        config.hydra.job.override_dirname = get_overrides_dirname(
+            overrides=ours, kv_sep=names.kv_sep, item_sep=names.item_sep, exclude_keys=names.exclude_keys
+        )
+        return config
+
+
+class RunComposed(Composed):
+    """One of our own runs' configs."""
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -156,24 +258,12 @@ class Composed:
     def build(self) -> RunConfig:
         """Return the typed config. Raises ConfigError for values that the schema refuses."""
         given = [(o.key_or_group, o.value()) for o in self.plain if o.key_or_group not in SWEEP]
-        if "${" not in repr((self.base.values, given)):
-            values = copy.deepcopy(self.base.values)
+        values = {key: value for key, value in self.base.values.items() if key not in SWEEP}
+        if "${" not in repr((values, given)):
+            values = copy.deepcopy(values)
             if all(_put(values, key, value) for key, value in given):
                 return build(values, self.choices, self.base.folders)
         return build(plain(self.full()), self.choices, self.base.folders)
-
-    def full(self) -> "DictConfig":
-        """Return the config as Hydra composes it, with Hydra's own part."""
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-
-        config = copy.deepcopy(self.base.config)
-        try:
-            for override in self.plain:  # to any key: `build` refuses those that the schema lacks
-                OmegaConf.update(config, override.key_or_group, override.value(), merge=True, force_add=True)
-        except OmegaConfBaseException:  # Hydra's own error names the override
-            return self.composer.load(str(override.input_line) for override in self.overrides)
-        return config
 
 
 def folders(runtime: Any) -> list[Path]:
@@ -216,6 +306,59 @@ def plain(config: "DictConfig") -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key}: {first_line(error)}") from None
     return values
+
+
+def task_config(config: "DictConfig") -> "DictConfig":
+    """Return a copy of a composed config without Hydra's own part, as a script's task function gets it."""
+    from omegaconf import open_dict, read_write
+
+    own = copy.deepcopy(config)
+    with read_write(own), open_dict(own):
+        del own["hydra"]
+    return own
+
+
+def resolved(config: "DictConfig", left_out: Collection[str], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
+    """Return a config's keys as plain values, and a line for each that is missing or cannot be resolved.
+
+    Args:
+        config: A script's config, without Hydra's part.
+        left_out: Dotted keys that need no value: one that has none is None.
+        prefix: The dotted name of this part of the config, with a dot at its end.
+    """
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for key in config:
+        name = f"{prefix}{key!s}"
+        try:
+            if OmegaConf.is_missing(config, key):
+                problem = f"{name} is missing: give {name}=VALUE"
+            elif isinstance(value := config[key], DictConfig) and name not in left_out:
+                values[str(key)], inner = resolved(value, left_out, f"{name}.")
+                problems += inner
+                continue
+            else:
+                values[str(key)] = _unwrapped(value)
+                continue
+        except OmegaConfBaseException as error:
+            problem = f"{name}: {first_line(error)}"
+        if name in left_out:
+            values[str(key)] = None
+        else:
+            problems.append(problem)
+    return values, problems
+
+
+def _unwrapped(value: Any) -> Any:
+    """Return a value of a config without OmegaConf's classes; enum members by name, as a command gives them."""
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_config(value):
+        return OmegaConf.to_container(value, resolve=True, throw_on_missing=True, enum_to_str=True)
+    return value.name if isinstance(value, Enum) else value
 
 
 def spelled(words: Iterable[str]) -> list[str]:

@@ -19,7 +19,8 @@ def seconds(todo: Sequence[Mapping[str, Any]], tables: Iterable[Path]) -> tuple[
     """Estimate the run time of these runs together.
 
     A run's time per update is the median of the finished runs of its shape: those that differ from it in nothing but
-    seed, steps and the optimizer's numbers. Evaluation and diagnostics are taken as long as theirs.
+    seed, steps and the optimizer's numbers. Evaluation and diagnostics are taken as long as theirs. A script whose config
+    has no `steps` is taken as long as its own runs, and one that times no training is timed as a whole.
 
     Args:
         todo: each run's config columns.
@@ -30,8 +31,10 @@ def seconds(todo: Sequence[Mapping[str, Any]], tables: Iterable[Path]) -> tuple[
     """
     known = defaultdict(list)
     for row in [row for path in tables for row in _finished(path)]:
-        known[shape(row)].append((row["train_s"] / row["steps_done"], row["eval_s"] + row["diagnostics_s"]))
-    alike = [(row["steps"], known[shape(row)]) for row in todo]
+        rest = row["eval_s"] + row["diagnostics_s"] if row["train_s"] >= 0 else 0.0  # else there is none
+        training = row["train_s"] if row["train_s"] >= 0 else row["wall_s"]
+        known[shape(row)].append((training / _steps(row), rest))
+    alike = [(_steps(row), known[shape(row)]) for row in todo]
     times = [median(per_update * steps + rest for per_update, rest in runs) for steps, runs in alike if runs]
     return sum(times), len(times)
 
@@ -48,9 +51,15 @@ def shape(row: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
     return frozenset((name, value) for name, value in fixed.items() if value is not None and value == value)
 
 
+def _steps(row: Mapping[str, Any]) -> float:
+    """Return the updates that a run's config asks for; 1 if it does not tell."""
+    steps = row.get("steps")
+    return steps if isinstance(steps, (int, float)) and steps > 0 else 1
+
+
 def _finished(path: Path) -> list[dict[Any, Any]]:
     try:
         frame = load(path)
     except ConfigError:
         return []
-    return frame[(frame["status"] == DONE) & (frame["steps_done"] > 0)].to_dict("records")
+    return frame[frame["status"] == DONE].to_dict("records")

@@ -3,42 +3,40 @@
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from decimal import Decimal
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import FloatRange, Override, RangeSweep
 from hydra.errors import CompactHydraException
 
+if TYPE_CHECKING:
+    from lnjac.config.compose import Composer
 
-def grid(words: Sequence[str], config_loader: Any) -> list[list[str]]:
-    """Return each job's words: the cartesian product of all swept values.
+
+def grid(words: Sequence[str], composer: "Composer", whole: Collection[str] = ()) -> list[list[str]]:
+    """Return each job's words: the cartesian product of all swept values, but for keys of the `whole` sweep.
 
     Raises:
         CompactHydraException: there is no such product, or it is empty.
     """
-    from lnjac.config.compose import spelled
-
     values: dict[str, list[str]] = {}
-    for override in OverridesParser.create(config_loader=config_loader).parse_overrides(spelled(words)):
+    for override in composer.read(words):
         key = override.get_key_element()
-        values[key] = [f"{key}={value}" for value in _values(override)]
+        values[key] = [f"{key}={value}" for value in _values(override, whole)]
     if not all(values.values()):
         raise CompactHydraException("the sweep has no jobs: does a glob() or range() in it match nothing?")
     return [list(job) for job in product(*values.values())]
 
 
-def _values(override: Override) -> Iterator[str]:
-    from lnjac.config.schema import SWEEP
-
+def _values(override: Override, whole: Collection[str]) -> Iterator[str]:
     if not override.is_sweep_override():
         yield override.get_value_element_as_str()
         return
     key = override.get_key_element().lstrip("+")
-    if key in (*SWEEP, "experiment"):
+    if key in whole:
         raise CompactHydraException(
             f"{key} belongs to the sweep as a whole and cannot take several values: run one sweep for each value"
         )
@@ -58,18 +56,19 @@ class Checked(NamedTuple):
     problems: str
 
 
-def advice(typed: Sequence[str], jobs: Sequence[Checked]) -> list[str]:
+def advice(typed: Sequence[str], jobs: Sequence[Checked], composer: "Composer", sweep: str) -> list[str]:
     """Return commands that fill one sweep together, each of which gives a key only to members that have it.
 
     Args:
         typed: the words of the command.
         jobs: those that could be composed.
+        composer: by which the words were read.
+        sweep: the key of the sweep's name.
 
     Returns:
         Nothing unless some members lack a typed key that others have.
     """
-    from lnjac.config.compose import typed as as_read
-
+    as_read = composer.typed
     lacked = [_lacked(typed, job.problems) for job in jobs]
     by_all = set.intersection(*lacked) if lacked else set()
     alike: dict[frozenset[str], list[Mapping[str, str]]] = {}  # the jobs' choices, by the words that only they lack
@@ -87,14 +86,15 @@ def advice(typed: Sequence[str], jobs: Sequence[Checked]) -> list[str]:
     for lacking, members in alike.items():
         kept = [as_read(word) for word in typed if word not in lacking and _key(as_read(word)) not in groups]
         chosen = [f"{name}={','.join(dict.fromkeys(choices[name] for choices in members))}" for name in groups]
-        name = [] if any(_key(word) == "sweep" for word in typed) else ["sweep=NAME"]
+        name = [] if any(_key(word) == sweep for word in typed) else [f"{sweep}=NAME"]
         lines.append(f"  {script} -m {shlex.join([*kept, *chosen, *name])}")
     return lines
 
 
 def _lacked(typed: Sequence[str], problems: str) -> set[str]:
     """Return the typed words whose key, or one within it, is unknown to the job that has these problems."""
-    unknown = re.findall(r"^(\S+) is not a setting", problems, re.MULTILINE)
+    found = re.findall(r"^(\S+) is not a setting|Could not override '(\S+)'", problems, re.MULTILINE)
+    unknown = [ours or hydras for ours, hydras in found]
     return {word for word in typed if any(f"{_key(word)}.".startswith(f"{key}.") for key in unknown)}
 
 

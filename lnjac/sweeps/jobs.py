@@ -4,14 +4,15 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lnjac.config.compose import Composed, typed
+from lnjac.config.compose import Composed
 from lnjac.escape import visible
 from lnjac.runs import folder as runs
 from lnjac.runs import state as states
-from lnjac.sweeps.protocol import Planned
+from lnjac.sweeps.protocol import UNRECORDED, Planned
 
 log = logging.getLogger("lnjac.sweeps")
 
@@ -23,6 +24,8 @@ POLL_S = 1.0
 class Job:
     """One job of the sweep: how it was asked for, which run it is, where that goes, and how far it has come."""
 
+    name: str
+    """Its words as its user typed them."""
     overrides: list[str]
     composed: Composed
     plan: Planned
@@ -32,10 +35,8 @@ class Job:
     def __post_init__(self) -> None:
         self.folder = self.sweep / "-".join(self.plan.identity.values())
         self.look()
-
-    @property
-    def name(self) -> str:
-        return in_words(self.overrides)
+        self.status = runs.read_status(self.folder)
+        """What the folder held before the sweep."""
 
     def look(self) -> states.State:
         """Bring the state up to date with the folder."""
@@ -43,14 +44,14 @@ class Job:
         return self.state
 
 
-def in_words(overrides: Sequence[str]) -> str:
-    """Return a job's words as a user types them."""
-    return visible(" ".join(typed(word) for word in overrides))
+def to_do(jobs: Sequence[Job], *, retry: str | None) -> list[Job]:
+    """Return the jobs that are to run; log how many there are of each kind, and why a run is made again.
 
-
-def to_do(jobs: Sequence[Job], *, retry_failed: bool) -> list[Job]:
-    """Return the jobs that are to run; log how many there are of each kind, and why a run is made again."""
-    kept = (*runs.FINISHED, runs.RUNNING, *(() if retry_failed else (runs.FAILED,)))
+    Args:
+        jobs: all of the sweep.
+        retry: the word by which failed runs were told to stay as they are, if they were.
+    """
+    kept = (*runs.FINISHED, runs.RUNNING, *((runs.FAILED,) if retry else ()))
     todo = [job for job in jobs if job.state.name not in kept]
     counts = Counter(job.state.name for job in jobs)
     seen = ", ".join(f"{n} {name}" for name, n in counts.items() if name != states.MISSING)
@@ -59,16 +60,29 @@ def to_do(jobs: Sequence[Job], *, retry_failed: bool) -> list[Job]:
         if job.state.name == runs.RUNNING:
             log.warning("%s is being run by another command: left to it (%s)", job.name, job.folder)
         elif job.state.name in (runs.FAILED, states.BROKEN):
-            again = "run again" if job in todo else "left as it is (retry_failed=false)"
+            again = "run again" if job in todo else f"left as it is ({retry})"
             log.warning("%s: %s: %s %s", job.folder.name, again, job.state.name, job.state.reason.split("\n")[0])
         elif job.state.finished and job.state.reason:
             log.warning("%s: %s", job.folder, job.state.reason)
     return todo
 
 
-def settle(job: Job, reason: str) -> None:
-    """Bring the job's state up to date; one that is not finished, has not failed and is not alive has died: it failed."""
+def settle(job: Job, reason: str, *, ended_well: bool = False) -> None:
+    """Bring the job's state up to date; one that is not finished, has not failed and is not alive has died: it failed.
+
+    Args:
+        job: it has been launched.
+        reason: why it failed, if it did.
+        ended_well: whether its task function returned; one that left nothing in its folder has not recorded its run.
+    """
     state = job.look()
+    unchanged = state.name != runs.RUNNING and runs.read_status(job.folder) == job.status
+    if ended_well and unchanged and not state.finished:
+        if state.name == runs.FAILED:  # by an earlier attempt
+            with suppress(OSError):
+                (job.folder / runs.STATUS).unlink()
+        job.state = states.State(UNRECORDED)
+        return
     if not state.finished and state.name not in (runs.FAILED, runs.RUNNING, states.FOREIGN):
         try:
             states.fail(job.folder, job.plan.identity, reason)
@@ -100,5 +114,5 @@ def unfinished(jobs: Sequence[Job]) -> list[str]:
     return [
         visible(f"  {job.name}: {(job.state.reason or job.state.name).splitlines()[0]} ({job.folder})")
         for job in jobs
-        if not job.state.finished and job.state.name != runs.RUNNING
+        if not job.state.finished and job.state.name not in (runs.RUNNING, UNRECORDED)
     ]

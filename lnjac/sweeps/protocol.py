@@ -1,14 +1,25 @@
-"""What a script offers so that its runs can be swept: a function `plan` beside its task function."""
+"""What a script may offer so that its runs can be swept: names in the module of its task function.
+
+- `check(cfg) -> list[str]` returns a line for every problem of a config, as the task function would get it.
+- `execution` names the keys of the config that are no part of a run's identity.
+- `preload` names modules that each worker process needs before its first job.
+- `plan(composed, here) -> Planned` takes the place of the first two, for a script that identifies its runs itself. It is
+  called with a job's composed config, and whether the job will run on this machine, whose hardware must then allow it. It
+  starts nothing, and raises ConfigError, with a line for every problem, for a config that cannot run.
+- `composer(loader, load)` returns the Composer of a script whose words are not all read as Hydra reads them.
+"""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from hydra.types import TaskFunction
 
-    from lnjac.config.compose import Composed
+
+UNRECORDED = "unrecorded"
+"""State of a job whose script ended well, but wrote no run into its folder."""
 
 
 class Planned(NamedTuple):
@@ -25,28 +36,16 @@ class Planned(NamedTuple):
 
 
 def script(task_function: "TaskFunction") -> ModuleType:
-    """Return the module of a script, the one that defines its task function.
-
-    It may offer `preload`, names of modules that each worker process needs before its first job.
-    """
+    """Return the module of a script, the one that defines its task function."""
     return sys.modules[task_function.__module__]
 
 
-def planner(task_function: "TaskFunction") -> "Callable[[Composed, bool], Planned]":
-    """Return the script's function `plan(composed, here)`.
+def plans(task_function: "TaskFunction") -> bool:
+    """Return whether the script identifies its runs itself."""
+    return callable(getattr(script(task_function), "plan", None))
 
-    It is called with a job's composed config, and whether the job will run on this machine, whose hardware must then allow
-    it. It starts nothing, and raises ConfigError, with a line for every problem, for a config that cannot run.
 
-    Raises:
-        ConfigError: the script has no such function.
-    """
-    from lnjac.errors import ConfigError
-
-    module = script(task_function)
-    if not callable(plan := getattr(module, "plan", None)):
-        raise ConfigError(
-            f"{module.__name__} has no function plan(composed, here), by which this sweeper checks its jobs: "
-            "add one, or choose hydra/sweeper=basic"
-        )
-    return cast("Callable[[Composed, bool], Planned]", plan)
+def execution(task_function: "TaskFunction") -> tuple[str, ...]:
+    """Return the keys that the script's `execution` names."""
+    named = getattr(script(task_function), "execution", ())
+    return (named,) if isinstance(named, str) else tuple(named)

@@ -6,12 +6,15 @@ Hydra imports this module at every start, so its own imports stay light.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra.core.utils import JobReturn, JobStatus, configure_log
 from hydra.errors import CompactHydraException, HydraException  # Hydra shows its text alone, without a traceback
 from hydra.plugins.launcher import Launcher
@@ -20,16 +23,27 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lnjac.sweeps import grid, protocol
+from lnjac.sweeps import grid, own_script, protocol, settings
+from lnjac.sweeps.handing import HandOver
 from lnjac.sweeps.launchers.engine import Engine, reason, require_folder
+from lnjac.sweeps.protocol import UNRECORDED
 
 if TYPE_CHECKING:
+    from lnjac.config.compose import Composer
     from lnjac.sweeps.jobs import Job
 
 log = logging.getLogger(__name__)
 
 TABLES_SHOWN = 8
 REPORT = "report.html"
+
+
+class Interrupted(SystemExit, KeyboardInterrupt):
+    """The interruption of a sweep, which Python ends with the shell's exit code for its signal, and no traceback."""
+
+    def __init__(self, *number: int) -> None:
+        super().__init__(128 + (number[0] if number else signal.SIGINT))
+        self.args = number
 
 
 class Sweeper(HydraSweeper):
@@ -57,6 +71,14 @@ class Sweeper(HydraSweeper):
         from hydra.core.plugins import Plugins
 
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+        if task_function.__module__ == "__mp_main__":  # a worker process imports the script, to find its task function
+            raise CompactHydraException(
+                f"{sys.argv[0]} starts its sweep when it is imported, as each worker process must: "
+                'put the call of its main function under `if __name__ == "__main__":`'
+            )
+        for callback in hydra_context.callbacks.callbacks:
+            if isinstance(callback, HandOver) and not protocol.plans(task_function):
+                callback.execution = own_script.keys_of_execution(task_function, config)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -70,29 +92,48 @@ class Sweeper(HydraSweeper):
             jobs = self._distinct(self._admitted(self._grid(arguments), folder))
         except PermissionError as error:  # an earlier sweep's folder, of another user
             raise CompactHydraException(
-                f"{error.filename} cannot be read ({error.strerror}): choose another name by sweep=NAME"
+                f"{error.filename} cannot be read ({error.strerror}): choose another name by {self.key('sweep')}=NAME"
             ) from None
-        todo = of_jobs.to_do(jobs, retry_failed=self.retry_failed)
+        todo = of_jobs.to_do(jobs, retry=None if self.retry_failed else f"{self.key('retry_failed')}=false")
         if self.dry_run:
             self._estimate(todo, folder)
             return []
         for needed in (folder, *(job.folder for job in todo)):
-            require_folder(needed, "sweep")
+            require_folder(needed, self.key("sweep"))
         OmegaConf.save(self.config, folder / "multirun.yaml")
+        merged = False
         try:
-            returned = self._launch(todo) if todo else []
-            waited = of_jobs.wait_for_others(jobs)
-        except KeyboardInterrupt:
-            log.warning("interrupted: to resume, run the same command with sweep=%s", self.name)
-            raise
+            with _terminable():
+                returned = self._launch(todo) if todo else []
+                waited = of_jobs.wait_for_others(jobs)
+        except KeyboardInterrupt as stop:
+            log.warning("interrupted: to resume, run the same command with %s", self._same(folder))
+            raise Interrupted(*stop.args) from None
         finally:
-            merged = _merge(folder)
+            if not all(job.state.name == UNRECORDED for job in jobs):
+                merged = _merge(folder)
         _show(todo)
         if merged and self.report == "auto" and (todo or waited or not (folder / REPORT).exists()):
             _report(folder)
+        if n := sum(job.state.name == UNRECORDED for job in jobs):
+            log.warning(
+                "%d of %d jobs recorded nothing in their folders, so the same command will run them again: "
+                "let the script write each run by `with lnjac.record() as run:`",
+                n,
+                len(jobs),
+            )
         if failed := of_jobs.unfinished(jobs):
             raise CompactHydraException(f"{len(failed)} of {len(jobs)} jobs failed:\n" + "\n".join(failed))
         return [returned]
+
+    def key(self, name: str) -> str:
+        """Return the key by which the app's user gives a setting."""
+        return settings.key(self.config, name)
+
+    def _same(self, folder: Path) -> str:
+        """Return the word that names the folder of this sweep again."""
+        named = str(folder).endswith(str(self.name))
+        return f"{self.key('sweep')}={self.name}" if named else f"hydra.sweep.dir={folder}"
 
     # ---------------------------------------------------------------- before anything starts
 
@@ -100,71 +141,72 @@ class Sweeper(HydraSweeper):
         """Return the sweep's own folder, its name and the sweep's other settings checked."""
         for name in ("retry_failed", "dry_run"):
             if not isinstance(value := getattr(self, name), bool):
-                raise CompactHydraException(f"{name}={value} must be true or false")
+                raise CompactHydraException(f"{self.key(name)}={value} must be true or false")
         if self.report not in ("auto", "off"):
-            raise CompactHydraException(f"report={self.report} must be auto or off")
-        _require_name(self.name)
+            raise CompactHydraException(f"{self.key('report')}={self.report} must be auto or off")
+        _require_name(self.name, self.key("sweep"))
         if not str(self.config.hydra.sweep.dir).strip():
             raise CompactHydraException("hydra.sweep.dir is empty: give a folder, such as multirun/pilot")
         return Path(self.config.hydra.sweep.dir)
 
-    def _grid(self, arguments: Sequence[str]) -> list[list[str]]:
-        from lnjac.config.compose import as_typed
+    def _composer(self) -> "Composer":
+        """Return what composes the jobs' configs, by the rules of the script."""
+        from lnjac.config.compose import Composer
 
-        params = as_typed([f"{key}={value}" for key, value in self.params.items()])
-        return grid.grid([*params, *arguments], self.hydra_context.config_loader)
+        loader, master = self.hydra_context.config_loader, self.config
+        of_script = getattr(protocol.script(self.task_function), "composer", Composer)
+        composer: Composer = of_script(loader, lambda words: loader.load_sweep_config(master, words))
+        return composer
+
+    def _grid(self, arguments: Sequence[str]) -> list[list[str]]:
+        composer = self._composer()
+        params = composer.as_typed([f"{key}={value}" for key, value in self.params.items()])
+        whole = {*composer.whole, *settings.short_keys(self.config)}
+        return grid.grid([*params, *arguments], composer, whole)
 
     def _admitted(self, words: Sequence[list[str]], folder: Path) -> "list[Job]":
         """Compose and check every job; raise CompactHydraException, with all bad ones listed, before any is started."""
-        from lnjac.config.compose import Composer
         from lnjac.errors import ConfigError
         from lnjac.escape import visible
-        from lnjac.sweeps.jobs import Job, in_words
+        from lnjac.sweeps.jobs import Job
 
-        try:
-            plan = protocol.planner(self.task_function)
-        except ConfigError as error:
-            raise CompactHydraException(str(error)) from None
+        composer = self._composer()
+        plan = getattr(protocol.script(self.task_function), "plan", None) or own_script.planner(
+            self.task_function, self.config
+        )
         if isinstance(self.launcher, Engine) and not self.dry_run:
             self.launcher.prepare()
         log.info("checking %d jobs", len(words))
         here = not getattr(self.launcher, "elsewhere", False)
-        loader, master = self.hydra_context.config_loader, self.config
-        composer = Composer(loader, lambda words: loader.load_sweep_config(master, words))
         jobs: list[Job] = []
-        bad: list[str] = []
+        bad: dict[str, str] = {}
         checked: list[grid.Checked] = []
         for overrides in words:
-            composed, problems = None, ""
+            composed, problems, name = None, "", composer.in_words(overrides)
             try:
                 composed = composer.compose(overrides)
-                jobs.append(Job(overrides, composed, plan(composed, here), folder))
+                jobs.append(Job(name, overrides, composed, plan(composed, here), folder))
             except ConfigError as error:
                 problems = str(error)
             except (HydraException, OmegaConfBaseException) as error:
                 problems = _in_one_line(error)
             if problems:
-                bad.append("\n  ".join([in_words(overrides), *map(visible, problems.split("\n"))]))
+                bad[name] = "\n  ".join(["", *map(visible, problems.split("\n"))])
             if composed is not None:
                 checked.append(grid.Checked(composed.choices, problems))
         if bad:
             given = self.config.hydra.overrides
             typed = [word for word in (*given.hydra, *given.task) if not word.startswith("hydra.mode=")]
             head = f"{len(bad)} of {len(words)} jobs cannot run; none was started:"
-            raise CompactHydraException("\n".join([head, *bad, *grid.advice(typed, checked)]))
+            alike = len(bad) == len(words) > 1 and len(set(bad.values())) == 1
+            listed = [f"each of them{bad[name]}"] if alike else [f"{name}{said}" for name, said in bad.items()]
+            advice = grid.advice(typed, checked, composer, self.key("sweep"))
+            raise CompactHydraException("\n".join([head, *listed, *advice]))
         return jobs
 
     def _full(self, job: "Job") -> DictConfig:
-        """Return the job's config as Hydra composes it, with its folder and the words by which it was asked for."""
-        from lnjac.config.compose import typed
-
+        """Return the job's config as Hydra composes it, with its folder."""
         config = job.composed.full()
-        ours = [override for override in job.composed.overrides if not override.is_hydra_override()]
-        config.hydra.overrides.task = [typed(str(override.input_line)) for override in ours]
-        names = config.hydra.job.config.override_dirname
-        config.hydra.job.override_dirname = get_overrides_dirname(
-            overrides=ours, kv_sep=names.kv_sep, item_sep=names.item_sep, exclude_keys=names.exclude_keys
-        )
         OmegaConf.copy_cache(from_config=self.config, to_config=config)
         with open_dict(config):
             config.hydra.sweep.subdir = job.folder.name
@@ -215,8 +257,11 @@ class Sweeper(HydraSweeper):
         except Exception as error:  # the launcher itself gave up: its jobs are judged by what they left
             log.exception("the launcher failed")
             reasons = dict.fromkeys((job.folder for job in jobs), f"the launcher failed: {error}")
+        ended_well = {job.folder for job in jobs[: len(returned)]} - set(reasons)
         for job in jobs:
-            settle(job, reasons.get(job.folder, "its process ended without a result"))
+            settle(
+                job, reasons.get(job.folder, "its process ended without a result"), ended_well=job.folder in ended_well
+            )
         return returned
 
 
@@ -226,16 +271,34 @@ def _in_one_line(error: Exception) -> str:
     return " ".join(said.split("Config search path:")[0].split())
 
 
-def _require_name(name: Any) -> None:
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Take SIGTERM for Ctrl-C, unless the script has a handler for it: runs are left as interrupted, and merged."""
+    free = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not free:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _require_name(name: Any, key: str) -> None:
     """Raise CompactHydraException unless the sweep's name is the path of a folder in multirun/."""
     if not isinstance(name, str):
-        raise CompactHydraException(f"sweep={name} is a {type(name).__name__}: write it in quotes, sweep: '{name}'")
+        raise CompactHydraException(f"{key}={name} is a {type(name).__name__}: write it in quotes, {key}: '{name}'")
     parts = Path(name).parts
     odd = any(part in ("..", "/") or not part.strip() or len(part.encode()) > 255 for part in parts)
     if odd or not parts:
         raise CompactHydraException(
-            f"sweep={name!r} names no folder in multirun/, by parts of at most 255 bytes and without '..': "
-            "give it a name, such as sweep=pilot, or choose any folder by hydra.sweep.dir=FOLDER"
+            f"{key}={name!r} names no folder in multirun/, by parts of at most 255 bytes and without '..': "
+            f"give it a name, such as {key}=pilot, or choose any folder by hydra.sweep.dir=FOLDER"
         )
 
 
@@ -260,7 +323,7 @@ def _show(jobs: "Sequence[Job]") -> None:
     from lnjac.runs import folder as runs
     from lnjac.text import layer_table
 
-    done = [job for job in jobs if job.state.finished]
+    done = [job for job in jobs if job.state.finished and (job.folder / runs.FILES["layers"]).exists()]
     for job in done[:TABLES_SHOWN]:
         layers = runs.read_table(job.folder / runs.FILES["layers"]).to_pandas()
         last = layers[layers["step"] == layers["step"].max()]

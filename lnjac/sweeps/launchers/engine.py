@@ -1,5 +1,6 @@
 """Base of the launchers: it numbers the jobs and reports each as it ends, and an engine runs them."""
 
+import io
 import logging
 import os
 import sys
@@ -12,10 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from hydra import version
+import cloudpickle
+from hydra.core.singleton import Singleton
 from hydra.core.utils import (
     JobReturn,
-    JobRuntime,
     JobStatus,
     configure_log,
     filter_overrides,
@@ -23,7 +24,6 @@ from hydra.core.utils import (
     setup_globals,
 )
 from hydra.errors import CompactHydraException
-from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
@@ -76,20 +76,29 @@ class Engine(Launcher):
 
 
 class Call:
-    """One job, by its config, in whatever process it is called."""
+    """One job, by its config, in whatever process it is called.
+
+    It travels as its bytes by cloudpickle, which sends a function that another process cannot import, such as one of a
+    script, by its code. With it go the paths from which the script imports its modules, and Hydra's state, which holds the
+    resolvers that it has registered.
+    """
+
+    pickler: type[cloudpickle.Pickler] = cloudpickle.Pickler
 
     def __init__(self, engine: Engine) -> None:
         self.hydra_context, self.task_function = engine.hydra_context, engine.task_function
         self.cwd = Path.cwd()  # relative paths mean the same on every machine
+
+    def __reduce__(self) -> Any:
+        sent = io.BytesIO()
+        self.pickler(sent).dump((vars(self), Singleton.get_state()))
+        return _received, (type(self), sys.path, sent.getvalue())
 
     def __call__(self, config: DictConfig) -> JobReturn:
         from lnjac import console
 
         console.steady()  # a cluster's job has a standard output of its own
         os.chdir(self.cwd)
-        setup_globals()  # Hydra keeps some state in each process
-        version.setbase(config.hydra.runtime.version_base)
-        JobRuntime.instance().set("name", config.hydra.job.name)
         return run_job(
             hydra_context=self.hydra_context,
             task_function=self.task_function,
@@ -97,6 +106,16 @@ class Call:
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
+
+
+def _received(cls: type[Call], path: list[str], sent: bytes) -> Call:
+    sys.path.extend(folder for folder in path if folder not in sys.path)
+    setup_globals()
+    call = cls.__new__(cls)
+    attributes, state = cloudpickle.loads(sent)
+    vars(call).update(attributes)
+    Singleton.set_state(state)
+    return call
 
 
 def extra(module: str, name: str) -> Any:
@@ -108,16 +127,6 @@ def extra(module: str, name: str) -> Any:
 
 
 # Folders
-
-
-class RequireFolder(Callback):
-    """Hydra's callback that ends a single run in one line if its folder cannot be made."""
-
-    def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        try:
-            require_folder(Path(config.hydra.run.dir), "hydra.run.dir")
-        except CompactHydraException as error:  # Hydra would make a warning of it
-            sys.exit(str(error))
 
 
 def require_folder(folder: Path, setting: str) -> None:
@@ -170,8 +179,9 @@ def _outcome(job: JobReturn, config: DictConfig) -> str:
 
     if job.status != JobStatus.COMPLETED:
         return f"FAILED ({reason(job)})"
-    loss = read_status(Path(config.hydra.sweep.dir, config.hydra.sweep.subdir)).get("val_loss_nats")
-    return f"{job._return_value}" + ("" if loss is None else f", validation loss {loss:.4f},")
+    status = read_status(Path(config.hydra.sweep.dir, config.hydra.sweep.subdir))
+    loss = status.get("val_loss_nats")
+    return str(status.get("status", "ended")) + ("" if loss is None else f", validation loss {loss:.4f},")
 
 
 def _names(overrides: Sequence[Sequence[str]]) -> list[str]:

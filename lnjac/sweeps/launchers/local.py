@@ -1,8 +1,10 @@
 """hydra/launcher=local: worker processes on this machine, each with its share of the cores."""
 
+import inspect
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -10,8 +12,11 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import connection as connections
+from multiprocessing import spawn
+from types import FunctionType
 from typing import Any
 
+import cloudpickle
 from hydra.core.utils import JobStatus, configure_log
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
@@ -43,21 +48,22 @@ class LocalLauncher(Engine):
         if cores() > 1 and self.jobs != 1 and context.get_start_method() == "forkserver":
             from multiprocessing import forkserver
 
-            wanted = getattr(protocol.script(self.task_function), "preload", ())
+            wanted = getattr(protocol.script(self.task_function), "preload", ("torch",))
             context.set_forkserver_preload(["__main__", *wanted, __name__])
             before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is this process's affair
             forkserver.ensure_running()
             signal.signal(signal.SIGINT, before)
 
     def map(self, configs: Sequence[DictConfig]) -> Outcomes:
-        gpu = _gpu(configs)
-        fit = max(1, cores() // max((OmegaConf.select(c, "threads") or 1 for c in configs), default=1))
+        gpu = len(configs) > 1 and self.jobs != 1 and _gpu(configs)
+        fit = max(1, cores() // max(map(_threads, configs), default=1))
         processes = min(self.jobs or (min(fit, GPU_PROCESSES) if gpu else fit), len(configs))
         threads = max(1, cores() // processes)
-        jobs, where = count(len(configs), "job"), ", on the GPU" if gpu else ""
-        if processes == 1:
-            log.info("%s, one after the other in this process%s", jobs, where)
+        jobs = count(len(configs), "job")
+        if processes <= 1:
+            log.info("%s, one after the other in this process", jobs)
             return self._in_turn(configs)
+        where = ", on the GPU" if gpu else ""
         log.info("%s, in %d processes of %s%s", jobs, processes, count(threads, "thread"), where)
         return self._side_by_side(configs, processes, threads)
 
@@ -71,7 +77,8 @@ class LocalLauncher(Engine):
     def _side_by_side(self, configs: Sequence[DictConfig], processes: int, threads: int) -> Outcomes:
         """Keep so many workers busy; one that dies loses its job and is replaced."""
         self.prepare()  # if that has not been done
-        call, waiting = Call(self), deque(range(len(configs)))
+        sys.modules.setdefault("__mp_main__", sys.modules["__main__"])  # as workers call it, in what they send back
+        call, waiting = _Call(self), deque(range(len(configs)))
         idle: list[_Worker] = []
         busy: list[_Worker] = []
         try:
@@ -95,6 +102,39 @@ class LocalLauncher(Engine):
                 worker.process.terminate()  # its run saves a checkpoint, with the status `interrupted`
             for worker in (*busy, *idle):
                 worker.stop()
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is not typed
+    """Sends the script's functions and classes by name, where workers import the script: so its module is one there, too."""
+
+    def reducer_override(self, value: Any) -> Any:
+        named = isinstance(value, (FunctionType, type)) and value.__module__ == "__main__" and _is_imported()
+        if named and _named(value.__module__, value.__qualname__) is value:
+            return _named, (value.__module__, value.__qualname__)
+        return super().reducer_override(value)
+
+
+class _Call(Call):
+    pickler = _Pickler
+
+
+def _named(module: str, name: str) -> Any:
+    """Return what a module calls so, without Hydra's decorator; None if there is no such thing."""
+    found: Any = sys.modules[module]
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return inspect.unwrap(found) if callable(found) else None
+
+
+def _is_imported() -> bool:
+    """Return whether workers import this process's main module: one that is typed in has no file."""
+    return any(name.startswith("init_main_from") for name in spawn.get_preparation_data("worker"))
+
+
+def _threads(config: DictConfig) -> int:
+    """Return the CPU threads that a job's own config asks for."""
+    asked = OmegaConf.select(config, "threads")
+    return asked if isinstance(asked, int) and asked > 0 else 1
 
 
 def _gpu(configs: Sequence[DictConfig]) -> bool:
@@ -143,7 +183,11 @@ def _work(connection: Any, call: Call, threads: int) -> None:
             job = call(connection.recv())
             if job.status != JobStatus.COMPLETED:  # not every error can travel as it is
                 job.return_value = Failure(reason(job))
-            connection.send(job)
+            try:
+                connection.send(job)
+            except (TypeError, AttributeError, pickle.PicklingError):  # nor every value that a script returns
+                job.return_value = None
+                connection.send(job)
 
 
 def _interrupt(signum: int, frame: Any) -> None:
