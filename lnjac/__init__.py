@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lnjac.norms.recognise import Layer as Layer
     from lnjac.norms.recognise import Rms as Rms
     from lnjac.reporting.report import report as report
+    from lnjac.reporting.verdict import verdict as verdict
     from lnjac.runs.diff import diff as diff
     from lnjac.runs.merge import load as load
     from lnjac.runs.merge import merge as merge
@@ -47,6 +48,7 @@ _HOME = {
     "scaling": "comparing.scaling",
     "set_backward": "norms.backward",
     "set_credit": "gpt.feedback",
+    "verdict": "reporting.verdict",
 }
 """The public names, and the module that each lives in."""
 

@@ -1,7 +1,7 @@
 """Commands that answer from merged tables: compare, cost, scaling."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,24 +33,32 @@ def compare(
     seeds: options.Seeds = False,
     interval: options.Kind = "t",
     confidence: options.Confidence = 0.95,
+    margin: options.Margin = None,
     as_json: options.AsJson = False,
     output: options.Output = None,
 ) -> None:
-    """Compare the levels of a config column, norm by norm, paired by seed.
+    """Compare the levels of a config column, norm by norm, paired by seed. The answer in words comes first.
 
     \b
     Example:
         lnjac compare all.parquet --by attn_mode --metric radial_share --where "method == 'fa'"
         lnjac compare multirun/A multirun/B --by method --runs --reference bp --seeds
+        lnjac compare all.parquet --by attn_mode --runs --margin 0.05
     """
     from lnjac.comparing import compare as comparing
+    from lnjac.comparing.floor import floor
+    from lnjac.comparing.tables import open_tables
+    from lnjac.reporting.verdict import of_differences, of_floor
 
     metrics, table, how = options.names(metric), "runs" if runs else "layers", options.inference(interval, confidence)
+    opened = open_tables(sources)
     found = comparing.compare(
-        sources, by, metrics=metrics, table=table, at=at, where=where, reference=reference, how=how
+        opened, by, metrics=metrics, table=table, at=at, where=where, reference=reference, how=how, margin=margin
     )
+    ground = of_floor(floor(opened, where=where, how=how)) if comparing.LOSS in found.units else []
+    said = [*ground, *of_differences(found)]
     parts = [*_differences(found, confidence, seeds), *_notes(found.notes)]
-    _answer(found.seeds if seeds else found.rows, parts, _plain(found, seeds), output, as_json)
+    _answer(found.seeds if seeds else found.rows, said, parts, _plain(found, seeds), output, as_json)
 
 
 @commands.command()
@@ -65,10 +73,11 @@ def cost(
     seeds: options.Seeds = False,
     interval: options.Kind = "t",
     confidence: options.Confidence = 0.95,
+    margin: options.Margin = None,
     as_json: options.AsJson = False,
     output: options.Output = None,
 ) -> None:
-    """Compute the cost of each ln_backward, paired by seed.
+    """Compute the cost of each ln_backward, paired by seed. The answer in words comes first.
 
     The cost is a run's loss minus that of its exact twin. A second table compares costs between the levels of --by.
 
@@ -80,9 +89,14 @@ def cost(
     import pandas as pd
 
     from lnjac.comparing import cost as comparing
+    from lnjac.comparing.compare import LOSS
+    from lnjac.comparing.floor import floor
+    from lnjac.comparing.tables import open_tables
+    from lnjac.reporting.verdict import of_costs, of_floor
 
-    how = options.inference(interval, confidence)
-    found = comparing.cost(sources, by=by, metric=metric, where=where, reference=reference, how=how)
+    how, opened = options.inference(interval, confidence), open_tables(sources)
+    found = comparing.cost(opened, by=by, metric=metric, where=where, reference=reference, how=how, margin=margin)
+    ground = of_floor(floor(opened, where=where, how=how), costs=True) if metric == LOSS else []
     compared = {"cost": found.costs}
     if found.differences is not None:
         compared["difference of costs"] = found.differences
@@ -93,7 +107,7 @@ def cost(
         parts += [*_notes(one.notes), ""]
     frames = [(one.seeds if seeds else one.rows).assign(what=what) for what, one in compared.items()]
     plain = {what.replace(" ", "_"): _plain(one, seeds) for what, one in compared.items()}
-    _answer(pd.concat(frames, ignore_index=True), parts, plain, output, as_json)
+    _answer(pd.concat(frames, ignore_index=True), ground + of_costs(found), parts, plain, output, as_json)
 
 
 @commands.command()
@@ -110,7 +124,7 @@ def scaling(
     as_json: options.AsJson = False,
     output: options.Output = None,
 ) -> None:
-    """Fit how a metric scales with width, steps or another number.
+    """Fit how a metric scales with width, steps or another number. The answer in words comes first.
 
     The slope of log metric against log x is fitted for each seed; its mean over seeds comes with an interval.
 
@@ -120,25 +134,33 @@ def scaling(
         lnjac scaling all.parquet --x steps --runs --where "method == 'bp'"
     """
     from lnjac.comparing import scaling as comparing
+    from lnjac.reporting.verdict import of_scaling
 
     metrics, table, how = options.names(metric), "runs" if runs else "layers", options.inference(interval, confidence)
     found = comparing.scaling(sources, x, metrics=metrics, table=table, at=at, where=where, how=how)
     parts = [*_slopes(found, confidence, seeds), *_notes(found.notes)]
     plain = {"slopes": found.slopes, "points": found.points, "notes": found.notes}
     more = {"seeds": found.seeds} if seeds else {}
-    _answer(found.seeds if seeds else found.slopes, parts, plain | more, output, as_json)
+    _answer(found.seeds if seeds else found.slopes, of_scaling(found), parts, plain | more, output, as_json)
 
 
 def _answer(
-    frame: "pd.DataFrame", parts: Iterable[Part], plain: Mapping[str, Any], output: "Path | None", as_json: bool
+    frame: "pd.DataFrame",
+    said: Sequence[str],
+    parts: Sequence[Part],
+    plain: Mapping[str, Any],
+    output: "Path | None",
+    as_json: bool,
 ) -> None:
-    """Write the answer if a file is wanted, and print it, as text or as JSON."""
+    """Write the answer if a file is wanted, and print it, as text or as JSON: first the sentences, then the tables."""
     if output is not None:
-        tables.write(frame, list(parts), output)
+        tables.write(frame, [*said, "", *parts], output)
     if as_json:
-        print(tables.ascii_json(plain))
-    else:
-        tables.show(parts)
+        print(tables.ascii_json({"verdict": list(said), **plain}))
+        return
+    for sentence in said:
+        tables.show_wrapped(sentence)
+    tables.show(["", *parts])
 
 
 def _plain(found: "Differences", seeds: bool) -> dict[str, Any]:
@@ -175,6 +197,8 @@ def _differences(found: "Differences", confidence: float, seeds: bool, what: str
         lines.append(row | {name: _level(row, name) for name in key} | more)
     columns = [(head_a, "mean_a", 5), (head_b, "mean_b", 5), (what, "difference", 4)]
     columns += [(_percent(confidence), "interval", 0), ("effect", "effect", 2), ("p adj.", "p", 2), ("n", "n", 0)]
+    if found.margin is not None:
+        columns.append((f"margin {found.margin:g}", "equivalence", 0))
     if rows[["diverged_a", "diverged_b"]].to_numpy().any():
         columns.append(("diverged", "diverged", 0))
     each = found.seeds.rename(columns={"value_a": "mean_a", "value_b": "mean_b"}) if seeds else None

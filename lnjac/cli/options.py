@@ -23,6 +23,14 @@ Reference = Annotated[
 Seeds = Annotated[bool, typer.Option("--seeds", help="Show every seed.")]
 Kind = Annotated[IntervalKind, typer.Option("--interval", help="Student's t, or that with a sign-flip p.")]
 Confidence = Annotated[float, typer.Option(min=0.5, max=0.9999, help="Confidence of the intervals.")]
+Margin = Annotated[
+    float | None,
+    typer.Option(
+        help="The smallest difference that would matter, in the metric's unit: judge each one equivalent, different or "
+        "undecided by two one-sided tests.",
+        show_default=False,
+    ),
+]
 RTol = Annotated[float, typer.Option(min=0, help="Relative difference up to which numbers are equal.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Output = Annotated[

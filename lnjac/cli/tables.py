@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -48,6 +50,12 @@ def show(parts: Iterable[Part]) -> None:
         bold = part.strong if terminal else set()
         lines = [f"\x1b[1m{line}\x1b[0m" if i in bold else line for i, line in enumerate(lines)]
         print(visible(part.title), head, *lines, "", sep="\n")
+
+
+def show_wrapped(sentence: str) -> None:
+    """Print a sentence, wrapped to the terminal's width, or to 100 characters if the output is no terminal."""
+    width = max(40, shutil.get_terminal_size((100, 24)).columns)
+    print(*textwrap.wrap(visible(sentence), min(width, 120), break_long_words=False, break_on_hyphens=False), sep="\n")
 
 
 def ascii_json(found: Any) -> str:

@@ -3,6 +3,7 @@
 Arms meet within a cell, their runs are paired by seed, and the differences are tested by `lnjac.comparing.intervals`.
 """
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,10 +40,16 @@ class Differences:
             Holm's method over the `family` p values of this metric in this cell; `effect`; `agreement` ("identical" or "the
             same in every seed", in which case there is no p); `n` seeds; `paired`; `missing`, the seeds that only one level
             has; `diverged_a` of `runs_a`, `diverged_b` of `runs_b`; `moving`, the columns that differ between the levels.
+            With a margin also `equivalence`: "equivalent", "different" or "undecided".
         seeds: A row for each seed of each difference: the columns that identify the difference, `seed`, `value_a`,
             `value_b`, and their `difference` if paired. The index is the number of the row in `rows`.
         by: The compared column.
         cells: The columns that make cells. A cell's value is null where it differs between the levels.
+        units: The unit of each metric; empty for a pure number.
+        how: The kind of interval.
+        margin: The smallest difference that would matter, if one was given.
+        runs: The number of runs chosen.
+        diverged: How many of them diverged, and are in no mean.
         notes: What a reader must know: what was paired, is missing, or diverged.
     """
 
@@ -50,6 +57,11 @@ class Differences:
     seeds: pd.DataFrame
     by: str
     cells: list[str]
+    units: dict[str, str]
+    how: Inference
+    margin: float | None
+    runs: int
+    diverged: int
     notes: list[str]
 
     def headline(self) -> npt.NDArray[np.bool_]:
@@ -77,6 +89,7 @@ def compare(
     where: str | None = None,
     reference: str | None = None,
     how: Inference = STUDENT,
+    margin: float | None = None,
 ) -> Differences:
     """Compare the levels of a column with each other, within each cell of all other columns that vary.
 
@@ -92,6 +105,8 @@ def compare(
         where: Only rows for which this holds, such as `"method == 'fa'"`.
         reference: The level that each other is compared with; for ln_backward it is `exact` unless given.
         how: The kind of interval and its confidence.
+        margin: The smallest difference that would matter, in the metrics' unit: each is then judged equivalent, different or
+            undecided by two one-sided tests.
 
     Returns:
         The differences in the metrics' own units, every seed's values, and notes.
@@ -103,11 +118,20 @@ def compare(
         >>> found = lnjac.compare("all.parquet", "attn_mode", metrics=["radial_share"], where="method == 'fa'")
         >>> found.rows[["site", "difference", "low", "high", "p_adjusted", "n"]]
     """
+    require_margin(margin)
     chosen = metrics or (LAYER_METRICS if table == "layers" else RUN_METRICS)
     found = arrange(open_tables(sources), [by], chosen, table=table, at=at, where=where)
     levels = found.levels[by]
     pairs = pairs_of(levels, by, reference)
-    return differences(found, [Contrast(levels[a], levels[b], [(a,), (b,)], {}) for a, b in pairs], how)
+    return differences(found, [Contrast(levels[a], levels[b], [(a,), (b,)], {}) for a, b in pairs], how, margin)
+
+
+def require_margin(margin: float | None) -> None:
+    """Raise ConfigError unless the margin is a positive number, or None."""
+    if margin is not None and not 0 < margin < math.inf:
+        raise ConfigError(
+            f"--margin {margin:g} is no size of a difference: give a positive number in the metric's unit"
+        )
 
 
 def pairs_of(levels: Sequence[Any], by: str, reference: str | None) -> list[tuple[int, int]]:
@@ -127,13 +151,18 @@ RESULTS = ["mean_a", "mean_b", "difference", "low", "high", "p", "p_adjusted", "
 COUNTS = ["paired", "missing", "runs_a", "diverged_a", "runs_b", "diverged_b"]
 
 
-def differences(found: Measurements, contrasts: Sequence[Contrast], how: Inference) -> Differences:
+def differences(
+    found: Measurements, contrasts: Sequence[Contrast], how: Inference, margin: float | None = None
+) -> Differences:
     """Return the differences of contrasts, in the cells in which their levels meet."""
     pairing = pair(found, contrasts)
     both = pairing.table[(pairing.table["runs_a"] > 0) & (pairing.table["runs_b"] > 0)]
     arms = both[pairing.corners].astype(int)
     moving = {number: _moving(found, list(row)) for number, *row in arms.itertuples(name=None)}
     tests, a, b = _tested(found, pairing, both["paired"], how)
+    if margin is not None:
+        narrower, *_ = _tested(found, pairing, both["paired"], how.one_sided)
+        tests = tests.assign(equivalence=stats.equivalence(narrower["low"], narrower["high"], margin))
     places = tests.join(both[["cell", "contrast"]], on="comparison")
     order = places.sort_values(["cell", "metric", "contrast", "site"]).index
     tests, a, b = (part.loc[order].reset_index(drop=True) for part in (tests, a, b))
@@ -147,7 +176,8 @@ def differences(found: Measurements, contrasts: Sequence[Contrast], how: Inferen
     p = tests["p"].groupby([of_row["family"], tests["metric"]], observed=True)
     tests = tests.assign(p_adjusted=p.transform(stats.holm), family=p.transform("count"))
     names = [", ".join(dict.fromkeys(name for _, names in moving[at] for name in names)) for at in comparison]
-    rows = pd.concat([key, tests[RESULTS], of_row[COUNTS]], axis=1).assign(moving=names)
+    judged = ["equivalence"] * (margin is not None)
+    rows = pd.concat([key, tests[[*RESULTS, *judged]], of_row[COUNTS]], axis=1).assign(moving=names)
     seeds = by_seed(key.drop(columns=[*contrasts[0].label]), {"value_a": a, "value_b": b})
     difference = (seeds["value_a"] - seeds["value_b"]).where(rows["paired"].loc[seeds.index])
     in_cell = [(contrasts[at].name, words(pairing.cells, i), moving[i]) for i, at in both["contrast"].items()]
@@ -158,7 +188,18 @@ def differences(found: Measurements, contrasts: Sequence[Contrast], how: Inferen
         *_lacking(found, pairing, contrasts),
         *about(found),
     ]
-    return Differences(rows, seeds.assign(difference=difference), found.by[-1], list(map(str, found.cells)), notes)
+    return Differences(
+        rows=rows,
+        seeds=seeds.assign(difference=difference),
+        by=found.by[-1],
+        cells=list(map(str, found.cells)),
+        units=found.units,
+        how=how,
+        margin=margin,
+        runs=len(found.runs),
+        diverged=int(found.runs["diverged"].sum()),
+        notes=notes,
+    )
 
 
 def _tested(

@@ -33,6 +33,7 @@ def cost(
     where: str | None = None,
     reference: str | None = None,
     how: Inference = STUDENT,
+    margin: float | None = None,
 ) -> Costs:
     """Return the cost of each backward: its runs' loss minus the exact one's, paired by seed, within each cell.
 
@@ -45,6 +46,8 @@ def cost(
         where: Only runs for which this holds, such as `"method == 'fa'"`.
         reference: The level of `by` that each other is compared with, instead of all pairs.
         how: The kind of interval and its confidence.
+        margin: The smallest cost or difference that would matter, in the loss's unit: each is then judged equivalent,
+            different or undecided by two one-sided tests.
 
     Returns:
         The costs, and their differences between the levels of `by` (softmax − sigmoid).
@@ -61,7 +64,9 @@ def cost(
             "--by ln_backward: each has its cost already; give the factor to compare costs by, as attn_mode"
         )
     tables = open_tables(sources)
-    costs = compare(tables, "ln_backward", metrics=[metric], table="runs", where=where, reference=EXACT, how=how)
+    costs = compare(
+        tables, "ln_backward", metrics=[metric], table="runs", where=where, reference=EXACT, how=how, margin=margin
+    )
     if by is None and "attn_mode" in costs.cells:
         by = "attn_mode"
     if by is None:
@@ -75,4 +80,4 @@ def cost(
         if number != exact
         for a, b in pairs_of(levels, by, reference)
     ]
-    return Costs(by, costs, differences(found, contrasts, how))
+    return Costs(by, costs, differences(found, contrasts, how, margin))

@@ -111,6 +111,7 @@ class Measurements:
         cells: A row for each cell: its values of the fewest columns that tell cells apart.
         values: A row for each run, metric and norm: `run`, `metric`, `site`, `value`. NaN where the run diverged, or has no
             finite number.
+        units: The unit of each metric; empty for a pure number.
         notes: What was left out, and the warnings of the merge.
     """
 
@@ -121,6 +122,7 @@ class Measurements:
     settings: pd.DataFrame
     cells: pd.DataFrame
     values: pd.DataFrame
+    units: dict[str, str]
     notes: list[str]
 
     def key(self, cells: pd.DataFrame, values: pd.DataFrame) -> pd.DataFrame:
@@ -214,7 +216,8 @@ def arrange(
     cells = every.loc[~arms["cell"].duplicated(), columns].reset_index(drop=True)
     arms, settings = (part.groupby(arm).first() for part in (arms, settings))
     values, notes = _values(rows, found["diverged"], every[list(by)], metrics)
-    return Measurements(list(by), levels, found, arms, settings, cells, values, [*notes, *tables.warnings])
+    units = tables.units(table, metrics)
+    return Measurements(list(by), levels, found, arms, settings, cells, values, units, [*notes, *tables.warnings])
 
 
 def _run_rows(every: pd.DataFrame, metrics: Sequence[str], chosen: Where | None) -> pd.DataFrame:

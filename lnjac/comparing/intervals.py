@@ -4,7 +4,7 @@ The seed is the unit. What is nested in it (layers, tokens, steps) is reduced to
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,11 @@ RESAMPLES = 9999
 
 ROUNDING = 8 * 2.0**-52
 """Relative size of a difference that rounding alone may make: 8 units in the last place of the stored float64."""
+
+MOST_SEEDS = 10_000
+"""Seeds beyond which `seeds_for` looks no further."""
+
+EQUIVALENT, DIFFERENT, UNDECIDED = "equivalent", "different", "undecided"
 
 IDENTICAL = "identical"
 SAME = "the same in every seed"
@@ -41,6 +46,11 @@ class Inference:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"{self.method} is no interval: choose one of {', '.join(METHODS)}")
+
+    @property
+    def one_sided(self) -> "Inference":
+        """The interval of confidence 1 − 2α, by which two one-sided tests at level α = 1 − confidence are made."""
+        return replace(self, method="t", confidence=2 * self.confidence - 1)
 
     @property
     def name(self) -> str:
@@ -191,6 +201,41 @@ def _agreeing(
     low, high = (np.where(agree, estimate, end) for end in (low, high))
     p, effect = (np.where(agree, np.nan, part) for part in (p, effect))
     return Interval(estimate, low, high, p, effect, n, np.where(identical, IDENTICAL, np.where(same, SAME, "")))
+
+
+def seeds_for(half_width: float, sd: float, how: Inference = STUDENT, *, df_per_seed: float = 1.0) -> int | None:
+    """Return the fewest seeds whose t interval is expected to reach no further than `half_width` to either side.
+
+    The interval of n seeds reaches t(df_per_seed·(n − 1))·sd/√n. Seeds are taken to spread as the ones known do, so of few
+    known seeds the answer is a rough one.
+
+    Args:
+        half_width: Half of the wanted interval's width, in the metric's unit; positive.
+        sd: Standard deviation over seeds, of paired differences; of two groups √(sd_a² + sd_b²).
+        how: The kind of interval.
+        df_per_seed: Degrees of freedom that each seed but the first brings: 1 for paired differences, of two groups Welch's
+            (sd_a² + sd_b²)² / (sd_a⁴ + sd_b⁴).
+
+    Returns:
+        The number of seeds, of each group; None if MOST_SEEDS are too few.
+    """
+    from scipy import special
+
+    n = np.arange(2, MOST_SEEDS + 1)
+    reach = special.stdtrit(df_per_seed * (n - 1), 0.5 + how.confidence / 2) * sd / np.sqrt(n)
+    enough = np.flatnonzero(reach <= half_width)
+    return int(n[enough[0]]) if len(enough) else None
+
+
+def equivalence(low: npt.ArrayLike, high: npt.ArrayLike, margin: float) -> npt.NDArray[np.str_]:
+    """Judge differences against a margin by two one-sided tests, given intervals of confidence 1 − 2α: 90 % for α = 5 %.
+
+    EQUIVALENT where the interval lies within (−margin, margin), DIFFERENT where it lies wholly beyond the margin on one side,
+    UNDECIDED otherwise, so also where there is no interval.
+    """
+    low, high = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
+    inside, beyond = (low > -margin) & (high < margin), (low > margin) | (high < -margin)
+    return np.where(inside, EQUIVALENT, np.where(beyond, DIFFERENT, UNDECIDED))
 
 
 def holm(p: npt.ArrayLike) -> Array:

@@ -31,6 +31,9 @@ class Scaling:
         seeds: A row for each slope and seed: `slope`, `r2`, `curvature`. The index is the number of the row in `slopes`.
         x: The name of the column x.
         cells: The columns that make cells.
+        how: The kind of interval.
+        runs: The number of runs chosen.
+        diverged: How many of them diverged, and are in no slope.
         notes: What a reader must know.
     """
 
@@ -39,6 +42,9 @@ class Scaling:
     slopes: pd.DataFrame
     points: pd.DataFrame
     seeds: pd.DataFrame
+    how: Inference
+    runs: int
+    diverged: int
     notes: list[str]
 
 
@@ -130,7 +136,17 @@ def scaling(
         *few_seeds(rows["n"]),
         *about(found),
     ]
-    return Scaling(x, list(map(str, found.cells)), rows, pd.concat(points, ignore_index=True), each, notes)
+    return Scaling(
+        x=x,
+        cells=list(map(str, found.cells)),
+        slopes=rows,
+        points=pd.concat(points, ignore_index=True),
+        seeds=each,
+        how=how,
+        runs=len(found.runs),
+        diverged=int(found.runs["diverged"].sum()),
+        notes=notes,
+    )
 
 
 def _straight(rows: pd.DataFrame, key: Sequence[str], how: Inference) -> list[str]:

@@ -48,6 +48,11 @@ class MergedTables:
         known, held = described(table, runs.read_metadata(self._file(table))), set(self.columns(table))
         return {name: known[name] for name in known if name in held}
 
+    def units(self, table: str, metrics: Sequence[str]) -> dict[str, str]:
+        """Return the unit of each of these columns; an empty text of one without a description."""
+        known = self.described(table)
+        return {name: known[name].unit if name in known else "" for name in metrics}
+
     def frame(self, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """Return a table, or some of its columns, with NaN for null in columns of numbers.
 

@@ -16,6 +16,7 @@ from lnjac.files import write_atomically
 from lnjac.reporting.charts import CHARTS, Drawing
 from lnjac.reporting.marks import extra
 from lnjac.reporting.page import Charts, Section, render
+from lnjac.reporting.verdict import verdict
 from lnjac.reporting.view import View, view
 from lnjac.runs.folder import DIVERGED
 from lnjac.runs.merged import companions
@@ -88,6 +89,7 @@ def make(merged: MergedTables, title: str, by: str | None = None, where: str | N
     html = render(
         charts,
         title=title,
+        verdict=_verdict(merged, shown.by, where),
         lead=f"{len(shown.runs)} runs" + f", by {shown.by}" * bool(shown.by) + (f", where {where}" if where else ""),
         facts=_facts(shown.runs, merged.report, merged.described("runs")),
         warnings=merged.warnings,
@@ -99,6 +101,14 @@ def make(merged: MergedTables, title: str, by: str | None = None, where: str | N
     )
     contents = {part.name: {"title": part.title, "charts": len(part.figures)} for part in sections}
     return Report(html, contents)
+
+
+def _verdict(merged: MergedTables, by: str, where: str | None) -> list[str]:
+    """Return the answer in sentences; the reason if runs cannot be compared, for which no page is refused."""
+    try:
+        return verdict(merged, by or None, where=where).sentences
+    except ConfigError as error:
+        return [f"These runs cannot be compared: {error}."]
 
 
 def _name(sources: Sources) -> str:

@@ -113,6 +113,8 @@ class Sweeper(HydraSweeper):
             if not all(job.state.name == UNRECORDED for job in jobs):
                 merged = _merge(folder)
         _show(todo)
+        if merged:
+            _say(folder)
         if merged and self.report == "auto" and (todo or waited or not (folder / REPORT).exists()):
             _report(folder)
         if n := sum(job.state.name == UNRECORDED for job in jobs):
@@ -331,6 +333,17 @@ def _show(jobs: "Sequence[Job]") -> None:
             log.info("\n%s\n%s", job.name, layer_table(last))
     if len(done) > TABLES_SHOWN:
         log.info("and %d more: `lnjac show FOLDER` prints a run's table", len(done) - TABLES_SHOWN)
+
+
+def _say(folder: Path) -> None:
+    """Print what the merged table answers. No sweep fails for want of an answer."""
+    from lnjac.escape import visible
+    from lnjac.reporting.verdict import verdict
+
+    try:
+        log.info("\n%s", "\n".join(map(visible, verdict(folder / "all.parquet").sentences)))
+    except Exception as error:
+        log.warning("no verdict: %s", f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def _report(folder: Path) -> None:
