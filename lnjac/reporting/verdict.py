@@ -46,7 +46,7 @@ from lnjac.reporting.wording import (
     standing,
 )
 from lnjac.runs.folder import DIVERGED, DONE
-from lnjac.text import word
+from lnjac.text import listed, word
 
 LEAD = "center_scale"
 """The surrogate whose cost is told first: it leaves out the radial part alone, which is the question of lnjac."""
@@ -121,9 +121,8 @@ def verdict(
         require_column(by, factors(chosen, known), "runs are not told apart by")
     done = chosen[chosen["status"] == DONE]
     if done.empty:
-        return Verdict(
-            [f"{counted(len(chosen), 'run')} diverged, and no other is left: there is no number to compare."]
-        )
+        runs = "The one run" if len(chosen) == 1 else f"All {counted(len(chosen), 'run')}"
+        return Verdict([f"{runs} diverged: there is no number to compare."])
     vary = [name for name in varying(chosen, known) if name not in IDENTITY]
     losses = LOSS in done and bool(done[LOSS].notna().any())
     costs = losses and "ln_backward" in vary and bool((chosen["ln_backward"] == EXACT).any())
@@ -141,7 +140,7 @@ def verdict(
     if not losses and not norms:
         return Verdict([f"{counted(len(chosen), 'run')} have no number to compare."])
     metrics, table = ([LOSS], "runs") if losses else (norms, "layers")
-    if factor == _size(chosen, [factor]):
+    if factor in SIZES and factor == _size(chosen, [factor]):
         return Verdict(ground + of_scaling(scaling(tables, factor, metrics=metrics, table=table, where=where, how=how)))
     found = compare(tables, factor, metrics=metrics, table=table, where=where, how=how, margin=margin)
     said = ground + of_differences(found)
@@ -234,9 +233,9 @@ def _judged(row: Row, numbers: Numbers) -> str:
     """Return a difference and its standing: `+0.059 nats (95 % −0.039 to +0.158, 6 paired seeds), is not clear of zero …`."""
     state, size = standing(row, numbers.how), numbers.signed(row["difference"]) + numbers.unit
     if state == stats.IDENTICAL:
-        return f"0{numbers.unit}, is identical{numbers.also([row])}"
+        return f"0{numbers.unit}, is identical in all {seeds([row])}"
     if state == stats.SAME:
-        return f"{size}, is the same in every seed{numbers.also([row])}"
+        return f"{size}, is the same in each of {seeds([row])}"
     if state == ALONE:
         return f"{size}, is of one seed and has no interval"
     text = f"{size} ({numbers.inside(row)}), is "
@@ -261,7 +260,8 @@ def _moving(rows: Sequence[Row], by: str) -> list[str]:
     if not names:
         return []
     moved = sum(bool(row["moving"]) for row in rows)
-    change, where = "changes" if len(names) == 1 else "change", f" in {moved} of {counted(len(rows), 'comparison')}"
+    change = "changes" if len(names) == 1 else "change"
+    where = "" if moved == len(rows) else f" in {moved} of {len(rows)} comparisons"
     return [f"{joined(names)} {change} together with {by}{where}, so their effects cannot be told apart."]
 
 
@@ -346,7 +346,8 @@ def of_floor(found: Floor | None, *, costs: bool = False) -> list[str]:
         parts.append(f"{subject}{verb}{_floored(own, stands, cells, numbers)}")
         last = method
     start = "With the exact backward" if found.exact else "By validation loss"
-    text = f"{start} {joined(parts)}{_consequence(found, outcomes, costs)}."
+    judged = all(standing(row, found.how) != ALONE for row in rows)
+    text = f"{start} {joined(parts)}{_consequence(found, outcomes, costs) if judged else ''}."
     return [text, *_moving(rows, "method")]
 
 
@@ -387,9 +388,9 @@ def _floored(rows: Sequence[Row], stands: str, cells: Sequence[str], numbers: Nu
         state, size = standing(row, numbers.how), numbers.plain(abs(row["difference"])) + numbers.unit
         inside = f"by {size}, {numbers.inside(row, flipped=stands == BETTER)}" if stands != NOT_SHOWN else ""
         if state == stats.IDENTICAL:
-            inside = f"identical{numbers.also([row])}"
+            inside = f"identical in all {seeds([row])}"
         elif state == stats.SAME:
-            inside = f"by {size}, the same in every seed{numbers.also([row])}"
+            inside = f"by {size}, the same in each of {seeds([row])}"
         elif state == ALONE:
             inside = f"{numbers.signed(row['difference'])}{numbers.unit}, one seed, so no interval"
         elif stands == NOT_SHOWN:
@@ -504,9 +505,9 @@ def _paid(row: Row, numbers: Numbers, cells: Sequence[str]) -> str:
     where, saves = f" {place(row, cells)}".rstrip(), row["difference"] < 0
     costs = f"{'saves' if saves else 'costs'} {size}{where}"
     if state == stats.IDENTICAL:
-        return f"costs nothing{where} (identical{numbers.also([row])})"
+        return f"costs nothing{where} (identical in all {seeds([row])})"
     if state == stats.SAME:
-        return f"{costs} (the same in every seed{numbers.also([row])})"
+        return f"{costs} (the same in each of {seeds([row])})"
     if state == ALONE:
         return f"{costs} (one seed, so no interval)"
     if state == UNCLEAR:
@@ -528,7 +529,7 @@ def of_differences(found: Differences) -> list[str]:
         known = [row for row in own if row["n"]]
         one = replace(found, units={metric: found.units[metric]})
         if not known:
-            said.append(f"No two levels of {found.by} can be compared in {name}.")
+            said.append(f"No two levels of {found.by} can be compared in {name}{_lost(own, found.by)}.")
             continue
         said += (
             [_pair(row, name, one) for row in known]
@@ -539,13 +540,24 @@ def of_differences(found: Differences) -> list[str]:
     return said + _doubts(found, rows)
 
 
+def _lost(rows: Sequence[Row], by: str) -> str:
+    """Return how many runs diverged at each level that has no other."""
+    gone = {
+        level(by, row[side]): f"{row[f'diverged_{side}']} of {counted(row[f'runs_{side}'], 'run')} diverged"
+        for row in rows
+        for side in "ab"
+        if row[f"diverged_{side}"] == row[f"runs_{side}"] > 0
+    }
+    return f": {listed([f'{said} {where}' for where, said in gone.items()], 3)}" if gone else ""
+
+
 def _pair(row: Row, name: str, found: Differences) -> str:
     """Return the sentence on one difference between two levels."""
     numbers, state = Numbers([row], found.how, _unit(found)), standing(row, found.how)
     subject = f"The {name} {place(row, found.cells)}".rstrip()
     a, b = (level(found.by, row[side]) for side in "ab")
     if state == stats.IDENTICAL:
-        return f"{subject} is identical {a} and {b}{numbers.also([row])}."
+        return f"{subject} is identical {a} and {b} in all {seeds([row])}."
     if state == UNCLEAR:
         of = "" if found.by in ("attn_mode", "method", "ln_backward") else f"{found.by}="
         one, other = (word(row[side]) for side in "ab")
@@ -554,7 +566,7 @@ def _pair(row: Row, name: str, found: Differences) -> str:
     lower = row["difference"] < 0
     text = f"{subject} is {numbers.plain(abs(row['difference']))}{numbers.unit} {'lower' if lower else 'higher'} {a} than {b}"
     if state == stats.SAME:
-        return f"{text}, the same in every seed{numbers.also([row])}."
+        return f"{text}, the same in each of {seeds([row])}."
     if state == ALONE:
         return f"{text} in one seed, which has no interval."
     text += f" ({numbers.inside(row, flipped=lower)}"

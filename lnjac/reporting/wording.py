@@ -73,7 +73,7 @@ class Numbers:
 
     def signed(self, value: float) -> str:
         """Return a number with its sign; 0 has none."""
-        return "+" * (value > 0) + self.plain(value)
+        return ("+" if value > 0 else "") + self.plain(value)
 
     def above(self, size: float) -> str:
         """Return a size rounded up, with its unit, so that no smaller one than an interval's end is called excluded."""
@@ -106,7 +106,7 @@ def number(value: float, places: int) -> str:
     size = f"{abs(value):.{places}f}" if places <= 6 else f"{abs(value):.2e}"
     if float(size) == 0 and value:
         size = f"{abs(value):.1g}"
-    return "−" * (value < 0) + size.replace("e-", "e−")
+    return ("−" if value < 0 else "") + size.replace("e-", "e−")
 
 
 def decimals(size: float, digits: int) -> int:

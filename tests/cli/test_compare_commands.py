@@ -28,13 +28,18 @@ def call(*words: object) -> str:
     return done.stdout
 
 
+def below(*words: object) -> str:
+    """What the command prints below the sentences, which end in an empty line."""
+    return call(*words).split("\n\n", 1)[1]
+
+
 @pytest.fixture
 def modes(tmp_path: Path) -> Path:
     return study(tmp_path, TWO_MODES).path
 
 
 def test_compare_prints_one_line_a_norm(modes: Path):
-    lines = call("compare", modes, "--by", "attn_mode", "--metric", "radial_share").splitlines()
+    lines = below("compare", modes, "--by", "attn_mode", "--metric", "radial_share").splitlines()
     assert lines == [
         "radial_share",
         "site           softmax  sigmoid  difference      95% interval  effect  p adj.  n",
@@ -54,17 +59,40 @@ def test_agreement_stands_where_an_interval_would(tmp_path: Path):
         for seed, loss in ((1, 1.2), (2, 1.3), (3, 1.1))
     ]
     path = study(tmp_path, rows).path
-    lines = call("compare", path, "--by", "attn_mode", "--runs", "--metric", "val_loss_nats").splitlines()
+    lines = below("compare", path, "--by", "attn_mode", "--runs", "--metric", "val_loss_nats").splitlines()
     assert lines[1].split()[-5:] == ["interval", "effect", "p", "adj.", "n"]
     assert lines[2].split()[-5:] == ["0", "identical", "-", "-", "3"]
-    text = call("compare", path, "--by", "attn_mode", "--metric", "radial_share")
+    text = below("compare", path, "--by", "attn_mode", "--metric", "radial_share")
     assert text.splitlines()[2].split()[3:] == ["0.5", "the", "same", "in", "every", "seed", "-", "-", "3"]
     found = json.loads(call("compare", path, "--by", "attn_mode", "--metric", "radial_share", "--json"))["rows"][0]
     assert (found["agreement"], found["p"], found["effect"]) == ("the same in every seed", None, None)
 
 
+def test_the_answer_in_words_comes_first_and_is_wrapped(modes: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ("compare", modes, "--by", "attn_mode", "--runs", "--metric", "val_loss_nats")
+    (sentence, *more) = json.loads(call(*words, "--json"))["verdict"]
+    assert sentence.startswith("The validation loss is not shown to differ between softmax and sigmoid")
+    assert " ".join([sentence, *more]) == " ".join(call(*words).split("\n\n")[0].splitlines())
+    for columns in (40, 60, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert max(map(len, call(*words).split("\n\n")[0].splitlines())) <= columns
+
+
+def test_a_margin_judges_each_difference(modes: Path):
+    words = ("compare", modes, "--by", "attn_mode", "--runs", "--metric", "val_loss_nats", "--margin")
+    for margin, judged in ((0.5, "undecided"), (2.0, "equivalent"), (0.1, "different")):
+        head, line = below(*words, margin).splitlines()[1:3]
+        assert head.split()[-2:] == ["margin", f"{margin:g}"]
+        assert line.split()[-1] == judged
+        found = json.loads(call(*words, margin, "--json"))
+        assert found["rows"][0]["equivalence"] == judged
+        assert any(f"a margin of {margin:g} nats" in line and judged in line for line in found["verdict"])
+    done = RUNNER.invoke(cli.app, list(map(str, (*words, -1))))
+    assert "--margin -1" in str(done.exception)
+
+
 def test_every_seed_on_request(modes: Path):
-    text = call("compare", modes, "--by", "attn_mode", "--runs", "--metric", "val_loss_nats", "--seeds")
+    text = below("compare", modes, "--by", "attn_mode", "--runs", "--metric", "val_loss_nats", "--seeds")
     assert text.splitlines()[:5] == [
         "val_loss_nats",
         "a − b              softmax  sigmoid  difference    95% interval  effect  p adj.  n",
@@ -131,7 +159,7 @@ def test_an_unknown_export_is_refused_before_anything_is_printed(modes: Path, tm
 def test_cost_shows_losses_costs_and_their_difference(tmp_path: Path):
     rows = [row | {"val_loss_nats": row["val_loss_nats"] + 0.1 * row["seed"] * (i % 2)} for i, row in enumerate(COSTS)]
     rows[4] |= {"status": "diverged", "val_loss_nats": math.nan}
-    text = call("cost", study(tmp_path, rows).path)
+    text = below("cost", study(tmp_path, rows).path)
     first, second = text.split("val_loss_nats")[1:]
     head = "attn_mode ln_backward mean exact cost 95% interval effect p adj. n diverged"
     assert " ".join(first.splitlines()[1].split()) == head
@@ -144,7 +172,7 @@ def test_cost_shows_losses_costs_and_their_difference(tmp_path: Path):
     assert [line.split()[-2:] for line in first.splitlines()[2:4]] == [["1/3", "0/3"], ["0/3", "0/3"]]
     assert " ".join(second.splitlines()[1].split()[:6]) == "ln_backward softmax sigmoid difference of costs"
     found = json.loads(call("cost", tmp_path / "all.parquet", "--json"))
-    assert list(found) == ["cost", "difference_of_costs"]
+    assert list(found) == ["verdict", "cost", "difference_of_costs"]
 
 
 def test_scaling_shows_the_means_and_the_slope(tmp_path: Path):
@@ -174,7 +202,7 @@ def test_scaling_shows_r2_and_curvature_where_lines_have_more_than_two_points(tm
         for seed in (1, 2, 3)
     ]
     path = study(tmp_path, rows).path
-    lines = call("scaling", path, "--x", "model.n_embd", "--runs", "--metric", "val_loss_nats", "--seeds").splitlines()
+    lines = below("scaling", path, "--x", "model.n_embd", "--runs", "--metric", "val_loss_nats", "--seeds").splitlines()
     assert " ".join(lines[1].split()) == (
         "method method.scale 64 128 256 slope 95% interval R² curvature 95% interval n"
     )
@@ -188,10 +216,10 @@ def test_scaling_shows_r2_and_curvature_where_lines_have_more_than_two_points(tm
 
 def test_a_missing_level_is_called_null_and_a_moving_column_is_left_open(tmp_path: Path):
     path = study(tmp_path, NULLS).path
-    lines = call("compare", path, "--by", "method.scale", "--runs", "--metric", "val_loss_nats").splitlines()
+    lines = below("compare", path, "--by", "method.scale", "--runs", "--metric", "val_loss_nats").splitlines()
     assert lines[1].split()[:4] == ["model.n_embd", "a", "−", "b"]
     assert [line.split()[1:4] for line in lines[2:5]] == [["2", "−", "0.5"], ["null", "−", "0.5"], ["null", "−", "2"]]
-    lines = call(
+    lines = below(
         "compare", path, "--by", "method.scale", "--runs", "--metric", "val_loss_nats", "--reference", "null"
     ).splitlines()
     assert lines[1].split()[:4] == ["model.n_embd", "method.scale", "mean", "null"]
@@ -199,7 +227,7 @@ def test_a_missing_level_is_called_null_and_a_moving_column_is_left_open(tmp_pat
         row | {"precision": "fp32" if row["method"] == "bp" else "bf16"} for row in NULLS if row["model.n_embd"] == 64
     ]
     rows += [row | {"precision": "fp32"} for row in rows if row["method.scale"] == 2]
-    lines = call(
+    lines = below(
         "compare", study(tmp_path, rows).path, "--by", "method.scale", "--runs", "--metric", "val_loss_nats"
     ).splitlines()
     cells = {" ".join(line.split()[1:4]): line.split()[0] for line in lines[2:5]}
