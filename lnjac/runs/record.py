@@ -402,7 +402,13 @@ class Record:
             self.journal.keep(header, kept)
         self.described["resumed_at"] = step
         last = f", the last of step {kept[-1]['step']}" if kept else ""
-        log.info("goes on after step %d: %d calls kept%s, %d dropped", step, len(kept), last, len(every) - len(kept))
+        log.info(
+            "goes on from the checkpoint after update %d: %d calls kept%s, %d dropped",
+            step,
+            len(kept),
+            last,
+            len(every) - len(kept),
+        )
 
     def _replay(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Take the rows of a journal; none if one does not fit the tables any more."""

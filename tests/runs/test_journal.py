@@ -94,7 +94,7 @@ def test_a_resumed_run_has_the_rows_of_one_that_never_stopped(
     caplog.set_level(logging.INFO)
     cut(tmp_path, 5, error)
     cut(tmp_path, 8, error, first=4, resume=3)
-    assert "goes on after step 3: 5 calls kept, the last of step 3, 4 dropped" in caplog.text
+    assert "goes on from the checkpoint after update 3: 5 calls kept, the last of step 3, 4 dropped" in caplog.text
     with record(tmp_path, resume=6) as run:
         steps(run, 7, 9)
     assert tables(tmp_path) == whole
