@@ -57,7 +57,7 @@ class HandOver(Callback):
             if config.hydra.sweeper.dry_run:
                 log.info("dry_run: the config is sound; nothing was started")
                 sys.exit(0)
-        values, _ = resolved(own, execution)  # without problems, as its sweep has checked it
+        values = resolved(own, execution)[0]  # without problems: they were looked for before
         given = handed.Handed(Path(config.hydra.runtime.output_dir), values, execution)
         handed.hand(given)
         self.finished = runs.read_status(given.folder).get("status") in runs.FINISHED

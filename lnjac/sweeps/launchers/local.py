@@ -27,6 +27,9 @@ from lnjac.sweeps.launchers.engine import Call, Engine, Failure, Outcomes, count
 
 log = logging.getLogger(__name__)
 
+READY = "ready"
+"""The first word of a worker."""
+
 GPU_PROCESSES = 8
 """Processes that share a GPU by default: more train no faster there (benchmarks/README.md), and each takes memory."""
 
@@ -89,13 +92,16 @@ class LocalLauncher(Engine):
                     worker.start(job := waiting.popleft(), configs[job])
                 ready = connections.wait([worker.connection for worker in busy])
                 for worker in [worker for worker in busy if worker.connection in ready]:
-                    busy.remove(worker)
                     try:
                         returned = worker.connection.recv()
+                        if returned == READY:
+                            worker.ready = True
+                            continue
                         idle.append(worker)
                     except (EOFError, OSError):
                         worker.process.join()
-                        returned = lost(configs[worker.job], _death(worker.process.exitcode))
+                        returned = lost(configs[worker.job], _death(worker))
+                    busy.remove(worker)
                     yield worker.job, returned
         finally:
             for worker in busy:
@@ -149,10 +155,10 @@ def _processes() -> Any:
 
 
 class _Worker:
-    """A process that runs one job at a time; `job` is the index of its present one."""
+    """A process that runs one job at a time; `job` is the index of its present one, `ready` whether it has started."""
 
     def __init__(self, call: Call, threads: int) -> None:
-        self.job = -1
+        self.job, self.ready = -1, False
         self.connection, theirs = _processes().Pipe()
         self.process = _processes().Process(target=_work, args=(theirs, call, threads), daemon=True)
         self.process.start()
@@ -179,6 +185,7 @@ def _work(connection: Any, call: Call, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
+        connection.send(READY)
         while True:
             job = call(connection.recv())
             if job.status != JobStatus.COMPLETED:  # not every error can travel as it is
@@ -200,7 +207,13 @@ def _end_with(parent: Any) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _death(code: int | None) -> str:
+def _death(worker: _Worker) -> str:
+    code = worker.process.exitcode
     if code is not None and code < 0:
         return f"its process was killed by {signal.Signals(-code).name}"
-    return f"its process ended with exit code {code}"
+    if worker.ready:
+        return f"its process ended with exit code {code}"
+    return (
+        f"its process could not import {sys.argv[0]} (exit code {code}): set hydra.launcher.jobs=1, or put all that "
+        'the script does under `if __name__ == "__main__":`'
+    )
