@@ -136,7 +136,7 @@ def load(path: str | Path, columns: Sequence[str] | None = None) -> "pd.DataFram
     """Load one merged table as a data frame, its checksums verified.
 
     Args:
-        path: X.parquet, X.runs.parquet or another table of a merge.
+        path: X.parquet, X.runs.parquet or another table of a merge; or a folder with an all.parquet.
         columns: The columns to read, if not all.
 
     Returns:
@@ -145,7 +145,7 @@ def load(path: str | Path, columns: Sequence[str] | None = None) -> "pd.DataFram
     Raises:
         ConfigError: It is no merged table, it cannot be read, or it lacks one of the columns.
     """
-    path = Path(path)
+    path = Path(path) / "all.parquet" if Path(path).is_dir() else Path(path)
     finish(layers_file(path))
     try:
         data, note = read_noted(path, columns=columns)

@@ -1,0 +1,106 @@
+"""examples/nanogpt: its runs are swept, merged, compared and reported, by public names alone."""
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from support.paths import ROOT
+from support.sweeping import science, wait_for
+
+import lnjac
+
+SCRIPT = ROOT / "examples" / "nanogpt" / "train.py"
+SMALL = ("width=16", "layers=1", "heads=2", "context=16", "batch=2", "steps=40", "measure_every=20", "warmup=5")
+WORDS = ("-m", "attention=softmax,sigmoid", "seed=1,2", *SMALL)
+
+
+def test_it_uses_public_names_alone() -> None:
+    tree = ast.parse(SCRIPT.read_text())
+    imported = [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
+    imported += [str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert [name for name in imported if name.startswith("lnjac")] == ["lnjac"]
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lnjac"
+    }
+    assert used == {"probe", "record"}
+    assert used <= set(lnjac.__all__)
+
+
+def started(folder: Path, *words: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def swept(folder: Path, *words: str) -> tuple[Path, str]:
+    """Run the sweep to its end; return its folder and what it printed."""
+    process = started(folder, *WORDS, *words)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return folder / "multirun" / "nanogpt", said
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, said = swept(tmp_path_factory.mktemp("whole"))
+    assert "4 of 4" in said or "[4/4]" in said
+    return folder
+
+
+@pytest.mark.slow
+def test_its_runs_are_merged_compared_and_reported(sweep: Path) -> None:
+    layers = lnjac.load(sweep)
+    assert set(layers["site"]) == {"blocks.0.ln_1", "blocks.0.ln_2", "ln_f"}
+    assert sorted(set(layers["step"])) == [0, 20, 40]
+    assert layers["forward_residual"].max() < 1e-6
+    assert layers["jacobian_residual"].max() < 1e-5
+    runs = pd.read_parquet(sweep / "all.runs.parquet")
+    assert sorted(zip(runs["attention"], runs["seed"], strict=True)) == [
+        (of, n) for of in ("sigmoid", "softmax") for n in (1, 2)
+    ]
+    found = lnjac.compare(sweep, by="attention", metrics=["val_loss_nats"], table="runs").rows
+    losses = runs.pivot(index="seed", columns="attention", values="val_loss_nats")
+    assert found["difference"].tolist() == pytest.approx([(losses["softmax"] - losses["sigmoid"]).mean()])
+    assert found["n"].tolist() == [2]
+    page = (sweep / "report.html").read_text()
+    assert "The validation loss" in page
+    assert "blocks.0.ln_1" in page
+
+
+@pytest.mark.slow
+def test_killed_and_run_again_it_ends_with_the_same_table(sweep: Path, tmp_path: Path) -> None:
+    process = started(tmp_path, *WORDS, "hydra.sweeper.report=off")
+    folder = tmp_path / "multirun" / "nanogpt"
+    wait_for(lambda: any(folder.glob("*/run.parquet")))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert len(list(folder.glob("*/run.parquet"))) < 4
+    again, said = swept(tmp_path, "hydra.sweeper.report=off")
+    assert "done" in next(line for line in said.splitlines() if "4 jobs:" in line)
+    for whole, repaired in zip(science(sweep / "all.parquet"), science(again / "all.parquet"), strict=True):
+        pd.testing.assert_frame_equal(whole, repaired, check_exact=True)
+
+
+@pytest.mark.slow
+def test_a_bad_value_stops_the_sweep_before_it_starts(tmp_path: Path) -> None:
+    process = started(tmp_path, "-m", "attention=softmax,sofmax", "width=30", "seed=1,2")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "4 of 4 jobs cannot run; none was started" in said
+    assert "attention=sofmax: choose softmax or sigmoid" in said
+    assert "width=30 is no multiple of heads=4: choose another width" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "multirun").exists()
