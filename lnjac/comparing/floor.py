@@ -9,12 +9,16 @@ from lnjac.comparing.compare import EXACT, LOSS, compare
 from lnjac.comparing.experiment import cell_columns, labelled, varying
 from lnjac.comparing.filter import Where
 from lnjac.comparing.intervals import STUDENT, Inference
-from lnjac.comparing.tables import Sources, open_tables
+from lnjac.comparing.tables import MergedTables, Sources, open_tables
 from lnjac.errors import ConfigError
 from lnjac.runs.folder import DONE
 
 FROZEN, BIGRAM = "frozen", "bigram"
 """The kinds of floor: runs of the method `frozen`, whose blocks keep their initial weights; the corpus's `bigram_nats`."""
+
+
+TASK = ("data", "data_sha256", "numerics_version", "model", "steps", "batch_size", "eval")
+"""Columns in which frozen runs must agree with a run to be its floor, as in the settings of these: a floor is of one task."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class Floor:
 def floor(sources: Sources, *, where: str | None = None, how: Inference = STUDENT) -> Floor | None:
     """Compare the reference level with the floor: the runs of the exact backward, or all runs if the backward does not vary.
 
-    Runs of the method `frozen` are the floor where they agree with a run in all else, whether or not `where` chooses them:
-    they are paired by seed. Otherwise the floor is the loss of the corpus's bigram model, which each run's row holds.
+    Runs of the method `frozen` are the floor of runs of the same task, whether or not `where` chooses them, and are paired
+    with them by seed. Otherwise the floor is the loss of the corpus's bigram model, which each run's row holds.
 
     Args:
         sources: A path, or several: of merged tables, sweeps and runs; or tables opened by `open_tables`.
@@ -71,15 +75,27 @@ def floor(sources: Sources, *, where: str | None = None, how: Inference = STUDEN
         conditions = [f"({where}) or method == '{FROZEN}'"] * (where is not None)
         conditions += [f"ln_backward == '{EXACT}'"] * exact
         both = " and ".join(f"({one})" for one in conditions) or None
-        try:
-            found = compare(tables, "method", metrics=[LOSS], table="runs", where=both, reference=FROZEN, how=how)
-        except ConfigError:  # runs that the chosen ones cannot be told apart from, or none to compare
-            found = None
-        if found is not None and (found.rows["n"] > 0).any():
-            rows = found.rows[found.rows["n"] > 0].rename(columns={"a": "method"}).reset_index(drop=True)
-            cells = ["method", *found.cells]
-            return Floor(FROZEN, exact, rows, cells if len(trained["method"].unique()) > 1 else found.cells, how)
+        rows = _against_frozen(tables, both, how)
+        if len(rows):
+            columns = list(map(str, rows.columns[: rows.columns.get_loc("metric")]))
+            several = trained["method"].nunique() > 1
+            return Floor(FROZEN, exact, rows, ["method"] * several + columns, how)
     return _above_bigram(trained, varying(trained, tables.described("runs")), exact, how)
+
+
+def _against_frozen(tables: MergedTables, where: str | None, how: Inference) -> pd.DataFrame:
+    """Return the differences from the frozen runs of the same task, which may be none; `method` names the other side."""
+    try:
+        found = compare(tables, "method", metrics=[LOSS], table="runs", where=where, reference=FROZEN, how=how).rows
+    except ConfigError:  # no run of both, or runs that cannot be told apart
+        return pd.DataFrame()
+    kept = found[(found["n"] > 0) & found["moving"].map(_same_task).astype(bool)]
+    return kept.rename(columns={"a": "method"}).reset_index(drop=True)
+
+
+def _same_task(moving: str) -> bool:
+    """Return whether none of the columns that move with the method is of TASK."""
+    return not any(name.split(".")[0] in TASK for name in moving.split(", "))
 
 
 def _above_bigram(trained: pd.DataFrame, vary: list[str], exact: bool, how: Inference) -> Floor | None:

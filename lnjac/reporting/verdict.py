@@ -177,6 +177,8 @@ def _many(subject: str, rows: Sequence[Row], how: Inference, unit: str, name: Ca
     clear = [row for state, row in known if state == CLEAR]
     bounded = [row for state, row in known if state != ALONE]
     counts = {of: sum(state == of for state, _ in known) for of in (stats.IDENTICAL, stats.SAME, ALONE)}
+    if counts[stats.IDENTICAL] == len(known) == len(rows):
+        return f"{subject} 0{numbers.unit}: identical in {seeds([row for _, row in known])}."
     if clear:
         largest = max(clear, key=lambda row: abs(row["difference"]))
         own = Numbers([largest], how)
@@ -331,7 +333,9 @@ def of_floor(found: Floor | None, *, costs: bool = False) -> list[str]:
         return []
     groups = _grouped(rows, found.how)
     outcomes = {stands for _, stands in groups}
-    name = "a frozen body" if found.kind == FROZEN else f"the bigram model ({number(rows[0]['mean_b'], 3)} nats)"
+    levels = {number(row["mean_b"], 3) for row in rows}
+    bigram = f"the bigram model{f' ({min(levels)} nats)' if len(levels) == 1 else ''}"
+    name = "a frozen body" if found.kind == FROZEN else bigram
     parts: list[str] = []
     last, numbers = "", None
     for (method, stands), own in groups.items():

@@ -311,3 +311,53 @@ def test_documented_coverage_is_what_is_simulated(root: Path, name: str):
     said = re.search(rf"^\| {name} \| (.*) \|$", text, re.MULTILINE)
     assert said, f"docs/statistics.md has no line for {name}"
     np.testing.assert_allclose([float(cell) for cell in said[1].split("|")], found, atol=0.011)
+
+
+@quick
+@given(st.floats(0.01, 10), st.floats(0.01, 3), st.sampled_from([0.8, 0.95, 0.99]), st.floats(1, 2))
+def test_the_seeds_needed_are_the_fewest(reach: float, sd: float, confidence: float, rate: float):
+    def half(n: int) -> float:
+        return float(scipy.stats.t.ppf(0.5 + confidence / 2, rate * (n - 1)) * sd / math.sqrt(n))
+
+    found = stats.seeds_for(reach, sd, Inference(confidence=confidence), df_per_seed=rate)
+    if found is None:
+        assert half(stats.MOST_SEEDS) > reach
+    else:
+        assert half(found) <= reach * (1 + 1e-9)
+        assert found == 2 or half(found - 1) > reach * (1 - 1e-9)
+
+
+def test_welchs_degrees_of_freedom_grow_by_the_rate():
+    """The rate that `seeds_for` documents, against scipy's interval of two groups of n seeds each."""
+    rng = np.random.default_rng(0)
+    for n in (3, 8):
+        a, b = rng.normal(size=n), 3 * rng.normal(size=n)
+        x, y = a.var(ddof=1), b.var(ddof=1)
+        low, high = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+        rate = (x + y) ** 2 / (x**2 + y**2)
+        half = scipy.stats.t.ppf(0.975, rate * (n - 1)) * math.sqrt((x + y) / n)
+        assert half == pytest.approx((high - low) / 2)
+        assert stats.seeds_for(half * (1 + 1e-9), math.sqrt(x + y), df_per_seed=rate) == n
+
+
+@quick
+@given(samples, st.floats(0.01, 2e3), st.sampled_from([0.9, 0.95]))
+def test_equivalence_is_that_of_two_one_sided_tests(x: list[float], margin: float, confidence: float):
+    found = stats.paired(x, Inference(confidence=confidence).one_sided)
+    judged = str(stats.equivalence(found.low, found.high, margin))
+    above, below = (
+        scipy.stats.ttest_1samp(x, bound, alternative=way).pvalue
+        for bound, way in ((-margin, "greater"), (margin, "less"))
+    )
+    beyond = [
+        scipy.stats.ttest_1samp(x, bound, alternative=way).pvalue
+        for bound, way in ((margin, "greater"), (-margin, "less"))
+    ]
+    alpha = 1 - confidence
+    assert (judged == stats.EQUIVALENT) == (max(above, below) < alpha)
+    assert (judged == stats.DIFFERENT) == (min(beyond) < alpha)
+
+
+def test_without_an_interval_equivalence_is_undecided():
+    found = stats.equivalence([math.nan, 0.0, 0.5], [math.nan, 0.0, 0.5], 0.1)
+    assert found.tolist() == [stats.UNDECIDED, stats.EQUIVALENT, stats.DIFFERENT]
