@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -87,7 +88,7 @@ def record(
     note = {"config": described.config}
     if described.execution:
         note["execution"] = json.loads(json.dumps(described.execution, default=str))
-    return Record(
+    made = Record(
         folder,
         described.identity,
         columns=described.columns,
@@ -96,6 +97,20 @@ def record(
         resume=resume,
         extensible=True,
     )
+    made.describe(**_environment())
+    return made
+
+
+def _environment() -> dict[str, Any]:
+    """Return the script's commit and the versions that make its numbers; nothing is imported to know them."""
+    from lnjac import __version__
+
+    script, torch = getattr(sys.modules["__main__"], "__file__", None), sys.modules.get("torch")
+    return {
+        **runs.provenance(Path(script).resolve().parent if script else Path.cwd()),
+        "lnjac_version": __version__,
+        "torch_version": str(torch.__version__) if torch else None,
+    }
 
 
 def _described(

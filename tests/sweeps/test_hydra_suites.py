@@ -1,7 +1,7 @@
 """Hydra's own conformance suites for launchers, run against the local one, in this process and in processes of its own.
 
-They look for jobs in the folders that Hydra numbers, so they run under Hydra's sweeper. Each integration test has one job, which
-runs in this process in any case. test_clusters.py has the suite for Slurm and Ray.
+They look for jobs in the folders that Hydra numbers, so they run under Hydra's sweeper. Each integration test has one job,
+which runs in this process in any case. test_clusters.py has the suite for Slurm and Ray.
 """
 
 import pytest
