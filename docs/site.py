@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_origin
 
 import yaml
@@ -22,6 +23,9 @@ LAUNCHERS = ROOT / "lnjac" / "sweeps" / "conf"
 
 OUTSIDE = {"index.md": "README.md", "benchmarks.md": "benchmarks/README.md", "changelog.md": "CHANGELOG.md"}
 """Pages of the site that are kept elsewhere in the repository."""
+
+REPORTS = {"nanogpt-report.html": "studies/nanogpt"}
+"""Reports that the site shows, and the tables that they are made from."""
 
 FOLDERS = {
     "norms": "Measure a model",
@@ -36,12 +40,21 @@ FOLDERS = {
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages that are kept outside docs/."""
+    """Add the pages that are kept outside docs/, and the reports."""
     from mkdocs.structure.files import File
 
     for name, source in OUTSIDE.items():
         files.append(File.generated(config, name, content=(ROOT / source).read_text()))
+    for name, tables in REPORTS.items():
+        files.append(File.generated(config, name, content=_report(ROOT / tables)))
     return files
+
+
+def _report(tables: Path) -> str:
+    import lnjac
+
+    with TemporaryDirectory() as folder:
+        return lnjac.report(tables, output=Path(folder) / "report.html", title=tables.name).html
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

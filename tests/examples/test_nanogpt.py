@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from support.pages import blocks
 from support.paths import ROOT
 from support.sweeping import science, wait_for
 
@@ -58,6 +59,16 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, said = swept(tmp_path_factory.mktemp("whole"))
     assert "4 of 4" in said or "[4/4]" in said
     return folder
+
+
+def test_its_page_says_what_its_tables_say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    (code,) = blocks(ROOT / "docs" / "nanogpt.md", "python")
+    exec(code, {})
+    said = capsys.readouterr().out
+    assert str(lnjac.verdict(ROOT / "studies" / "nanogpt")) in " ".join((ROOT / "docs" / "nanogpt.md").read_text().split())
+    for site in ("blocks.0.ln_1", "blocks.1.ln_2", "ln_f"):
+        assert site in said
 
 
 @pytest.mark.slow
