@@ -16,6 +16,8 @@ from lnjac.escape import visible
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lnjac.runs.schema import Known
+
 commands = typer.Typer(rich_markup_mode=None)
 
 
@@ -61,7 +63,7 @@ def show(
     """
     from lnjac.text import layer_table, listed
 
-    one, layers = _one_run(folder, run)
+    one, layers, known = _one_run(folder, run)
     steps = sorted(layers["step"].unique().tolist())
     if step is not None and step not in steps:
         raise ConfigError(f"{folder} was not measured at step {step}: choose one of {listed(steps) or 'no step'}")
@@ -69,7 +71,7 @@ def show(
     if as_json:
         print(ascii_json({"run": one, "layers": layers}))
         return
-    print(visible(_headline(one)))
+    print(visible(_headline(one, known)))
     print(layer_table(layers) if len(layers) else "no norms were measured")
 
 
@@ -106,8 +108,8 @@ def diff(
         sys.exit(1)
 
 
-def _one_run(folder: Path, run: str | None) -> "tuple[pd.Series[Any], pd.DataFrame]":
-    """Return the row of the run that is meant, and the rows of its norms."""
+def _one_run(folder: Path, run: str | None) -> "tuple[pd.Series[Any], pd.DataFrame, Known]":
+    """Return the row of the run that is meant, the rows of its norms, and the described columns of runs."""
     from lnjac.runs.folder import read_status
     from lnjac.runs.read import Unfit, read, search
     from lnjac.runs.schema import OWNER
@@ -119,15 +121,15 @@ def _one_run(folder: Path, run: str | None) -> "tuple[pd.Series[Any], pd.DataFra
         raise ConfigError(f"{folder} holds no run: name a run's folder or a merged file")
     source = found.sources[0]
     if len(found.sources) > 1:
-        known = [read_status(each.path) for each in found.sources]
-        source = found.sources[_chosen([[str(status.get(key, "?")) for key in OWNER] for status in known], run, folder)]
+        status = [read_status(each.path) for each in found.sources]
+        source = found.sources[_chosen([[str(each.get(key, "?")) for key in OWNER] for each in status], run, folder)]
     try:
-        tables = read(source).tables
+        tables, known = read(source)
     except Unfit as error:
         raise ConfigError(f"{source.path}: {error}") from None
     every, layers = (tables[name].to_pandas() for name in ("runs", "layers"))
     one = every.iloc[_chosen(every[list(OWNER)].to_numpy().tolist(), run, folder)]
-    return one, layers[(layers[list(OWNER)] == one[list(OWNER)]).all(axis=1)]
+    return one, layers[(layers[list(OWNER)] == one[list(OWNER)]).all(axis=1)], known["runs"]
 
 
 def _chosen(ids: Sequence[Sequence[str]], run: str | None, folder: Path) -> int:
@@ -147,18 +149,23 @@ def _chosen(ids: Sequence[Sequence[str]], run: str | None, folder: Path) -> int:
     raise ConfigError(f"{wrong}: choose one by --run from {listed(short)}")
 
 
-def _headline(run: "pd.Series[Any]") -> str:
+def _headline(run: "pd.Series[Any]", known: "Known") -> str:
     """Return the run in one line: the config's members and numbers that have no dot in their name, status, losses."""
     from lnjac.runs.schema import RUNS
     from lnjac.text import number
 
-    declared = {column.name for column in RUNS}
-    config = " ".join(f"{name}={run[name]}" for name in run.index if name not in declared and "." not in name)
+    config = " ".join(f"{name}={run[name]}" for name in run.index if name not in known and "." not in name)
     status = run["status"]
     if status == "diverged" and not math.isnan(run["diverged_step"]):
         status = f"diverged at step {run['diverged_step']:.0f}"
-    losses = ", ".join(
-        f"{name} {number(run[f'{column}_nats'])}"
-        for name, column in (("val loss", "val_loss"), ("unigram", "unigram"), ("bigram", "bigram"))
-    )
-    return f"{config} | {status} | {losses} nats/token"
+    shown = {"val loss": "val_loss", "train loss": "train_loss", "unigram": "unigram", "bigram": "bigram"}
+    losses = {name: loss for name, of in shown.items() if (loss := run[f"{of}_nats"]) is not None and loss == loss}
+    said = ", ".join(f"{name} {number(loss)}" for name, loss in losses.items())
+    own = [name for name in run.index if name in known and name not in {column.name for column in RUNS}]
+    parts = [
+        config,
+        status,
+        f"{said} nats/token" if losses else "no loss",
+        " ".join(f"{name}={run[name]}" for name in own),
+    ]
+    return " | ".join(part for part in parts if part)

@@ -61,6 +61,10 @@ def cost(
             "--by ln_backward: each has its cost already; give the factor to compare costs by, as attn_mode"
         )
     tables = open_tables(sources)
+    if "ln_backward" not in tables.columns("runs"):
+        raise ConfigError(
+            "these runs have no ln_backward, whose costs there could be: compare their losses by `lnjac compare --runs`"
+        )
     costs = compare(tables, "ln_backward", metrics=[metric], table="runs", where=where, reference=EXACT, how=how)
     if by is None and "attn_mode" in costs.cells:
         by = "attn_mode"

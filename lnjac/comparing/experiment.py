@@ -183,7 +183,7 @@ def arrange(
     else:
         rows = norm_rows(tables, every, metrics, each_step="step" in by, at=at, chosen=chosen)
     if rows.empty:
-        raise ConfigError(_no_row(every, chosen))
+        raise ConfigError(_no_row(every, chosen, table))
     if table == "runs":
         every = every.loc[rows["run"], [name for name in every if not str(name).startswith("diagnostics.")]]
     elif "step" in by:  # each measured step of a run is then a run
@@ -214,7 +214,27 @@ def arrange(
     cells = every.loc[~arms["cell"].duplicated(), columns].reset_index(drop=True)
     arms, settings = (part.groupby(arm).first() for part in (arms, settings))
     values, notes = _values(rows, found["diverged"], every[list(by)], metrics)
+    notes += _unequal_steps(rows, every, found, arms["cell"], table, by)
     return Measurements(list(by), levels, found, arms, settings, cells, values, [*notes, *tables.warnings])
+
+
+def _unequal_steps(
+    rows: pd.DataFrame, every: pd.DataFrame, found: pd.DataFrame, cell: "pd.Series[int]", table: str, by: Sequence[str]
+) -> list[str]:
+    """Return a note if runs that are compared were measured after different numbers of updates, which no level tells."""
+    if "step" in by or "steps" in every:  # the config of lnjac's own runs tells it
+        return []
+    step = rows.groupby("run")["step"].max() if table == "layers" else every["steps_done"]
+    of = every[list(by)].assign(cell=found["arm"].map(cell), step=step)[~found["diverged"]].dropna(subset="step")
+    told = any(of[name].equals(of["step"].astype(of[name].dtype)) for name in by if of[name].dtype.kind in "if")
+    if told or of.groupby("cell")["step"].nunique().max() < 2:
+        return []
+    counts = of.groupby([*by, "step"], dropna=False).size().reset_index(name="n")
+    each = [
+        f"{words(counts[list(by)], row)} {n} at {step}"
+        for row, (n, step) in enumerate(zip(counts["n"], counts["step"].astype(int), strict=True))
+    ]
+    return [f"runs of one comparison ended at different steps: {listed(each, 5)}"]
 
 
 def _run_rows(every: pd.DataFrame, metrics: Sequence[str], chosen: Where | None) -> pd.DataFrame:
@@ -266,9 +286,10 @@ def _unmeasured(every: pd.DataFrame, rows: pd.DataFrame, chosen: Where | None) -
     return list(absent[chosen.holds(absent)].index if chosen else absent.index)
 
 
-def _no_row(every: pd.DataFrame, chosen: Where | None) -> str:
+def _no_row(every: pd.DataFrame, chosen: Where | None, table: str) -> str:
     if not chosen:
-        return "the tables have no rows"
+        measured = "no norm of these runs was measured: compare their losses by --runs"
+        return measured if table == "layers" and len(every) else "the tables have no rows"
     known = [
         f"; {name} is {listed(sorted(map(str, every[name].unique())))}" for name in chosen.columns if name in every
     ]

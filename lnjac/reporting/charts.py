@@ -69,6 +69,13 @@ class Need(NamedTuple):
         frame = view.runs if self.table == "runs" else view.merged.frame(self.table, known)
         return any(frame[name].nunique() >= self.least for name in known)
 
+    def lacking(self, view: View) -> str:
+        """Return what is lacking; the command that gives it is one of lnjac's own trainer."""
+        held = list(view.runs) if self.table == "runs" else view.merged.columns(self.table)
+        if not {*self.columns} & {*held}:
+            return f"these runs have no column {' or '.join(self.columns)}"
+        return self.otherwise if view.ours else self.otherwise.partition(": ")[0]
+
 
 class Chart(NamedTuple):
     """A kind of chart that merged tables may have.
@@ -92,7 +99,7 @@ class Chart(NamedTuple):
         """
         for need in self.needs:
             if not need.met(view):
-                raise ConfigError(need.otherwise)
+                raise ConfigError(need.lacking(view))
         return self.function(view, metric or self.metrics[0])
 
     def drawings(self, view: View) -> "Iterator[Drawing | str]":
@@ -146,6 +153,8 @@ _NO_PAIRS = "no two levels have a number to compare: did all runs of one diverge
 @chart("headline", "Comparison", needs=[LEVELS], metrics=(LOSS, "radial_share", "cos_center_vs_true"))
 def headline(view: View, metric: str) -> Drawing:
     """Differences between levels, every seed of them, at each norm or at the norms that differ most."""
+    if metric == LOSS and view.runs[LOSS].isna().all():
+        metric = "train_loss_nats"
     found = _compared(view, metric)
     rows = found.rows.assign(headline=found.headline())
     rows, seeds = (_in_words(part[part["metric"] == metric], found.cells) for part in (rows, found.seeds))
@@ -256,6 +265,8 @@ def losses(view: View, metric: str) -> Drawing:
     values = view.curves(metric)
     reference = view.runs.groupby(["cell", "level"])["bigram_nats"].mean()
     remedy = "python run.py eval.every=50 measures it along the way"
+    if reference.isna().all():
+        return _over_updates(view, values, metric, remedy)
     return _over_updates(view, values, metric, remedy, reference, " Dashed: a bigram model's.")
 
 
@@ -276,7 +287,7 @@ def _over_updates(
 ) -> Drawing:
     values, lost = finite(values)
     if values.empty or values.groupby(["cell", "level", "seed"])["step"].nunique().max() < 2:
-        raise ConfigError(f"{name} was measured at most once in a run: {remedy}")
+        raise ConfigError(f"{name} was measured at most once in a run" + f": {remedy}" * view.ours)
     values, notes = thinned(values, MOST_STEPS)
     lines = view.means(values, ["cell", "step", "level"])
     if reference is not None:

@@ -123,10 +123,14 @@ def _facts(runs: pd.DataFrame, merge: Mapping[str, Any], known: Known) -> list[t
     vary = varying(runs.drop(columns=["cell", "level"]), known)
     groups = [name for name in vary if "." not in name and name not in IDENTITY]
     own = [name for name in vary if "." in name and name.partition(".")[0] not in groups]  # else told by the member
-    told = dict.fromkeys([*groups, *own, "seed", *(name for name in CONFIG if name in runs)])
+    told = dict.fromkeys(
+        [*groups, *own, "seed", *(name for name in CONFIG if name in runs and runs[name].notna().any())]
+    )
     facts += [(name, _values(runs[name])) for name in told]
-    facts += [(name, _values(runs[name].str[:12])) for name in PROVENANCE]  # hashes by their beginning
-    facts.append(("working tree", _values(runs["dirty"].map({False: "clean", True: "dirty"}))))
+    known_of = [name for name in PROVENANCE if runs[name].notna().any()]
+    facts += [(name, _values(runs[name].str[:12])) for name in known_of]  # hashes by their beginning
+    if runs["dirty"].notna().any():
+        facts.append(("working tree", _values(runs["dirty"].map({False: "clean", True: "dirty"}))))
     facts.append(("started", f"{runs['started_at'].min()} to {runs['started_at'].max()}"))
     return [*facts, ("computing", f"{runs['wall_s'].sum() / 3600:.2f} hours")]
 

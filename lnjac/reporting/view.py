@@ -44,6 +44,11 @@ class View:
         return list(dict.fromkeys(self.runs["cell"]))
 
     @property
+    def ours(self) -> bool:
+        """Return whether lnjac's own trainer made the runs."""
+        return "numerics_version" in self.runs and bool(self.runs["numerics_version"].notna().any())
+
+    @property
     def done(self) -> pd.DataFrame:
         """Return the runs that did not diverge: their keys, cell, level and seed."""
         done = self.runs.loc[self.runs["status"] == DONE, [*RUN, "cell", "level", "seed"]]

@@ -87,7 +87,10 @@ def _merge(path: Path) -> Contents:
 
 def _difference(name: str, one: pa.Table, other: pa.Table, known: Known, rtol: float) -> Difference:
     key = with_role(KEY, known)
-    sides = [table.select(key).to_pandas().reset_index(names=side) for table, side in ((one, "one"), (other, "other"))]
+    frames = [table.select(key).to_pandas() for table in (one, other)]
+    if not any(map(len, frames)):  # pandas cannot join two columns of text without rows
+        frames = [frame.astype(object) for frame in frames]
+    sides = [frame.reset_index(names=side) for frame, side in zip(frames, ("one", "other"), strict=True)]
     rows = sides[0].merge(sides[1], how="outer", on=key, sort=False)
     both = rows[rows["one"].notna() & rows["other"].notna()]
     at = [pa.array(both[side].astype("int64")) for side in ("one", "other")]

@@ -31,6 +31,8 @@ FILES = {name: f"{name}.parquet" for name in FROZEN} | {"runs": "run.parquet", "
 MODEL = "model.safetensors"
 BATCH = "diagnostic_batch.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
+JOURNAL = "rows.journal"
+"""The rows of a run that is not finished."""
 LOCK = ".lock"
 
 SMALL = 200
@@ -284,9 +286,9 @@ def now() -> str:
 
 
 @cache
-def provenance() -> dict[str, Any]:
-    """Which code runs: git commit, whether the package's tracked files differ from it, and the Python version."""
-    here = Path(__file__).resolve().parents[1]
+def provenance(folder: Path | None = None) -> dict[str, Any]:
+    """Return which code runs, lnjac's or that of another folder: git commit, whether tracked files differ, Python version."""
+    here = folder or Path(__file__).resolve().parents[1]
     commit = _git(here, "rev-parse", "HEAD")
     return {
         "commit": commit,

@@ -18,7 +18,7 @@ import pyarrow as pa
 from lnjac.errors import ConfigError
 from lnjac.escape import visible
 from lnjac.runs import folder as runs
-from lnjac.runs.combine import Combined, combine
+from lnjac.runs.combine import Combined, Stacked, combine
 from lnjac.runs.merged import companion, finish, layers_file, replacing, report_file
 from lnjac.runs.parallel import read_all
 from lnjac.runs.read import Skip, Unfit, read_noted, search
@@ -115,6 +115,7 @@ def merge(
     if skipped and (strict or not stacked.sources):
         why = "strict: no run may be skipped" if strict else "none of the runs found can be merged"
         raise ConfigError("\n".join([why, *by_reason(skipped)]))
+    _require_one_trainer(stacked)
     combined = combine(stacked, rtol)
     schemas = [kind.schemas["runs"] for kind in stacked.kinds.values()]
     report = MergeReport(
@@ -157,6 +158,20 @@ def load(path: str | Path, columns: Sequence[str] | None = None) -> "pd.DataFram
         raise ConfigError(f"{path} has no column {', '.join(missing)}")
     frame: pd.DataFrame = data.to_pandas()
     return frame
+
+
+def _require_one_trainer(found: Stacked) -> None:
+    """Raise ConfigError if runs of lnjac's trainer, which have a version of its numerics, are among those of other loops."""
+    runs = found.tables["runs"]
+    if "numerics_version" not in runs.column_names:
+        return
+    ours = runs["numerics_version"].is_valid().to_pylist()
+    if any(ours) and not all(ours):
+        one, other = (found.sources[found.numbers["runs"][ours.index(kind)]].path for kind in (True, False))
+        raise ConfigError(
+            f"{sum(ours)} runs are of lnjac's own trainer, such as {one}, and {len(ours) - sum(ours)} of another loop, "
+            f"such as {other}: their configs have nothing in common to compare by; merge them apart"
+        )
 
 
 # Writing

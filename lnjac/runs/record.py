@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +20,8 @@ from lnjac.norms import formulas
 from lnjac.runs import folder as runs
 from lnjac.runs.handed import given
 from lnjac.runs.identity import Identified, identify
+from lnjac.runs.journal import Damaged, Journal, read
+from lnjac.runs.rows import Rows, Taken, column_problems, plain
 from lnjac.runs.schema import CURVES, MEASURED_AT, RUNS
 from lnjac.runs.state import FOREIGN, state
 
@@ -29,7 +33,8 @@ log = logging.getLogger(__name__)
 LAST_LOSSES = 10
 """Updates whose mean loss is a run's train_loss_nats."""
 
-Rows = Sequence[Mapping[str, Any]]
+_CORE = {"layers": [*MEASURED_AT, *formulas.columns()], "runs": RUNS, "curves": CURVES}
+"""Columns that lnjac declares, by table."""
 
 
 def record(
@@ -39,6 +44,7 @@ def record(
     seed: int | None = None,
     execution: Collection[str] | None = None,
     tables: Mapping[str, Sequence[Column]] | None = None,
+    resume: int | None = None,
 ) -> Record:
     """Open a run's folder, to be filled from any training loop.
 
@@ -48,8 +54,9 @@ def record(
                 run.scalars(step, train_loss=loss)
             run.layers(probe.rows(step), step)
 
-    The tables are written when the context ends, the status last: `done`, or `diverged` if `run.diverged(step)` said so. An
-    exception leaves the status `failed` with its traceback; Ctrl-C and SystemExit leave `interrupted`.
+    Rows are safe when the call that brings them returns, whatever then ends the process. The tables are written when the
+    context ends, the status last: `done`, or `diverged` if the loss is not finite at the end or `run.diverged(step)` said so.
+    An exception leaves the status `failed` with its traceback; Ctrl-C and SystemExit leave `interrupted`.
 
     In a script that Hydra starts with lnjac's sweeper, `record()` takes folder, config and execution from there.
 
@@ -59,20 +66,51 @@ def record(
         seed: Runs with equal seeds are compared in pairs. config["seed"] unless given.
         execution: Dotted keys of `config` that are no part of the run's identity and columns, such as paths, device and
             workers; the name of a group stands for all below it. They are kept in the files' notes.
-        tables: Columns of tables of your own, for `run.rows`; run_id, diag_id and step are put before them.
+        tables: Columns of your own by table: further ones of layers, curves and runs, or those of a new table for `run.rows`,
+            before which run_id, diag_id and step are put.
+        resume: Updates done at the checkpoint that the loop goes on from: rows up to and including this step are kept, later
+            ones dropped. Unless given, a run that was cut off starts anew.
 
     Raises:
-        ConfigError: With a line for each problem of `config` (see `lnjac.runs.identity.identify`); on entry, if the folder
-            holds another run or another process writes to it.
+        ConfigError: With a line for each problem of `config` (see `lnjac.runs.identity.identify`) and `tables`; on entry, if
+            the folder holds another run, another process writes to it, or it does not hold the rows to resume.
     """
     folder, described = _described(folder, config, seed, execution)
-    for table in tables or {}:
-        if not table.isidentifier() or f"{table}.parquet" in runs.FILES.values():
-            raise ConfigError(f"{table!r} cannot be a table's name: choose another word of letters, digits and _")
+    problems = []
+    for table, columns in (tables or {}).items():
+        if table not in _CORE and (not table.isidentifier() or f"{table}.parquet" in runs.FILES.values()):
+            problems.append(f"{table!r} cannot be a table's name: choose another word of letters, digits and _")
+        of_config = [column.name for column, _ in described.columns] if table in ("layers", "runs") else []
+        known = [column.name for column in _CORE.get(table, MEASURED_AT)]
+        problems += column_problems(table, columns, [*known, *of_config])
+    if problems:
+        raise ConfigError("\n".join(problems))
     note = {"config": described.config}
     if described.execution:
         note["execution"] = json.loads(json.dumps(described.execution, default=str))
-    return Record(folder, described.identity, columns=described.columns, metadata=note, tables=tables)
+    made = Record(
+        folder,
+        described.identity,
+        columns=described.columns,
+        metadata=note,
+        tables=tables,
+        resume=resume,
+        extensible=True,
+    )
+    made.describe(**_environment())
+    return made
+
+
+def _environment() -> dict[str, Any]:
+    """Return the script's commit and the versions that make its numbers; nothing is imported to know them."""
+    from lnjac import __version__
+
+    script, torch = getattr(sys.modules["__main__"], "__file__", None), sys.modules.get("torch")
+    return {
+        **runs.provenance(Path(script).resolve().parent if script else Path.cwd()),
+        "lnjac_version": __version__,
+        "torch_version": str(torch.__version__) if torch else None,
+    }
 
 
 def _described(
@@ -109,7 +147,10 @@ class Listener(Protocol):
 
 
 class Record:
-    """One run being recorded, within its context. `found` is its status if the folder held it finished before."""
+    """One run being recorded, within its context. `found` is its status if the folder held it finished before.
+
+    If `extensible`, layers, curves and runs take columns that nobody declared, which are never pooled.
+    """
 
     def __init__(
         self,
@@ -120,14 +161,23 @@ class Record:
         metadata: Mapping[str, Any],
         tables: Mapping[str, Sequence[Column]] | None = None,
         listener: Listener | None = None,
+        resume: int | None = None,
+        extensible: bool = False,
     ) -> None:
         self.path, self.identity, self.columns = Path(folder), dict(identity), columns
-        self.metadata, self.listener = dict(metadata), listener
-        own = {name: [*MEASURED_AT, *columns] for name, columns in (tables or {}).items()}
-        layers = [*MEASURED_AT, *formulas.columns()]
-        self.declared = {"layers": layers, "runs": RUNS, "curves": CURVES, **own}
+        self.metadata, self.listener, self.resumed = dict(metadata), listener, resume
+        config, own = [column.name for column, _ in columns], tables or {}
+        self.tables = {
+            name: Taken(
+                name,
+                [*_CORE.get(name, MEASURED_AT), *own.get(name, ())],
+                config if name in ("layers", "runs") else (),
+                extensible=extensible and name in _CORE,
+            )
+            for name in (*_CORE, *own)
+        }
+        self.points: dict[int, dict[str, Any]] = {}  # the rows of curves by step
         self.status, self.found = runs.RUNNING, ""
-        self.tables: dict[str, list[dict[str, Any]]] = {"layers": [], "curves": []}
         self.described: dict[str, Any] = {"started_at": runs.now(), "resumed_at": 0, **runs.provenance()}
         self.seconds: dict[str, float] = {"wall_s": 0.0}
         self.coverage: dict[str, str] = {}  # the state of each norm, as a probe told it last
@@ -138,6 +188,7 @@ class Record:
             self.out = runs.RunFolder(self.path, self.identity)
         except runs.InUse as error:
             raise ConfigError(f"{error}: wait for it, or choose another folder") from None
+        self.journal = Journal(self.path / runs.JOURNAL, {**self.identity, "started_at": self.described["started_at"]})
         try:
             self._begin()
         except BaseException:
@@ -149,12 +200,20 @@ class Record:
         before = state(self.path, self.identity)
         if before.finished:
             self.found = self.status = before.name
+            self.journal.remove()  # left by a process that was killed at its end
             log.info("run %s is in %s already: %s", self.identity["run_id"], self.path, self.found)
             if before.reason:
                 log.warning("%s: %s", self.path, before.reason)
             return
         if before.name == FOREIGN:
             raise ConfigError(f"{self.path} {before.reason}: choose another folder, or delete it")
+        if self.resumed is not None:
+            if before.name not in (runs.RUNNING, runs.INTERRUPTED, runs.FAILED):
+                raise ConfigError(
+                    f"resume={self.resumed}, but {self.path} holds no start of this run ({before.reason or before.name}): "
+                    "leave out resume= to start anew"
+                )
+            self.resume(self.resumed)
         self.out.status(runs.RUNNING)
         if before.reason:
             log.info("run again: %s", before.reason.splitlines()[0])
@@ -171,29 +230,37 @@ class Record:
 
     def _finish(self) -> None:
         """Write every table, and the status last."""
+        curve = self.tables["curves"].rows = [self.points[step] for step in sorted(self.points)]
+        if "diverged_step" not in self.described and (step := _diverged_at(curve)) is not None:
+            log.warning("the loss is not finite from step %d on: the run's status is diverged", step)
+            self.diverged(step)
         status = runs.DIVERGED if "diverged_step" in self.described else runs.DONE
-        curve = self.tables["curves"]
-        losses = [row["train_loss_nats"] for row in curve if row["train_loss_nats"] is not None][-LAST_LOSSES:]
+        if status == runs.DONE:
+            _say_if_not_evaluated(curve)
+        losses = [loss for row in curve if (loss := row["train_loss_nats"]) is not None and math.isfinite(loss)]
         row = {
-            **dict.fromkeys(column.name for column in RUNS),
+            **dict.fromkeys(self.tables["runs"].declared),
             **self.identity,
             "status": status,
-            "steps_done": max((row["step"] for row in curve), default=0),
-            "train_loss_nats": sum(losses) / len(losses) if losses else None,
+            "steps_done": max((row["step"] for row in (*curve, *self.tables["layers"].rows)), default=0),
+            "train_loss_nats": sum(losses[-LAST_LOSSES:]) / len(losses[-LAST_LOSSES:]) if losses else None,
             "val_loss_nats": curve[-1]["val_loss_nats"] if curve and status == runs.DONE else None,
             **self.spent(),
             **self.described,
         }
-        self.tables["runs"] = [row]
-        for name, rows in self.tables.items():
+        self.tables["runs"].rows = self.tables["runs"].typed([row])
+        for name, table in self.tables.items():
+            if name not in _CORE and not table.rows:
+                continue
             note = {**self.identity, **self.metadata}
             if name == "layers" and self.coverage:
                 sites = sorted(self.coverage, key=self.coverage.__getitem__)
                 note["coverage"] = {state: list(of) for state, of in groupby(sites, key=self.coverage.__getitem__)}
-            self.out.write(name, self.declared[name], rows, self.columns, note)
+            self.out.write(name, table.columns, table.written(), self.columns, note)
         more = {"step": row["diverged_step"]} if status == runs.DIVERGED else {"val_loss_nats": row["val_loss_nats"]}
         self.out.status(status, **more)
         self.status = status
+        self.journal.remove()
 
     def _end(self, error: BaseException | None) -> None:
         """Say in the status why a run has no rows, if it has none, and let go of the folder."""
@@ -211,58 +278,90 @@ class Record:
                 if self.listener is not None and not self.found:
                     self.listener.end(self.status)
             finally:
+                self.journal.close()
                 self.out.release()
 
     def rows(self, table: str, rows: Rows | pd.DataFrame, step: int) -> list[dict[str, Any]]:
         """Add rows of a table, measured after `step` updates; return them as they will be written.
 
         Raises:
-            ConfigError: The table is not declared, a row's columns are not the table's, or the folder held the run before.
+            ConfigError: The table is not declared, a row's columns are not the table's, a value is of another type, or the
+                folder held the run before.
         """
         self._require_new()
-        if table not in self.declared:
-            raise ConfigError(
-                f"{table} is not a declared table: give its columns in record(…, tables={{{table!r}: […]}})"
-            )
-        given = [{**self.identity, "step": step, **row} for row in _plain(rows)]
-        names = {column.name for column in self.declared[table]}
-        if wrong := sorted({name for row in given for name in set(row) ^ names}):
-            raise ConfigError(
-                f"rows of {table} and its declared columns differ in {', '.join(wrong)}: make them the same"
-            )
-        self.tables.setdefault(table, []).extend(given)
-        return given
+        return self._add(table, plain(rows), step, {})
 
     def layers(self, rows: Rows | pd.DataFrame, step: int) -> None:
-        """Add what was measured at each norm after `step` updates, as `probe.rows(step)` and `probe.measure(…)` give it."""
-        added = self.rows("layers", rows, step)
-        for site, found in getattr(rows, "attrs", {}).get("coverage", {}).items():
-            self.coverage[site] = found
+        """Add what was measured at each norm after `step` updates, as `probe.rows(step)` and `probe.measure(…)` give it.
+
+        Columns of your own may stand beside: those that `record(…, tables={"layers": […]})` declares, with their unit and
+        pooling, and others, which are never pooled.
+        """
+        self._require_new()
+        added = self._add("layers", plain(rows), step, getattr(rows, "attrs", {}).get("coverage", {}))
         if self.listener is not None:
             self.listener.layers(step, added)
 
+    def _add(self, name: str, rows: Rows, step: int, coverage: Mapping[str, str]) -> list[dict[str, Any]]:
+        added = self._take(name, rows, step, coverage)
+        names = list(dict.fromkeys(key for row in rows for key in row))
+        values = [[row.get(key) for key in names] for row in added]
+        self._note({"step": step, "table": name, "names": names, "values": values, "coverage": dict(coverage)})
+        return added
+
+    def _take(self, name: str, rows: Rows, step: int, coverage: Mapping[str, str]) -> list[dict[str, Any]]:
+        if name not in self.tables or name in ("runs", "curves"):
+            raise ConfigError(
+                f"{name} is not a declared table: give its columns in record(…, tables={{{name!r}: […]}})"
+            )
+        table = self.tables[name]
+        added = table.complete({**self.identity, "step": step, **row} for row in rows)
+        table.rows += added
+        self.coverage |= coverage
+        return added
+
     def scalars(
-        self, step: int, *, train_loss: float | None = None, val_loss: float | None = None, lr: float | None = None
+        self,
+        step: int,
+        *,
+        train_loss: float | None = None,
+        val_loss: float | None = None,
+        lr: float | None = None,
+        **more: float | None,
     ) -> None:
-        """Add a point of the curves after `step` updates: losses in nats per token, None where one was not measured."""
+        """Add a point of the curves after `step` updates: losses in nats per token, None where one was not measured.
+
+        Further numbers by name, such as grad_norm, are columns of curves too.
+        """
         self._require_new()
-        given = {"train_loss_nats": train_loss, "val_loss_nats": val_loss, "lr": lr}
-        point = {name: None if value is None else float(value) for name, value in given.items()}
-        curve = self.tables["curves"]
-        if curve and curve[-1]["step"] == step:
-            curve[-1] |= {name: value for name, value in point.items() if value is not None}
-        else:
-            curve.append({"run_id": self.identity["run_id"], "step": step, **point})
+        point = self._draw(step, {"train_loss_nats": train_loss, "val_loss_nats": val_loss, "lr": lr, **more})
+        self._note({"step": step, "point": {name: value for name, value in point.items() if value is not None}})
         if self.listener is not None:
             self.listener.scalars(step, point)
+
+    def _draw(self, step: int, values: Mapping[str, float | None]) -> dict[str, Any]:
+        """Add the values of one step to those that it has, and return them typed."""
+        (point,) = self.tables["curves"].typed([values])
+        if step not in self.points:
+            blank = dict.fromkeys(self.tables["curves"].declared)
+            self.points[step] = blank | {"run_id": self.identity["run_id"], "step": step}
+        self.points[step] |= {name: value for name, value in point.items() if value is not None}
+        return point
 
     def diverged(self, step: int) -> None:
         """Say that the loss turned non-finite after `step` updates: this will be the run's status."""
         self.described["diverged_step"] = step
 
     def describe(self, **columns: Any) -> None:
-        """Set columns of the run's row in the table runs, such as n_params."""
-        self.described |= columns
+        """Set columns of the run's row in the table runs, such as n_params, or ones of your own.
+
+        A resumed run must set them again.
+
+        Raises:
+            ConfigError: A column is called as a key of the config is, or a value is of another type.
+        """
+        (typed,) = self.tables["runs"].typed([columns])
+        self.described |= typed
 
     def save(self, file: str, write: Callable[[Path], object]) -> None:
         """Let `write(path)` make another file of the folder, whose SHA-256 the status will hold."""
@@ -281,15 +380,66 @@ class Record:
         """Wall seconds so far by column, without what lay between an interruption and its continuation."""
         return self.seconds | {"wall_s": self.seconds["wall_s"] + time.perf_counter() - self.began}
 
-    def state(self) -> dict[str, Any]:
-        """Return all that was recorded, as JSON values, for a checkpoint."""
-        spent, started_at = self.spent(), self.described["started_at"]
-        return {"rows": self.tables, "spent": spent, "started_at": started_at, "coverage": self.coverage}
+    def _note(self, entry: Mapping[str, Any]) -> None:
+        """Write a call to the journal, with the seconds spent until then."""
+        self.journal.add({**entry, "spent": {name: round(value, 3) for name, value in self.spent().items()}})
 
-    def resume(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on where `state` was taken, after `step` updates."""
-        self.tables, self.seconds, self.coverage = state["rows"], dict(state["spent"]), dict(state["coverage"])
-        self.described |= {"started_at": state["started_at"], "resumed_at": step}
+    @property
+    def calls(self) -> int:
+        """The calls that brought the rows recorded so far, for a checkpoint: `resume` then knows whether all are there."""
+        return self.journal.lines
+
+    def resume(self, step: int, calls: int | None = None) -> None:
+        """Take the rows up to and including this step from the journal of an earlier start, and drop the later ones.
+
+        Args:
+            step: Updates done at the checkpoint that the training goes on from.
+            calls: The number of calls that brought these rows, if the checkpoint knows it.
+
+        Raises:
+            ConfigError: The journal is damaged, another run's, or does not hold these rows. The record stays as it is.
+        """
+        path, anew = self.journal.path, "start the run anew (without resume=)"
+        try:
+            header, every = read(path)
+        except FileNotFoundError:
+            header, every = {}, []
+        except Damaged as error:
+            raise ConfigError(f"{path} cannot be resumed: {error}; {anew}") from None
+        if every and any(header.get(key) != value for key, value in self.identity.items()):
+            raise ConfigError(f"{path} cannot be resumed: it is another run's; {anew}")
+        kept = [entry for entry in every if entry["step"] <= step]
+        if calls is not None and len(kept) != calls:
+            raise ConfigError(f"{path} holds {len(kept)} of the {calls} calls up to step {step}: {anew}")
+        self._replay(kept)
+        if kept:
+            self.described["started_at"], self.seconds = header["started_at"], dict(kept[-1]["spent"])
+            self.journal.keep(header, kept)
+        self.described["resumed_at"] = step
+        last = f", the last of step {kept[-1]['step']}" if kept else ""
+        log.info(
+            "goes on from the checkpoint after update %d: %d calls kept%s, %d dropped",
+            step,
+            len(kept),
+            last,
+            len(every) - len(kept),
+        )
+
+    def _replay(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Take the rows of a journal; none if one does not fit the tables any more."""
+        try:
+            for entry in entries:
+                if "point" in entry:
+                    self._draw(entry["step"], entry["point"])
+                else:
+                    rows = [dict(zip(entry["names"], values, strict=True)) for values in entry["values"]]
+                    self._take(entry["table"], rows, entry["step"], entry["coverage"])
+        except ConfigError as error:
+            for table in self.tables.values():
+                table.rows.clear()
+            self.points.clear()
+            self.coverage.clear()
+            raise ConfigError(f"{self.journal.path} does not fit this run's tables any more: {error}") from None
 
     def _require_new(self) -> None:
         if self.found:
@@ -298,14 +448,23 @@ class Record:
             )
 
 
-def _plain(rows: Rows | pd.DataFrame) -> Rows:
-    """Rows as dicts of plain values: a frame's missing ones are null, but in a column of floats, where NaN is a number."""
-    if isinstance(rows, Sequence):
-        return rows
-    import pandas as pd
+def _diverged_at(curve: Rows) -> int | None:
+    """Return the step from which on no loss of the curve is finite, if there is one."""
+    found = []
+    for name in ("train_loss_nats", "val_loss_nats"):
+        losses = [(row["step"], row[name]) for row in curve if row[name] is not None]
+        tail = [step for step, _ in takewhile(lambda each: not math.isfinite(each[1]), reversed(losses))]
+        found += tail[-1:]
+    return min(found, default=None)
 
-    columns = {}
-    for name, values in rows.items():
-        keep = pd.api.types.is_float_dtype(values) and not pd.api.types.is_extension_array_dtype(values)
-        columns[str(name)] = [value if keep or not pd.isna(value) else None for value in values.tolist()]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+def _say_if_not_evaluated(curve: Rows) -> None:
+    evaluated = [row["step"] for row in curve if row["val_loss_nats"] is not None]
+    if evaluated and evaluated[-1] != (last := curve[-1]["step"]):
+        log.warning(
+            "val_loss was last given at step %d, but the run ends at step %d: its val_loss_nats is null; "
+            "call run.scalars(%d, val_loss=…)",
+            evaluated[-1],
+            last,
+            last,
+        )

@@ -37,7 +37,8 @@ def state(folder: Path, identity: Mapping[str, str]) -> State:
         return State(BROKEN, runs.no_status(folder)) if os.path.lexists(folder / runs.STATUS) else State(MISSING)
     name = str(status.get("status"))
     if other := {key: status.get(key) for key in identity if status.get(key) != identity[key]}:
-        if name not in runs.FINISHED and not (folder / runs.CHECKPOINT).exists():
+        kept = any((folder / file).exists() for file in (runs.CHECKPOINT, runs.JOURNAL))
+        if name not in runs.FINISHED and not kept:
             return State(MISSING)
         return State(FOREIGN, "holds another run: " + ", ".join(f"its {key} is {id}" for key, id in other.items()))
     if name == runs.RUNNING:

@@ -20,7 +20,7 @@ from lnjac.gpt import model as gpt
 if TYPE_CHECKING:
     from lnjac.training.loop import Training
 
-VERSION = 4
+VERSION = 5
 """Raised when the file's contents change: another version's checkpoint is not used."""
 
 

@@ -218,12 +218,11 @@ def _resume(training: Training, record: Record) -> None:
         return
     try:
         tensors, note = checkpoint.read(path, record.identity)
-    except checkpoint.Unusable as error:
+        record.resume(note["updates"], note["calls"])
+    except (checkpoint.Unusable, ConfigError) as error:
         log.warning("%s is not used, the run starts anew: %s", path, error)
         return
     checkpoint.restore(training, tensors, note)
-    record.resume(note["record"], training.updates)
-    log.info("goes on from the checkpoint after update %d", training.updates)
     if note["commit"] != (commit := runs.provenance()["commit"]):
         log.warning("the checkpoint is of commit %s, this is %s", note["commit"], commit)
 
@@ -233,7 +232,7 @@ def save(training: Training, record: Record) -> None:
     if training.config.checkpoint.every is None:
         return
     tensors, note = checkpoint.state(training)
-    note |= {**record.identity, "record": record.state(), "commit": runs.provenance()["commit"]}
+    note |= {**record.identity, "calls": record.calls, "commit": runs.provenance()["commit"]}
     try:
         checkpoint.write(record.path / runs.CHECKPOINT, tensors, note)
     except OSError as error:
@@ -290,7 +289,7 @@ def _brief(config: RunConfig) -> str:
 
 def _say(record: Record) -> None:
     """Log the run's outcome and the original script's table."""
-    (result,), layers = record.tables["runs"], record.tables["layers"]
+    (result,), layers = (record.tables[name].rows for name in ("runs", "layers"))
     if record.status == runs.DIVERGED:
         log.warning("diverged after %d updates: the loss is not finite", result["diverged_step"])
     else:

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A finished run's folder. `.layers`, `.run` and `.curve` are its tables as pandas frames."""
+    """A finished run's folder. `.layers`, `.run` and `.curve` are its tables as pandas frames.
+
+    A run that another loop recorded (`ours` is False) has no model or diagnostic batch, and its config is a plain dict.
+    """
 
     def __init__(self, folder: str | Path, *, trust: bool = False) -> None:
         self.folder, self.trust = Path(folder), trust
@@ -33,10 +36,14 @@ class Run:
                 f"{folder} is not a finished run ({said}): name a folder whose status is done or diverged"
             )
         _, self.metadata = self._read("runs")
+        self.ours = "provenance" in self.metadata
 
     @cached_property
-    def config(self) -> RunConfig:
+    def config(self) -> Any:
         """The run's config. Classes of other packages are imported, by their names, only with `trust`."""
+        return self._built() if self.ours else self.metadata["config"]
+
+    def _built(self) -> RunConfig:
         plain = self.metadata["config"] | {"tracker": tracking.NONE}  # opened again, it tells nobody
         held_by = [held(plain, group) for group in PLUGIN_GROUPS]
         members = [holder[key] for holder, key in held_by] + list(plain["diagnostics"].get("more", {}).values())
@@ -72,16 +79,16 @@ class Run:
             there = ", ".join(
                 known.get(file, file.removesuffix(".parquet")) for file in written if file.endswith(".parquet")
             )
-            raise ConfigError(
-                f"{self.folder} has no table {name}, but {there}: diagnostics add tables (docs/diagnostics.md)"
-            )
+            more = "diagnostics add tables (docs/diagnostics.md)" if self.ours else "record(…, tables=…) adds tables"
+            raise ConfigError(f"{self.folder} has no table {name}, but {there}: {more}")
         return self._frame(name)
 
     def model(self) -> GPT:
         """Return the model at the run's end, with its weights, feedback and norms' backward, in eval mode on the CPU.
 
-        Raises ConfigError when the run was made with save_model=false.
+        Raises ConfigError when the run was made with save_model=false, or by another loop than lnjac's.
         """
+        self._require_ours("weights")
         from safetensors.torch import load_file
 
         from lnjac.gpt import model as gpt
@@ -94,10 +101,18 @@ class Run:
 
     def diagnostic_batch(self) -> tuple[Tensor, Tensor]:
         """Return (idx, targets) of the measurements: (batches, B, T) int64 each."""
+        self._require_ours("diagnostic batch")
         from safetensors.torch import load_file
 
         found = load_file(self._verified(runs.BATCH))
         return found["idx"], found["targets"]
+
+    def _require_ours(self, what: str) -> None:
+        if not self.ours:
+            raise ConfigError(
+                f"{self.folder} was recorded by a loop of your own, of which lnjac keeps no {what}: load it as your "
+                "script saved it"
+            )
 
     def _frame(self, name: str) -> pd.DataFrame:
         frame: pd.DataFrame = self._read(name)[0].to_pandas()
@@ -126,7 +141,8 @@ def load_run(folder: str | Path, *, trust: bool = False) -> Run:
         trust: Import the modules beside lnjac's own that the run's config names.
 
     Returns:
-        The run, with `.config`, `.layers`, `.run`, `.curve`, `.table(name)`, `.model()` and `.diagnostic_batch()`.
+        The run, with `.config`, `.layers`, `.run`, `.curve` and `.table(name)`; also `.model()` and `.diagnostic_batch()` if
+        lnjac's own trainer made it.
 
     Raises:
         ConfigError: The run's status is neither done nor diverged, or its tables are not those of this lnjac.

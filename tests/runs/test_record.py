@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 import lnjac
 from lnjac.columns import Column
+from lnjac.comparing.experiment import factors, norm_rows
+from lnjac.comparing.tables import open_tables
 from lnjac.errors import ConfigError
 from lnjac.norms import formulas
 from lnjac.runs import folder as runs
@@ -200,10 +203,10 @@ def test_a_given_argument_wins_but_the_handed_folder_is_the_handed_configs(hande
 
 @pytest.mark.parametrize(
     ("given", "missing"),
-    [({}, "no folder and no config"), ({"config": CONFIG, "seed": 1}, "no folder,"), ({"folder": "a"}, "no config,")],
+    [({}, "no folder and no config"), ({"config": CONFIG, "seed": 1}, "no folder"), ({"folder": "a"}, "no config")],
 )
 def test_without_a_sweep_folder_and_config_are_needed(given: dict[str, Any], missing: str) -> None:
-    with pytest.raises(ConfigError, match=rf"was given {missing} .* give record\(folder, config=…\)"):
+    with pytest.raises(ConfigError, match=rf"was given {missing}, .* give record\(folder, config=…\)"):
         lnjac.record(**given)
 
 
@@ -294,3 +297,119 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"yours is not a declared table: give .* tables="):
             run.rows("yours", [], 0)
     assert json.loads((tmp_path / "a" / "status.json").read_text())["status"] == "done"
+
+
+# Columns of one's own
+
+
+GAP = Column("gap", "float64", "nats/token", "how far from the best", pool="mean weighted by n_tokens")
+ROW = {column.name: None for column in formulas.columns()} | {"site": "ln", "call": 0, "n_tokens": 1}
+
+
+def test_columns_of_ones_own_are_described_and_others_never_pooled(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        own = {"layers": [GAP], "curves": [GAP._replace(pool="")], "runs": [Column("top1", "float64", "", "accuracy")]}
+        with record(tmp_path / "runs" / str(seed), seed=seed, tables=own) as run:
+            calls = [ROW | {"n_tokens": n, "gap": n, "hits": n} for n in (1, 3)]
+            run.layers(pd.DataFrame([row | {"call": call} for call, row in enumerate(calls)]), 1)
+            run.layers([ROW | {"gap": np.float32(0.5)}], 2)
+            run.scalars(1, train_loss=torch.tensor(0.5), gap=1, grad_norm=np.float64(2.0))
+            run.scalars(2, train_loss=0.4)
+            run.describe(top1=0.75, notes="mine")
+    folder = tmp_path / "runs" / "1"
+    said = runs.read_metadata(folder / "layers.parquet")["columns"]
+    assert said["gap"] == {
+        "dtype": "float64", "unit": "nats/token", "meaning": "how far from the best", "pool": "mean weighted by n_tokens"
+    }  # fmt: skip
+    assert said["hits"] == {"dtype": "int64"}
+    rows = runs.read_table(folder / "layers.parquet").to_pylist()
+    assert [(row["gap"], row["hits"]) for row in rows] == [(1.0, 1), (3.0, 3), (0.5, None)]
+    curve = runs.read_table(folder / "curve.parquet").to_pylist()
+    assert [(row["gap"], row["grad_norm"]) for row in curve] == [(1.0, 2.0), (None, None)]
+    (row,) = runs.read_table(folder / "run.parquet").to_pylist()
+    assert (row["top1"], row["notes"]) == (0.75, "mine")
+    lnjac.merge(tmp_path / "runs", tmp_path / "all.parquet")
+    tables = open_tables(tmp_path / "all.parquet")
+    every = tables.frame("runs")
+    assert {"top1", "notes"}.isdisjoint(factors(every, tables.described("runs")))
+    found = norm_rows(tables, every, ["gap", "hits"], each_step=True)
+    at = found[found["step"] == 1].iloc[0]
+    assert at["gap"] == (1 * 1 + 3 * 3) / 4
+    assert math.isnan(at["hits"])
+
+
+def test_undeclared_columns_have_the_type_of_their_values(tmp_path: Path) -> None:
+    with record(tmp_path) as run:
+        run.layers([ROW | {"a": None, "b": 1, "c": "x", "d2": True}], 1)
+        run.layers([ROW | {"a": None, "b": 0.5}], 2)
+        for wrong in ({"c": 1}, {"b": "x"}, {"d2": 0.5}, {"c": [1]}, {"c": torch.ones(2)}):
+            with pytest.raises(
+                ConfigError, match=r"=.* in a row of layers is no (string|float64|bool): give one, or None"
+            ):
+                run.layers([ROW | wrong], 3)
+        with pytest.raises(
+            ConfigError, match=r"rows of layers .* differ in lr: .* rename what is called as a key of the"
+        ):
+            run.layers([ROW | {"lr": 1.0}], 3)
+        with pytest.raises(ConfigError, match=r"rows of runs .* differ in lr"):
+            run.describe(lr=1.0)
+        with pytest.raises(ConfigError, match="train_loss_nats='low' in a row of curves is no float64"):
+            run.scalars(1, train_loss="low")  # type: ignore[arg-type]
+    table = runs.read_table(tmp_path / "layers.parquet")
+    assert table.select(["b", "c", "d2"]).to_pylist() == [
+        {"b": 1.0, "c": "x", "d2": True},
+        {"b": 0.5, "c": None, "d2": None},
+    ]
+    assert "a" not in table.column_names
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"layers": [GAP._replace(name="lr")]}, "column lr of layers is called as another column is: rename it"),
+        ({"layers": [GAP, GAP]}, "column gap of layers is called as another"),
+        ({"layers": [GAP._replace(name="r_mean")]}, "column r_mean of layers is called as another"),
+        ({"curves": [GAP._replace(name="lr", pool="")]}, "column lr of curves is called as another"),
+        ({"mine": [GAP._replace(name="step", pool="")]}, "column step of mine is called as another"),
+        ({"layers": [GAP._replace(dtype="float")]}, "has the type 'float': choose one of int64, float64, string, bool"),
+        ({"layers": [GAP._replace(role="key")]}, "has the role 'key': choose value, or volatile"),
+        ({"layers": [GAP._replace(pool="average")]}, "is pooled by average, which layers does not have"),
+        ({"layers": [GAP._replace(pool="sum of all")]}, "has a pooling that cannot be understood: 'sum of all' is no"),
+        ({"mine": [GAP]}, "is pooled by n_tokens, which mine does not have"),
+    ],
+)
+def test_columns_that_cannot_be_are_refused_at_once(tables: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        record(tmp_path / "a", tables=tables)
+    assert not (tmp_path / "a").exists()
+
+
+# The end
+
+
+def test_a_loss_that_stays_non_finite_is_a_divergence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, losses in {"late": [1, math.nan, 0.5, math.inf, math.nan], "back": [1, math.nan, 0.5]}.items():
+        with record(tmp_path / name, config={"name": name}) as run:
+            for step, loss in enumerate(losses, 1):
+                run.scalars(step, train_loss=loss)
+    assert [runs.read_status(tmp_path / name)["status"] for name in ("late", "back")] == ["diverged", "done"]
+    assert runs.read_status(tmp_path / "late")["step"] == 4
+    assert "the loss is not finite from step 4 on" in caplog.text
+    (row,) = runs.read_table(tmp_path / "late" / "run.parquet").to_pylist()
+    assert (row["diverged_step"], row["train_loss_nats"]) == (4, 0.75)
+
+
+def test_points_come_in_any_order_and_a_missing_last_evaluation_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with record(tmp_path) as run:
+        run.scalars(3, train_loss=0.5)
+        run.scalars(1, train_loss=1.0)
+        run.scalars(2, val_loss=0.7)
+        run.layers([ROW], 4)
+    rows = runs.read_table(tmp_path / "curve.parquet").to_pylist()
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    (row,) = runs.read_table(tmp_path / "run.parquet").to_pylist()
+    assert (row["steps_done"], row["val_loss_nats"], row["train_loss_nats"]) == (4, None, 0.75)
+    assert "val_loss was last given at step 2, but the run ends at step 3" in caplog.text
+    assert "call run.scalars(3, val_loss=…)" in caplog.text

@@ -69,7 +69,7 @@ def finished(config: RunConfig, record: Record, resumed: int = 0) -> Outcome:
     loop.train(training, record, lambda: None)
     weights = {name: value.clone() for name, value in gpt.saved(training.model).items()}
     ended = record.described.get("diverged_step")
-    return Outcome(ended, record.tables["layers"], record.tables["curves"], weights)
+    return Outcome(ended, record.tables["layers"].rows, record.tables["curves"].rows, weights)
 
 
 def alone(these: Sequence[RunConfig], folder: Path) -> list[Outcome]:
