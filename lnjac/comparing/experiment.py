@@ -232,7 +232,7 @@ def _unequal_steps(
     told = any(of[name].equals(of["step"].astype(of[name].dtype)) for name in by if of[name].dtype.kind in "if")
     if told or of.groupby("cell")["step"].nunique().max() < 2:
         return []
-    counts = of.groupby([*by, "step"], dropna=False, sort=False).size().reset_index(name="n")
+    counts = of.groupby([*by, "step"], dropna=False).size().reset_index(name="n")
     each = [
         f"{words(counts[list(by)], row)} {n} at {step}"
         for row, (n, step) in enumerate(zip(counts["n"], counts["step"].astype(int), strict=True))

@@ -139,7 +139,8 @@ def _facts(runs: pd.DataFrame, merge: Mapping[str, Any], known: Known) -> list[t
     facts += [(name, _values(runs[name])) for name in told]
     known_of = [name for name in PROVENANCE if runs[name].notna().any()]
     facts += [(name, _values(runs[name].str[:12])) for name in known_of]  # hashes by their beginning
-    facts.append(("working tree", _values(runs["dirty"].map({False: "clean", True: "dirty"}))))
+    if runs["dirty"].notna().any():
+        facts.append(("working tree", _values(runs["dirty"].map({False: "clean", True: "dirty"}))))
     facts.append(("started", f"{runs['started_at'].min()} to {runs['started_at'].max()}"))
     return [*facts, ("computing", f"{runs['wall_s'].sum() / 3600:.2f} hours")]
 

@@ -64,7 +64,7 @@ def test_a_run_told_to_stop_keeps_a_checkpoint_and_no_half_written_file(
     assert status["status"] == runs.INTERRUPTED
     left = {path.name for path in (tmp_path / "out").iterdir()}
     saved = every != "null"
-    assert left == {".hydra", "run.log", runs.STATUS, runs.LOCK, *([runs.CHECKPOINT] if saved else [])}
+    assert left == {".hydra", "run.log", runs.STATUS, runs.LOCK, runs.JOURNAL, *([runs.CHECKPOINT] if saved else [])}
     promised = "to resume from the checkpoint" if saved else "to start from the beginning"
     assert re.search(rf"interrupted: .*the same command with hydra.run.dir=\S*out {promised}\n", log.read_text())
     done = command(*words, cwd=tmp_path)

@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,8 +18,10 @@ import yaml
 from safetensors.torch import save_file
 from support.pages import blocks
 from torch import nn
+from typer.testing import CliRunner
 
 import lnjac
+from lnjac.cli import main as cli
 from lnjac.columns import Column
 from lnjac.config import compose, identity, schema
 from lnjac.diagnostics import catalogue
@@ -44,11 +48,41 @@ def test_column_names_are_unique() -> None:
         assert len(names) == len(set(names))
 
 
+def assert_resumes(code: str, space: dict[str, Any]) -> None:
+    """Stop the page's loop in its sixth update and run it again."""
+    calls, loss = count(1), space["loss"]
+
+    def stopped(*given: Any) -> Any:
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        return loss(*given)
+
+    with pytest.raises(KeyboardInterrupt):
+        exec(code, space | {"loss": stopped})
+    exec(code, space)
+    run = lnjac.load_run("runs/lr0.1-seed2")
+    assert run.curve["step"].tolist() == list(range(1, 9))
+    assert run.run["resumed_at"].tolist() == [4]
+    assert run.config == {"lr": 0.1, "steps": 8, "seed": 2}
+    assert lnjac.load_run("runs/own-columns").table("heads")["entropy"].tolist() == [1.2, 0.7]
+
+
+def assert_commands_run(lines: str) -> None:
+    """Run the page's commands on the runs that its code recorded, and on runs of a third seed."""
+    for lr in (0.1, 0.2):
+        for seed in (3, 4):
+            with lnjac.record(f"runs/{lr}-{seed}", config={"lr": lr}, seed=seed) as run:
+                run.scalars(1, train_loss=lr)
+    for line in lines.splitlines():
+        done = CliRunner().invoke(cli.app, line.split()[1:], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+
+
 def test_own_model_code_runs_on_a_transformer_encoder(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     five_lines, imports, checked, adapted, raw = blocks(root / "docs" / "own-model.md", "python")
-    loop, accumulated, ranks, replaced, fed_back = blocks(root / "docs" / "own-loop.md", "python")
+    loop, resumed, columns, accumulated, ranks, replaced, fed_back = blocks(root / "docs" / "own-loop.md", "python")
     assert len(five_lines.strip().splitlines()) == 5
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
@@ -69,6 +103,10 @@ def test_own_model_code_runs_on_a_transformer_encoder(
     assert table["site"].tolist() == ["layers.0.norm1", "layers.0.norm2", "layers.1.norm1", "layers.1.norm2", "norm"]
     assert table["jacobian_residual"].max() < 1e-5
     assert "layers.0.norm1 0 (3, 5, 16)" in capsys.readouterr().out
+    exec(columns, space)
+    assert_resumes(resumed, space)
+    assert_commands_run(blocks(root / "docs" / "own-loop.md", "sh")[0])
+    capsys.readouterr()
     exec(fed_back, space)
     cosines = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(cosines) == 3

@@ -14,6 +14,7 @@ import hydra
 from omegaconf import OmegaConf
 
 import lnjac
+from losses import falling
 
 OmegaConf.register_new_resolver("twice", lambda x: 2 * x)
 execution = ("paths", "how", "pause")
@@ -32,7 +33,7 @@ def main(cfg):
     with lnjac.record() as run:
         for step in range(1, 1 if run.found else cfg.model.steps + 1):
             time.sleep(cfg.pause)
-            run.scalars(step, train_loss=cfg.lr * cfg.double / step + cfg.seed)
+            run.scalars(step, train_loss=falling(step, cfg.lr))
             if cfg.how == "exit" and cfg.seed == 1:
                 os._exit(3)
     if cfg.how == "raise after":
@@ -42,6 +43,11 @@ def main(cfg):
 
 if __name__ == "__main__":
     main()
+"""
+
+LOSSES = """
+def falling(step, lr):
+    return lr / step
 """
 
 CONFIG = """
@@ -65,21 +71,23 @@ REPORT_OFF = "hydra.sweeper.report=off"
 
 
 def app(folder: Path) -> Path:
-    """Write the app into the folder, and return the folder."""
-    (folder / "conf" / "model").mkdir(parents=True)
-    (folder / "train.py").write_text(TRAIN)
-    (folder / "conf" / "config.yaml").write_text(CONFIG)
-    (folder / "conf" / "model" / "small.yaml").write_text("steps: 3\n")
-    (folder / "conf" / "model" / "large.yaml").write_text("steps: 5\nwidth: ???\n")
+    """Write the app into folder/code; return the folder, from which it is run."""
+    code = folder / "code"
+    (code / "conf" / "model").mkdir(parents=True)
+    (code / "train.py").write_text(TRAIN)
+    (code / "losses.py").write_text(LOSSES)
+    (code / "conf" / "config.yaml").write_text(CONFIG)
+    (code / "conf" / "model" / "small.yaml").write_text("steps: 3\n")
+    (code / "conf" / "model" / "large.yaml").write_text("steps: 5\nwidth: ???\n")
     return folder
 
 
 def line(*words: str) -> list[str]:
-    return [sys.executable, "train.py", *words]
+    return [sys.executable, "code/train.py", *words]
 
 
 def train(folder: Path, *words: str, **more: Any) -> "subprocess.CompletedProcess[str]":
-    """Run `python train.py WORDS`, to its end."""
+    """Run `python code/train.py WORDS`, to its end."""
     return subprocess.run(line(*words), cwd=folder, capture_output=True, text=True, timeout=120, **more)
 
 

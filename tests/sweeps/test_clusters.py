@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from support import own_script
 from support.commands import command
 from support.paths import ROOT
 from support.sweeping import TWO_JOBS, one_job_fails, science, started, sweeper_of, wait_for, workers
@@ -38,6 +39,7 @@ RAY = ("hydra/launcher=ray", "hydra.launcher.init.address=127.0.0.1:6399")
 LONG = ("model=tiny", "eval.tokens=500", "threads=1", "sweep=A", "report=off")
 ONE, TWO = (*LONG, "steps=1000", "seed=1"), (*LONG, "steps=2000", "seed=1,2")
 SAVED = (*TWO, "checkpoint.every=0.5")
+OWN_SCRIPT = ("seed=1,2", "how=exit")
 LINES = {
     "a job raises on Slurm": (*TWO_JOBS, *SLURM),
     "a job raises on Ray": (*TWO_JOBS, *RAY),
@@ -196,3 +198,27 @@ def test_ray_a_worker_that_dies_for_good_costs_its_own_run(tmp_path: Path) -> No
     assert "1 of 2 jobs failed" in err
     assert len(pd.read_parquet(tmp_path / "multirun/A/all.runs.parquet")) == 1
     assert command("-m", *LINES["with retries on Ray"], cwd=tmp_path).returncode == 0
+
+
+def own_script_under(engine: tuple[str, ...], tmp_path: Path, said: str) -> None:
+    """Somebody else's script, run from another folder than its own: one job ends its process, and is made again."""
+    folder = own_script.app(tmp_path / "app")
+    done = own_script.sweep(folder, *OWN_SCRIPT, *engine)
+    assert done.returncode == 1, done.stdout
+    assert "1 of 2 jobs failed:\n  seed=1 how=exit: " in done.stderr
+    assert said in done.stderr
+    again = own_script.sweep(folder, *OWN_SCRIPT, "how=record", *engine)
+    assert again.returncode == 0, again.stderr
+    assert "2 jobs: 1 to do (1 failed, 1 done)" in again.stdout
+    merged = pd.read_parquet(folder / "multirun/A/all.runs.parquet")
+    assert sorted(zip(merged["seed"], merged["double"], strict=True)) == [(1, 6), (2, 6)]  # its own resolver
+
+
+@on_slurm
+def test_slurm_runs_ones_own_script(tmp_path: Path) -> None:
+    own_script_under(SLURM, tmp_path, "ended as FAILED")
+
+
+@on_ray
+def test_ray_runs_ones_own_script(tmp_path: Path) -> None:
+    own_script_under((*RAY, "hydra.launcher.max_retries=0"), tmp_path, "Ray: ")

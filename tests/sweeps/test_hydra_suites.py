@@ -1,7 +1,7 @@
 """Hydra's own conformance suites for launchers, run against the local one, in this process and in processes of its own.
 
 They look for jobs in the folders that Hydra numbers, so they run under Hydra's sweeper. Each integration test has one job,
-which runs in this process in any case. test_clusters.py has the suite for Slurm and Ray.
+which runs in this process in any case.
 """
 
 import pytest
@@ -9,6 +9,8 @@ from hydra.core.plugins import Plugins
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
 
 from lnjac.sweeps.launchers.local import LocalLauncher
+
+pytestmark = pytest.mark.filterwarnings("ignore:Future Hydra versions")  # its apps name no version
 
 
 def test_hydra_finds_the_launcher() -> None:

@@ -152,12 +152,12 @@ def test_two_sweeps_of_one_folder_at_once(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("config_path", "said"), [
-    ("'conf'", "could not import train.py (exit code 1)"),  # Hydra itself gives up
-    ("os.path.abspath('conf')", "starts its sweep when it is imported"),
+    ("'conf'", "could not import code/train.py (exit code 1)"),  # Hydra itself gives up
+    ("os.path.abspath('code/conf')", "starts its sweep when it is imported"),
 ])  # fmt: skip
 def test_a_script_that_sweeps_when_imported_is_told(folder: Path, config_path: str, said: str) -> None:
-    text = (folder / "train.py").read_text().replace('if __name__ == "__main__":\n    main()', "main()")
-    (folder / "train.py").write_text(text.replace('config_path="conf"', f"config_path={config_path}"))
+    text = (folder / "code/train.py").read_text().replace('if __name__ == "__main__":\n    main()', "main()")
+    (folder / "code/train.py").write_text(text.replace('config_path="conf"', f"config_path={config_path}"))
     done = sweep(folder, *TWO)
     assert done.returncode == 1
     assert said in done.stderr
