@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lnjac.columns import Column
 from lnjac.errors import ConfigError
@@ -19,6 +19,7 @@ from lnjac.norms import formulas
 from lnjac.runs import folder as runs
 from lnjac.runs.schema import CURVES, MEASURED_AT, RUNS
 from lnjac.runs.state import FOREIGN, state
+from lnjac.trackers.base import Guarded, TrackedRun, Tracker
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 
 LAST_LOSSES = 10
 """Updates whose mean loss is a run's train_loss_nats."""
+
+SCALARS = CURVES[2:]
+"""The columns of curves that are measured."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -37,6 +41,7 @@ def record(
     config: Mapping[str, Any],
     seed: int,
     tables: Mapping[str, Sequence[Column]] | None = None,
+    tracker: Tracker | None = None,
 ) -> Record:
     """Open a run's folder, to be filled from any training loop.
 
@@ -54,6 +59,8 @@ def record(
         config: What tells this run from others, as plain values, which may be nested: `model.width` is a column of its rows.
         seed: Runs with equal seeds are compared in pairs.
         tables: Columns of tables of your own, for `run.rows`; run_id, diag_id and step are put before them.
+        tracker: Shows the run while it trains, as `lnjac.trackers.WandB()` does. It is no part of the run's identity, and
+            its first error is logged and ends the tracking, not the run.
 
     Raises:
         ConfigError: A value of `config` is not plain or has the name of another column; on entry, if the folder holds
@@ -71,8 +78,10 @@ def record(
     for table in tables or {}:
         if not table.isidentifier() or f"{table}.parquet" in runs.FILES.values():
             raise ConfigError(f"{table!r} cannot be a table's name: choose another word of letters, digits and _")
+    if tracker is not None and (problems := [*getattr(tracker, "problems", lambda config: ())(plain)]):
+        raise ConfigError("\n".join(problems))
     identity = {"run_id": digest(plain), "diag_id": digest({})}
-    return Record(folder, identity, columns=columns, metadata={"config": plain}, tables=tables)
+    return Record(folder, identity, columns=columns, metadata={"config": plain}, tables=tables, tracker=tracker)
 
 
 def _columns(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[Column, Any]]:
@@ -92,16 +101,6 @@ def _columns(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[Colum
         yield Column(name, dtype, "", f"config value {name}"), value
 
 
-class Listener(Protocol):
-    """Is told what is recorded while it comes in, as a tracker is."""
-
-    def scalars(self, step: int, values: Mapping[str, float | None]) -> None: ...
-
-    def layers(self, step: int, rows: Rows) -> None: ...
-
-    def end(self, status: str) -> None: ...
-
-
 class Record:
     """One run being recorded, within its context. `found` is its status if the folder held it finished before."""
 
@@ -113,10 +112,10 @@ class Record:
         columns: Sequence[tuple[Column, Any]],
         metadata: Mapping[str, Any],
         tables: Mapping[str, Sequence[Column]] | None = None,
-        listener: Listener | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
         self.path, self.identity, self.columns = Path(folder), dict(identity), columns
-        self.metadata, self.listener = dict(metadata), listener
+        self.metadata, self.tracker = dict(metadata), Guarded(tracker)
         own = {name: [*MEASURED_AT, *columns] for name, columns in (tables or {}).items()}
         layers = [*MEASURED_AT, *formulas.columns()]
         self.declared = {"layers": layers, "runs": RUNS, "curves": CURVES, **own}
@@ -134,6 +133,10 @@ class Record:
             raise ConfigError(f"{error}: wait for it, or choose another folder") from None
         try:
             self._begin()
+            if not self.found:
+                config = {column.name: value for column, value in self.columns}
+                self.tracker.start(TrackedRun("-".join(self.identity.values()), self.path, config))
+                self._tell_again()
         except BaseException:
             self.out.release()
             raise
@@ -202,8 +205,7 @@ class Record:
                 self.out.status(self.status)
         finally:
             try:
-                if self.listener is not None and not self.found:
-                    self.listener.end(self.status)
+                self.tracker.end(self.status)
             finally:
                 self.out.release()
 
@@ -232,8 +234,7 @@ class Record:
         added = self.rows("layers", rows, step)
         for site, found in getattr(rows, "attrs", {}).get("coverage", {}).items():
             self.coverage[site] = found
-        if self.listener is not None:
-            self.listener.layers(step, added)
+        self.tracker.layers(step, added)
 
     def scalars(
         self, step: int, *, train_loss: float | None = None, val_loss: float | None = None, lr: float | None = None
@@ -247,8 +248,7 @@ class Record:
             curve[-1] |= {name: value for name, value in point.items() if value is not None}
         else:
             curve.append({"run_id": self.identity["run_id"], "step": step, **point})
-        if self.listener is not None:
-            self.listener.scalars(step, point)
+        self.tracker.scalars(step, point)
 
     def diverged(self, step: int) -> None:
         """Say that the loss turned non-finite after `step` updates: this will be the run's status."""
@@ -284,6 +284,17 @@ class Record:
         """Go on where `state` was taken, after `step` updates."""
         self.tables, self.seconds, self.coverage = state["rows"], dict(state["spent"]), dict(state["coverage"])
         self.described |= {"started_at": state["started_at"], "resumed_at": step}
+        self._tell_again()
+
+    def _tell_again(self) -> None:
+        """Tell the tracker all that is recorded so far, in the order of steps."""
+        curve = {row["step"]: {column.name: row[column.name] for column in SCALARS} for row in self.tables["curves"]}
+        layers = {step: list(rows) for step, rows in groupby(self.tables["layers"], key=lambda row: row["step"])}
+        for step in sorted({*curve, *layers}):
+            if step in layers:
+                self.tracker.layers(step, layers[step])
+            if step in curve:
+                self.tracker.scalars(step, curve[step])
 
     def _require_new(self) -> None:
         if self.found:
