@@ -21,5 +21,4 @@ class Shown:
 def _table(frame: pd.DataFrame) -> Any:
     """Return the frame as HTML, without the columns that are empty in all rows."""
     empty = [name for name in frame if frame[name].isna().all() or frame[name].astype(str).eq("").all()]
-    with pd.option_context("display.max_columns", None, "display.precision", 4):
-        return frame.drop(columns=empty).to_html(border=0)
+    return frame.drop(columns=empty).to_html(border=0, float_format="{:.4g}".format, max_rows=60)

@@ -28,7 +28,8 @@ class Curves:
     def problems(self, config: Any) -> Iterator[str]:
         """Yield a line for a missing package, and for each pattern of `columns` that matches nothing."""
         for package in self.packages():
-            if importlib.util.find_spec(package) is None:
+            spec = importlib.util.find_spec(package)
+            if spec is None or spec.origin is None:  # a folder ./wandb of W&B's files looks like a package without code
                 yield f"tracker={self.name} needs the package {package}: pip install 'lnjac[track]'"
         for pattern in self.columns:
             if not fnmatch.filter(MEASURED, pattern):

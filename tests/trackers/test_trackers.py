@@ -173,6 +173,14 @@ def test_without_the_extra_a_tracker_is_refused_with_the_remedy(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_of_files_is_not_taken_for_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert importlib.util.find_spec("wandb") is not None
+    assert [*WandB().problems(None)] == ["tracker=wandb needs the package wandb: pip install 'lnjac[track]'"]
+
+
 @pytest.mark.parametrize("cls", [TensorBoard, WandB, MLflow])
 def test_a_trackers_defaults_are_those_of_its_file(cls: Any) -> None:
     assert compose(f"tracker={cls().name}").tracker == cls()

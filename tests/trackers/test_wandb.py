@@ -55,7 +55,7 @@ def test_a_strangers_loop_is_tracked_beside_a_run_of_ones_own(tmp_path: Path, mo
     import wandb
 
     monkeypatch.chdir(tmp_path)
-    mine = wandb.init(mode="offline", project="mine", settings=wandb.Settings(silent=True))
+    mine = wandb.init(mode="offline", project="mine", dir=tmp_path, settings=wandb.Settings(silent=True))
     run = lnjac.record("run", config={"lr": 0.1}, seed=1, tracker=WandB(project="norms"))
     with contextlib.suppress(ZeroDivisionError), run:
         run.scalars(1, train_loss=2.0)
