@@ -19,10 +19,10 @@ def messages(file: Path) -> Iterator[Any]:
             at += BLOCK - at % BLOCK
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts = (
-            data[at + HEADER : at + HEADER + length] if kind in (FULL, FIRST) else parts + data[at + HEADER :][:length]
-        )
         at += HEADER + length
+        if at > len(data):  # not written to its end yet
+            return
+        parts = (b"" if kind in (FULL, FIRST) else parts) + data[at - length : at]
         if kind in (FULL, LAST):
             yield Record.FromString(parts)
 

@@ -1,6 +1,7 @@
 """W&B offline: its files hold the run's curves once each, also after a resume, and cost the run nothing."""
 
 import contextlib
+import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,11 @@ def _wandb() -> None:
 
 
 def written(run: Path) -> Path:
+    """Return the run's file, once W&B's own process has written the end of it."""
     (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    last = time.monotonic() + 60
+    while time.monotonic() < last and all(record.WhichOneof("record_type") != "exit" for record in messages(file)):
+        time.sleep(0.05)
     return file
 
 
