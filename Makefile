@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 ZOO := tests/zoo
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: sweep test test-fast test-slurm test-ray test-zoo lint format docs benchmark clean
+.PHONY: sweep test test-fast test-slurm test-ray test-zoo test-track lint format docs benchmark clean
 
 sweep: $(VENV)/.installed
 	$(PY) run.py -m attn_mode=softmax,sigmoid seed=1,2,3 $(ARGS)
@@ -33,6 +33,10 @@ test-ray: $(VENV)/.installed-ray
 # The norms of transformers', timm's and torchvision's models, and feedback alignment of two of them. Nothing is downloaded but the packages.
 test-zoo: $(VENV)/.installed-zoo
 	$(PYTEST) $(ZOO)
+
+# W&B offline, MLflow in a file, and a notebook in a kernel.
+test-track: $(VENV)/.installed-track $(VENV)/.installed-notebook
+	$(PYTEST) tests/trackers tests/notebook
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
@@ -69,7 +73,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(PY)
 	$(PIP_INSTALL) '.[dev]'
 	@touch $@ $(VENV)/.installed
 
-$(VENV)/.installed-slurm $(VENV)/.installed-ray $(VENV)/.installed-zoo: $(VENV)/.installed-%: $(VENV)/.installed-dev
+$(VENV)/.installed-slurm $(VENV)/.installed-ray $(VENV)/.installed-zoo $(VENV)/.installed-track $(VENV)/.installed-notebook: $(VENV)/.installed-%: $(VENV)/.installed-dev
 	$(PIP_INSTALL) '.[dev,$*]'
 	@touch $@
 

@@ -1,9 +1,10 @@
-"""Progress of long work: a bar on a terminal, plain lines in the log."""
+"""Progress of long work: a bar on a terminal or in a notebook, plain lines in the log."""
 
 import logging
 import multiprocessing
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +29,8 @@ class Progress:
         per_update_s = (now - self.started) / (done - self.before)
         rate = self.tokens / max(per_update_s, 1e-9)
         if self.bar is not None:
-            self.bar.update(0, completed=done, loss=loss, rate=rate)
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+            self.bar.update(done - self.bar.n)
         if done % max(1, self.total // 10) == 0 or done == self.total or now - self.logged > 30:
             self.logged = now
             left_s = (self.total - done) * per_update_s
@@ -37,43 +39,51 @@ class Progress:
 
 @contextmanager
 def progress(total: int, tokens_per_update: int, before: int = 0) -> Iterator[Progress]:
-    """Give the Progress of a run, with a live bar in place of log lines on a terminal.
-
-    A worker process draws none: it would be drawn over its neighbour's.
-    """
-    if not sys.stderr.isatty() or multiprocessing.parent_process() is not None:
+    """Give the Progress of a run, with a live bar in place of log lines where a bar is seen."""
+    if not _seen():
         yield Progress(total, tokens_per_update, before)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    loss, rate = TextColumn("loss {task.fields[loss]:.3f}"), TextColumn("{task.fields[rate]:,.0f} tokens/s")
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), loss, rate, TimeRemainingColumn())
-    with _log_to_files_only(), Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        bar.add_task("", total=total, loss=float("nan"), rate=0.0)
-        yield Progress(total, tokens_per_update, before, bar)
+    with _log_to_files_only(), _drawn("training", total, before) as drawn:
+        yield Progress(total, tokens_per_update, before, drawn)
 
 
 @contextmanager
 def bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Draw a bar on a terminal, and give a function of (done, total) that moves it; elsewhere give None."""
-    if not sys.stderr.isatty():
+    """Draw a bar where it is seen, and give a function of (done, total) that moves it; elsewhere give None."""
+    if not _seen():
         yield None
         return
-    from rich.console import Console
-    from rich.progress import Progress as Bar
+    with _drawn(label) as drawn:
 
-    with Bar(console=Console(stderr=True), transient=True) as drawn:
-        task = drawn.add_task(label, total=None)
-        yield lambda done, total: drawn.update(task, completed=done, total=total)
+        def move(done: int, total: int) -> None:
+            drawn.total = total
+            drawn.update(done - drawn.n)
+
+        yield move
 
 
 def share(label: str, done: int, total: int, worth: int = 1) -> None:
-    """Show the finished share of some work as one moving line on a terminal, if it is `worth` units of work or more."""
-    if total >= worth and sys.stderr.isatty():
+    """Show the finished share of some work as one moving line where it is seen, if it is `worth` units of work or more."""
+    if total >= worth and _seen():
         end = "" if done < total else "\n"
         print(f"\r{visible(label)} {100 * done // total:3d} %", end=end, file=sys.stderr, flush=True)
+
+
+def _seen() -> bool:
+    """Return whether standard error is a terminal or a notebook's cell.
+
+    A worker process draws nothing: it would be drawn over its neighbour's.
+    """
+    notebook = type(sys.stderr).__module__.startswith("ipykernel.")
+    return (notebook or sys.stderr.isatty()) and multiprocessing.parent_process() is None
+
+
+def _drawn(label: str, total: int | None = None, before: int = 0) -> Any:
+    """Return a bar, which is erased at its end: a widget in a notebook with ipywidgets, else one line of text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tqdm warns where there is no ipywidgets
+        from tqdm.auto import tqdm
+    return tqdm(total=total, initial=before, desc=label, leave=False, dynamic_ncols=True)
 
 
 @contextmanager

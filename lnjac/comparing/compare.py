@@ -20,6 +20,7 @@ from lnjac.comparing.experiment import LAST_NORM, Measurements, arrange, by_seed
 from lnjac.comparing.intervals import STUDENT, Inference
 from lnjac.comparing.notes import Moving, about, capped, confounded, few_seeds
 from lnjac.comparing.pairing import CORNERS, Contrast, Pairing, corners_of, families, pair
+from lnjac.comparing.shown import Shown
 from lnjac.comparing.tables import Sources, open_tables
 from lnjac.errors import ConfigError
 from lnjac.text import listed, word
@@ -31,7 +32,7 @@ EXACT = "exact"
 
 
 @dataclass(frozen=True)
-class Differences:
+class Differences(Shown):
     """Differences between two levels, with the numbers of every seed behind them.
 
     Attributes:

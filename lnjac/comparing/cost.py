@@ -6,12 +6,13 @@ from lnjac.comparing.compare import EXACT, LOSS, Differences, compare, differenc
 from lnjac.comparing.experiment import arrange
 from lnjac.comparing.intervals import STUDENT, Inference
 from lnjac.comparing.pairing import Contrast
+from lnjac.comparing.shown import Shown
 from lnjac.comparing.tables import Sources, open_tables
 from lnjac.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Costs:
+class Costs(Shown):
     """The cost of each backward, and how it differs between the levels of `by`.
 
     Attributes:

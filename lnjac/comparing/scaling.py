@@ -12,13 +12,14 @@ from lnjac.comparing.compare import LAYER_METRICS, RUN_METRICS
 from lnjac.comparing.experiment import arrange, by_seed, words
 from lnjac.comparing.intervals import STUDENT, Inference
 from lnjac.comparing.notes import about, capped, confounded, few_seeds
+from lnjac.comparing.shown import Shown
 from lnjac.comparing.tables import Sources, open_tables
 from lnjac.errors import ConfigError
 from lnjac.text import listed, word
 
 
 @dataclass(frozen=True)
-class Scaling:
+class Scaling(Shown):
     """Slopes of log metric against log x, and whether lines describe the points.
 
     Attributes:

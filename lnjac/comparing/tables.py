@@ -17,10 +17,11 @@ from lnjac.comparing.filter import require_column
 from lnjac.errors import ConfigError
 from lnjac.progress import bar
 from lnjac.runs import folder as runs
+from lnjac.runs.frames import contents, runs_of
 from lnjac.runs.merge import merge
 from lnjac.runs.merged import companion, companions, report_file
 from lnjac.runs.read import search
-from lnjac.runs.schema import SCHEMA_VERSION, Known, described, with_role
+from lnjac.runs.schema import FROZEN, SCHEMA_VERSION, Known, describe, described, with_role
 
 
 @dataclass(frozen=True)
@@ -81,27 +82,41 @@ class MergedTables:
                     f"--metric {name} is a column of {other}, and not of {table}, which are compared here: "
                     "compare and scaling choose the table by --runs or --layers"
                 )
+            if name not in schema.names and table == "runs" and LAYERS_ALONE in self.warnings:
+                raise ConfigError(
+                    f"{name} is a column of runs, but only layers were given: give [layers, runs] of lnjac.load"
+                )
             if name not in schema.names:
                 require_column(name, measured, "no column for --metric is called")
 
     def _file(self, table: str) -> Path:
         file = companion(self.path, table)
+        if not file.exists() and self.path.stem == FRAMES:
+            other = ', or compare runs by table="runs"' * (table == "layers")
+            raise ConfigError(f"no DataFrame of {table} was given: give [layers, runs, curves] of lnjac.load{other}")
         if not file.exists():
             raise ConfigError(f"{file}, the {table} of this merge, is missing: bring it here too, or merge again")
         return file
 
 
-Sources = str | PathLike[str] | Sequence[str | PathLike[str]] | MergedTables
-"""A path, or several: of merged tables, sweeps and runs; or tables that are open already."""
+Source = str | PathLike[str] | pd.DataFrame
+Sources = Source | Sequence[Source] | MergedTables
+"""A path, or several: of merged tables, sweeps and runs; or data frames of one merge's tables; or tables open already."""
+
+FRAMES = "DataFrames"
+"""The name of the merge that data frames are."""
+
+LAYERS_ALONE = "only layers were given, so that diverged runs count as done: give [layers, runs] of lnjac.load"
 
 
 def open_tables(sources: Sources) -> MergedTables:
-    """Open one merged table as it is; merge any other sources into a temporary folder, with a bar on a terminal.
+    """Open one merged table as it is; merge any other sources into a temporary folder, with a bar where it is seen.
 
     A folder stands for the runs that it holds now, whatever was merged from it earlier.
 
     Args:
-        sources: A path or several, of merged tables, sweeps and runs; open tables are returned as they are.
+        sources: A path or several, of merged tables, sweeps and runs; or one or more DataFrames of `lnjac.load`, of which
+            rows may be left out and columns added. Open tables are returned as they are.
 
     Returns:
         The tables, with the warnings of their merge.
@@ -111,7 +126,12 @@ def open_tables(sources: Sources) -> MergedTables:
     """
     if isinstance(sources, MergedTables):
         return sources
-    paths = [Path(source) for source in ([sources] if isinstance(sources, (str, PathLike)) else sources)]
+    given = [sources] if isinstance(sources, (str, PathLike, pd.DataFrame)) else sources
+    if frames := [source for source in given if isinstance(source, pd.DataFrame)]:
+        if len(frames) < len(given):
+            raise ConfigError("paths and DataFrames were given together: load the paths by lnjac.load first")
+        return _of_frames(frames)
+    paths = [Path(source) for source in given if not isinstance(source, pd.DataFrame)]
     found = search(paths)
     if len(found.sources) == 1 and found.sources[0].merged and not found.skipped:
         path, notes, folder = found.sources[0].path, found.notes, None
@@ -124,6 +144,28 @@ def open_tables(sources: Sources) -> MergedTables:
     file = report_file(path)
     report = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return MergedTables(path, report, [*notes, *_warnings(report, file)], folder)
+
+
+def _of_frames(frames: Sequence[pd.DataFrame]) -> MergedTables:
+    """Write data frames into a temporary folder; without a frame of runs, the runs are those of the layers."""
+    found, warnings = contents(frames), list[str]()
+    if "runs" not in found.tables:
+        if "layers" not in found.tables:
+            raise ConfigError(f"a DataFrame of {', '.join(found.tables)} was given alone: give that of runs too")
+        layers = frames[list(found.tables).index("layers")]
+        found.tables["runs"] = pa.Table.from_pandas(runs_of(layers), preserve_index=False)
+        found.known["runs"] = FROZEN["runs"]
+        warnings = [LAYERS_ALONE]
+    if "seed" not in found.tables["runs"].column_names:
+        raise ConfigError(
+            f"the DataFrame of {'layers' if warnings else 'runs'} has no column seed, the unit of every comparison"
+        )
+    folder = tempfile.TemporaryDirectory(prefix="lnjac-")
+    path = Path(folder.name) / f"{FRAMES}.parquet"
+    for name, table in found.tables.items():
+        note = {"table": name, "merged": True, "columns": describe(found.known[name].values())}
+        runs.write_table(companion(path, name), table.replace_schema_metadata(), note)
+    return MergedTables(path, {}, warnings, folder)
 
 
 def _require_one_merge(path: Path) -> None:

@@ -117,7 +117,7 @@ PLUGIN_GROUPS = {
     "ln_backward": Plugin("lnjac.norms.layers.Surrogate", "lnjac.norm"),
     "optimizer": Plugin("lnjac.gpt.optimizers.Optimizer", "lnjac.optim"),
     "data": Plugin("lnjac.data.corpus.Source", "lnjac.data"),
-    "tracker": Plugin("lnjac.training.trackers.Tracker", "lnjac.tracking"),
+    "tracker": Plugin("lnjac.trackers.Tracker", "lnjac.tracking"),
     "model.norm": Plugin("lnjac.gpt.norms.Kind", "lnjac.norm_kind"),
     "model.placement": Plugin("lnjac.gpt.norms.Placement", "lnjac.placement"),
 }

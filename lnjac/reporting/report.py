@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from lnjac.comparing.experiment import IDENTITY, RUN, varying
-from lnjac.comparing.tables import MergedTables, Sources, open_tables
+from lnjac.comparing.tables import FRAMES, MergedTables, Sources, open_tables
 from lnjac.errors import ConfigError
 from lnjac.files import write_atomically
 from lnjac.reporting.charts import CHARTS, Drawing
@@ -76,6 +76,10 @@ def make(merged: MergedTables, title: str, by: str | None = None, where: str | N
     """Return the page of merged tables. For a chart that cannot be drawn it has a line with what is lacking."""
     extra("altair")  # without it every chart would be one that cannot be drawn
     shown, charts, sections = view(merged, by, where), Charts(), []
+    if lacking := [name for name in (*PROVENANCE, "dirty", "started_at", "wall_s") if name not in shown.runs]:
+        raise ConfigError(
+            f"the runs lack {listed(lacking)}, of which a page tells: give the whole DataFrame of runs too"
+        )
     absent: dict[str, Sequence[str]] = {}
     for name, of_title in groupby(CHARTS.values(), lambda chart: chart.title):
         group = list(of_title)
@@ -115,8 +119,9 @@ def _name(sources: Sources) -> str:
     """Return the sources' names, the title of a page that was given none."""
     if isinstance(sources, MergedTables):
         return sources.path.name
-    paths = [Path(one) for one in ([sources] if isinstance(sources, (str, PathLike)) else sources)]
-    return ", ".join(path.name or str(path) for path in paths)
+    given = [sources] if isinstance(sources, (str, PathLike, pd.DataFrame)) else sources
+    paths = [Path(FRAMES if isinstance(one, pd.DataFrame) else one) for one in given]
+    return ", ".join(dict.fromkeys(path.name or str(path) for path in paths))
 
 
 def _columns(merged: MergedTables, table: str) -> pd.DataFrame:

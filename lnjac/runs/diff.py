@@ -3,7 +3,9 @@
 Two measurements of one run may differ as in merging (docs/merging.md, Duplicates).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import pandas as pd
@@ -12,10 +14,14 @@ import pyarrow as pa
 from lnjac.columns import KEY
 from lnjac.errors import ConfigError
 from lnjac.runs.combine import differences, science
+from lnjac.runs.frames import contents
 from lnjac.runs.merge import RTOL
 from lnjac.runs.merged import finish, layers_file
 from lnjac.runs.read import Contents, Source, Unfit, read
 from lnjac.runs.schema import Known, in_order, with_role
+
+Merge = str | PathLike[str] | pd.DataFrame | Sequence[pd.DataFrame]
+"""A merge: its path, or data frames of its tables."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,11 @@ class Difference:
         return [f"{self.table}: {line}" for line in found]
 
 
-def diff(one: str | Path, other: str | Path, rtol: float = RTOL) -> list[Difference]:
+def diff(one: Merge, other: Merge, rtol: float = RTOL) -> list[Difference]:
     """Compare each table of two merges with its counterpart; a table that one lacks has no rows there.
 
     Args:
-        one: A merged table, or a folder with an all.parquet.
+        one: A merged table, or a folder with an all.parquet; or DataFrames of it, as `lnjac.load` returns them.
         other: Another.
         rtol: The relative difference up to which floats are equal.
 
@@ -64,7 +70,7 @@ def diff(one: str | Path, other: str | Path, rtol: float = RTOL) -> list[Differe
     Raises:
         ConfigError: One of them is missing or cannot be read, or a column is of two types.
     """
-    first, second = _merge(Path(one)), _merge(Path(other))
+    first, second = _merge(one), _merge(other)
     found = []
     for name in in_order({**first.tables, **second.tables}):
         one_table = first.tables[name] if name in first.tables else second.tables[name][:0]
@@ -74,7 +80,12 @@ def diff(one: str | Path, other: str | Path, rtol: float = RTOL) -> list[Differe
     return found
 
 
-def _merge(path: Path) -> Contents:
+def _merge(given: Merge) -> Contents:
+    if isinstance(given, pd.DataFrame):
+        return contents([given])
+    if not isinstance(given, (str, PathLike)):
+        return contents(given)
+    path = Path(given)
     layers = layers_file(path / "all.parquet" if path.is_dir() else path)
     finish(layers)
     if not path.exists():

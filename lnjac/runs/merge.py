@@ -22,7 +22,7 @@ from lnjac.runs.combine import Combined, Stacked, combine
 from lnjac.runs.merged import companion, finish, layers_file, replacing, report_file
 from lnjac.runs.parallel import read_all
 from lnjac.runs.read import Skip, Unfit, read_noted, search
-from lnjac.runs.schema import OWNER, Known, describe
+from lnjac.runs.schema import OWNER, Known, describe, described
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +33,10 @@ RTOL = 1e-6
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did; runs are counted in `found` = `merged` + len(`skipped`) + `duplicates["runs"]`."""
+    """What a merge did; runs are counted in `found` = `merged` + len(`skipped`) + `duplicates["runs"]`.
+
+    It stands for the merged table wherever a path does.
+    """
 
     output: str
     sources: list[str]
@@ -43,6 +46,9 @@ class MergeReport:
     duplicates: dict[str, int]
     rows: dict[str, int]
     warnings: list[str]
+
+    def __fspath__(self) -> str:
+        return self.output
 
     def lines(self) -> list[str]:
         """The report for a reader; skipped ones are all named in `to_json` only, where there are very many."""
@@ -141,11 +147,14 @@ def load(path: str | Path, columns: Sequence[str] | None = None) -> "pd.DataFram
         columns: The columns to read, if not all.
 
     Returns:
-        The rows; NaN stands for null in numbers.
+        The rows; NaN stands for null in numbers. The columns' descriptions are in its attrs, so that `lnjac.compare` and
+        its like take the frame, or a part of it, in place of the file.
 
     Raises:
         ConfigError: It is no merged table, it cannot be read, or it lacks one of the columns.
     """
+    from lnjac.runs.frames import attach
+
     path = Path(path) / "all.parquet" if Path(path).is_dir() else Path(path)
     finish(layers_file(path))
     try:
@@ -156,8 +165,7 @@ def load(path: str | Path, columns: Sequence[str] | None = None) -> "pd.DataFram
         raise ConfigError(f"{path} is not a merged table: make one with `lnjac merge FOLDER -o all.parquet`")
     if missing := [name for name in columns or () if name not in data.column_names]:
         raise ConfigError(f"{path} has no column {', '.join(missing)}")
-    frame: pd.DataFrame = data.to_pandas()
-    return frame
+    return attach(data.to_pandas(), note["table"], described(note["table"], note))
 
 
 def _require_one_trainer(found: Stacked) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from itertools import groupby, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lnjac.columns import Column
 from lnjac.errors import ConfigError
@@ -24,6 +24,7 @@ from lnjac.runs.journal import Damaged, Journal, read
 from lnjac.runs.rows import Rows, Taken, column_problems, plain
 from lnjac.runs.schema import CURVES, MEASURED_AT, RUNS
 from lnjac.runs.state import FOREIGN, state
+from lnjac.trackers.base import Guarded, TrackedRun, Tracker
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +46,7 @@ def record(
     execution: Collection[str] | None = None,
     tables: Mapping[str, Sequence[Column]] | None = None,
     resume: int | None = None,
+    tracker: Tracker | None = None,
 ) -> Record:
     """Open a run's folder, to be filled from any training loop.
 
@@ -70,6 +72,8 @@ def record(
             before which run_id, diag_id and step are put.
         resume: Updates done at the checkpoint that the loop goes on from: rows up to and including this step are kept, later
             ones dropped. Unless given, a run that was cut off starts anew.
+        tracker: Shows the run while it trains, as `lnjac.trackers.WandB()` does. It is no part of the run's identity, and
+            its first error is logged and ends the tracking, not the run.
 
     Raises:
         ConfigError: With a line for each problem of `config` (see `lnjac.runs.identity.identify`) and `tables`; on entry, if
@@ -83,6 +87,9 @@ def record(
         of_config = [column.name for column, _ in described.columns] if table in ("layers", "runs") else []
         known = [column.name for column in _CORE.get(table, MEASURED_AT)]
         problems += column_problems(table, columns, [*known, *of_config])
+    if tracker is not None:
+        of_tracker = getattr(tracker, "problems", None)
+        problems += of_tracker({column.name: value for column, value in described.columns}) if of_tracker else []
     if problems:
         raise ConfigError("\n".join(problems))
     note = {"config": described.config}
@@ -94,6 +101,7 @@ def record(
         columns=described.columns,
         metadata=note,
         tables=tables,
+        tracker=tracker,
         resume=resume,
         extensible=True,
     )
@@ -136,16 +144,6 @@ def _described(
     return Path(handed.folder if folder is None else folder), found
 
 
-class Listener(Protocol):
-    """Is told what is recorded while it comes in, as a tracker is."""
-
-    def scalars(self, step: int, values: Mapping[str, float | None]) -> None: ...
-
-    def layers(self, step: int, rows: Rows) -> None: ...
-
-    def end(self, status: str) -> None: ...
-
-
 class Record:
     """One run being recorded, within its context. `found` is its status if the folder held it finished before.
 
@@ -160,12 +158,12 @@ class Record:
         columns: Sequence[tuple[Column, Any]],
         metadata: Mapping[str, Any],
         tables: Mapping[str, Sequence[Column]] | None = None,
-        listener: Listener | None = None,
+        tracker: Tracker | None = None,
         resume: int | None = None,
         extensible: bool = False,
     ) -> None:
         self.path, self.identity, self.columns = Path(folder), dict(identity), columns
-        self.metadata, self.listener, self.resumed = dict(metadata), listener, resume
+        self.metadata, self.tracker, self.resumed = dict(metadata), Guarded(tracker), resume
         config, own = [column.name for column, _ in columns], tables or {}
         self.tables = {
             name: Taken(
@@ -191,6 +189,10 @@ class Record:
         self.journal = Journal(self.path / runs.JOURNAL, {**self.identity, "started_at": self.described["started_at"]})
         try:
             self._begin()
+            if not self.found:
+                config = {column.name: value for column, value in self.columns}
+                self.tracker.start(TrackedRun("-".join(self.identity.values()), self.path, config))
+                self._tell_again()
         except BaseException:
             self.out.release()
             raise
@@ -275,8 +277,7 @@ class Record:
                 self.out.status(self.status)
         finally:
             try:
-                if self.listener is not None and not self.found:
-                    self.listener.end(self.status)
+                self.tracker.end(self.status)
             finally:
                 self.journal.close()
                 self.out.release()
@@ -299,8 +300,7 @@ class Record:
         """
         self._require_new()
         added = self._add("layers", plain(rows), step, getattr(rows, "attrs", {}).get("coverage", {}))
-        if self.listener is not None:
-            self.listener.layers(step, added)
+        self.tracker.layers(step, added)
 
     def _add(self, name: str, rows: Rows, step: int, coverage: Mapping[str, str]) -> list[dict[str, Any]]:
         added = self._take(name, rows, step, coverage)
@@ -336,8 +336,7 @@ class Record:
         self._require_new()
         point = self._draw(step, {"train_loss_nats": train_loss, "val_loss_nats": val_loss, "lr": lr, **more})
         self._note({"step": step, "point": {name: value for name, value in point.items() if value is not None}})
-        if self.listener is not None:
-            self.listener.scalars(step, point)
+        self.tracker.scalars(step, point)
 
     def _draw(self, step: int, values: Mapping[str, float | None]) -> dict[str, Any]:
         """Add the values of one step to those that it has, and return them typed."""
@@ -416,6 +415,7 @@ class Record:
             self.described["started_at"], self.seconds = header["started_at"], dict(kept[-1]["spent"])
             self.journal.keep(header, kept)
         self.described["resumed_at"] = step
+        self._tell_again()
         last = f", the last of step {kept[-1]['step']}" if kept else ""
         log.info(
             "goes on from the checkpoint after update %d: %d calls kept%s, %d dropped",
@@ -440,6 +440,17 @@ class Record:
             self.points.clear()
             self.coverage.clear()
             raise ConfigError(f"{self.journal.path} does not fit this run's tables any more: {error}") from None
+
+    def _tell_again(self) -> None:
+        """Tell the tracker all that is recorded so far, in the order of steps."""
+        rows = sorted(self.tables["layers"].rows, key=lambda row: row["step"])
+        layers = {step: list(of) for step, of in groupby(rows, key=lambda row: row["step"])}
+        for step in sorted({*self.points, *layers}):
+            if step in layers:
+                self.tracker.layers(step, layers[step])
+            if step in self.points:
+                point = self.points[step]
+                self.tracker.scalars(step, {name: point[name] for name in point if name not in ("run_id", "step")})
 
     def _require_new(self) -> None:
         if self.found:

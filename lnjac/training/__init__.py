@@ -1,1 +1,1 @@
-"""One run: training, measuring, checkpoints, trackers, re-opening."""
+"""One run: training, measuring, checkpoints, re-opening."""

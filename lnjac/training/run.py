@@ -31,7 +31,6 @@ from lnjac.runs.record import Record
 from lnjac.seeding import sequence
 from lnjac.text import layer_table
 from lnjac.training import checkpoint
-from lnjac.training import trackers as tracking
 from lnjac.training.loop import Training, device_of, train
 
 log = logging.getLogger(__name__)
@@ -189,7 +188,7 @@ def opened(config: RunConfig, folder: str | Path, corpus: Corpus) -> Record:
         columns=config_identity.columns(config),
         metadata={"config": config_identity.to_dict(config), "provenance": environment},
         tables={diagnostic.table: diagnostic.columns for diagnostic in chosen(config.diagnostics)},
-        listener=tracking.Guarded(config.tracker),
+        tracker=config.tracker,
     )
     record.describe(**environment)
     record.seconds |= dict.fromkeys(("train_s", "eval_s", "diagnostics_s"), 0.0)
@@ -203,11 +202,6 @@ def begin(config: RunConfig, corpus: Corpus, record: Record) -> Training:
             log.warning(warning)
     training = Training(config, corpus)
     _resume(training, record)
-    assert isinstance(record.listener, tracking.Guarded)
-    shown = config_identity.column_values(config)
-    record.listener.start(
-        tracking.TrackedRun("-".join(record.identity.values()), record.path, shown, after=training.updates)
-    )
     log.info("run %s on %s: %s", record.identity["run_id"], training.device.type, _brief(config))
     return training
 

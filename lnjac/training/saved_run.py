@@ -11,7 +11,7 @@ from lnjac.errors import ConfigError
 from lnjac.files import file_sha256
 from lnjac.runs import folder as runs
 from lnjac.runs import read as sources
-from lnjac.training import trackers as tracking
+from lnjac.trackers.base import NONE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +44,7 @@ class Run:
         return self._built() if self.ours else self.metadata["config"]
 
     def _built(self) -> RunConfig:
-        plain = self.metadata["config"] | {"tracker": tracking.NONE}  # opened again, it tells nobody
+        plain = self.metadata["config"] | {"tracker": NONE}  # opened again, it tells nobody
         held_by = [held(plain, group) for group in PLUGIN_GROUPS]
         members = [holder[key] for holder, key in held_by] + list(plain["diagnostics"].get("more", {}).values())
         targets = [member["_target_"] for member in members if not isinstance(member, str)]  # a name is ours

@@ -157,16 +157,16 @@ def test_merge_refuses_a_bad_output_name(lnjac: Any, tmp_path: Path):
 
 
 def test_a_bar_is_drawn_on_a_terminal_only(lnjac: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import rich.progress
+    import tqdm.auto
 
     seen: list[tuple[int, int]] = []
-    real = rich.progress.Progress.update
+    real = tqdm.auto.tqdm.update
 
-    def spy(self: Any, task: Any, *, completed: int, total: int) -> None:
-        seen.append((completed, total))
-        real(self, task, completed=completed, total=total)
+    def spy(self: Any, n: int) -> None:
+        real(self, n)
+        seen.append((self.n, self.total))
 
-    monkeypatch.setattr(rich.progress.Progress, "update", spy)
+    monkeypatch.setattr(tqdm.auto.tqdm, "update", spy)
     words = ("merge", numbered_run(tmp_path / "0"), "-o", tmp_path / "all.parquet")
     assert lnjac(*words)[0] == 0
     assert seen == []

@@ -371,7 +371,7 @@ def test_each_group_asks_for_its_own_methods(
     for group, target, said in (
         ("ln_backward", "strangers_code.Silent", "is abstract: define surrogate"),
         ("optimizer", "lnjac.gpt.optimizers.Optimizer", "is abstract: define build"),
-        ("method", "lnjac.training.trackers.Untracked", "Untracked has no method install(model, seed)"),
+        ("method", "lnjac.trackers.Untracked", "Untracked has no method install(model, seed)"),
         ("tracker", "lnjac.gpt.attention.Softmax", "Softmax has no method start(run)"),
         ("data", "lnjac.gpt.attention.Softmax", "Softmax has no method load()"),
     ):

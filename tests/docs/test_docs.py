@@ -292,6 +292,16 @@ def test_the_notebook_reads_a_sweep(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_page_on_notebooks_runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    for code in blocks(root / "docs" / "notebook.md", "python"):
+        exec(code, space)
+    assert set(space["found"].rows["n"]) == {3}
+    assert len(space["norms"]) == 6 * 4
+
+
+@pytest.mark.slow
 def test_the_notebook_reads_any_sweep(root: Path, tmp_path: Path) -> None:
     options = ["model=tiny", "steps=2", "eval.tokens=100", "batch_size=2", "sweep=OTHER", "method=bp,fa", "seed=1"]
     subprocess.run([sys.executable, root / "run.py", "-m", *options], cwd=tmp_path, check=True, capture_output=True)

@@ -16,21 +16,23 @@ import pytest
 from support.commands import TINY, command
 from support.paths import ROOT
 from support.small import SMALL, corpus, members
+from support.tracked import DRAWN, WATCHED, Points, cut, expected
 
 import lnjac
 from lnjac.config.compose import compose
 from lnjac.config.identity import columns, diag_id, run_id, to_dict
 from lnjac.config.schema import RunConfig, build, check
+from lnjac.errors import ConfigError
 from lnjac.runs import folder as runs
 from lnjac.runs import merge as sweep
+from lnjac.trackers import MLflow, TensorBoard, TrackedRun, WandB, base, curves
+from lnjac.trackers.tensorboard import _table
 from lnjac.training import loop
 from lnjac.training import run as train
-from lnjac.training import trackers as tracking
 
 needs_tensorboard = pytest.mark.skipif(
     importlib.util.find_spec("tensorboard") is None, reason="needs TensorBoard: pip install -e '.[track]'"
 )
-WATCHED = ("diagnostics=trajectory", "eval.every=2")
 TENSORBOARD = (*WATCHED, "tracker=tensorboard")
 
 
@@ -55,35 +57,25 @@ def accumulated(run: Path) -> Any:
     return EventAccumulator(str(event_folder(run)), size_guidance={"scalars": 0, "tensors": 0}).Reload()
 
 
-def shown(run: Path) -> dict[tuple[str, int], list[float]]:
+def shown(run: Path) -> Points:
     """All that TensorBoard would draw, by tag and step."""
-    events, found = accumulated(run), {}
+    events, found = accumulated(run), Points()
     for tag in events.Tags()["scalars"]:
         for event in events.Scalars(tag):
             found.setdefault((tag, event.step), []).append(event.value)
     return found
 
 
-def expected(run: Path, drawn: Sequence[str]) -> dict[tuple[str, int], list[float]]:
-    """The same from the run's tables, in float32."""
-    opened, found = lnjac.load_run(run), {}
-    for row in opened.curve.to_dict("records"):
-        for name in ("train_loss_nats", "val_loss_nats", "lr"):
-            found["curve/" + name, row["step"]] = row[name]
-    for row in opened.layers.to_dict("records"):
-        for name in drawn:
-            found[f"{name}/{row['site']}", row["step"]] = row[name]
-    return {key: [float(np.float32(value))] for key, value in found.items() if not pd.isna(value)}
-
-
-DRAWN = ["radial_share", "r_mean", "cos_center_vs_true", "sigma_mean"]
+def single(points: Points) -> Points:
+    """The values in float32, as TensorBoard has them."""
+    return {key: [float(np.float32(value)) for value in values] for key, values in points.items()}
 
 
 @needs_tensorboard
 def test_tensorboard_shows_what_the_tables_hold(tmp_path: Path) -> None:
     config = compose(*SMALL, *TENSORBOARD, f"tracker.columns=[{','.join(DRAWN)}]")
     finished(tmp_path, config)
-    assert shown(tmp_path) == expected(tmp_path, DRAWN)
+    assert shown(tmp_path) == single(expected(tmp_path))
     assert ("val_loss_nats", 0) in {(tag.partition("/")[2], step) for tag, step in shown(tmp_path)}
     assert event_folder(tmp_path).name == "softmax-fa-exact-seed1337"
 
@@ -114,34 +106,21 @@ def test_tensorboard_shows_the_config_as_text_and_as_hparams(tmp_path: Path) -> 
 
 
 def test_a_value_of_the_config_stays_in_its_cell(tmp_path: Path) -> None:
-    from lnjac.training.trackers import TrackedRun, _table
-
-    table = _table(TrackedRun("id", tmp_path, {"data.files": "a|b\nc", "none": None}, 0))
+    table = _table(TrackedRun("id", tmp_path, {"data.files": "a|b\nc", "none": None}))
     assert table.splitlines()[-2:] == [r"| data.files | a\|b\<U+000A>c |", "| none | None |"]
 
 
 @needs_tensorboard
 @pytest.mark.parametrize("saved", [3, None])
-def test_curves_go_on_without_duplicates(saved: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_go_on_without_duplicates(saved: int | None, tmp_path: Path) -> None:
     """Cut after five updates, two after its last checkpoint; without any it starts anew."""
     config = compose(*SMALL, *TENSORBOARD, "steps=7", "checkpoint.every=0", f"tracker.columns=[{','.join(DRAWN)}]")
-    with monkeypatch.context() as patch:
-        update, save = loop.Training.update, train.save
-
-        def until(self: loop.Training) -> float:
-            if self.updates == 5:
-                raise KeyboardInterrupt
-            return update(self)
-
-        patch.setattr(loop.Training, "update", until)
-        patch.setattr(train, "save", lambda it, record: save(it, record) if it.updates == saved else None)
-        with pytest.raises(KeyboardInterrupt):
-            train.run(config, tmp_path, corpus())
+    cut(tmp_path, config, saved)
     assert ("curve/train_loss_nats", 5) in shown(tmp_path)
     run = finished(tmp_path, config)
     assert run.run["resumed_at"][0] == (saved or 0)
-    assert len(list(event_folder(tmp_path).iterdir())) == (2 if saved else 1)
-    assert shown(tmp_path) == expected(tmp_path, DRAWN)
+    assert [file.suffix for file in event_folder(tmp_path).iterdir()] == [".0001"]
+    assert shown(tmp_path) == single(expected(tmp_path))
     assert len(accumulated(tmp_path).Tensors("config")) == 1
 
 
@@ -163,10 +142,10 @@ def test_a_sweeps_worker_processes_track(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     folders = [path.parent for path in (tmp_path / "multirun" / "A").glob(f"*/{runs.STATUS}")]
     assert len(folders) == 2
-    drawn = [name for name in tracking.MEASURED if name in {tag.partition("/")[0] for tag, _ in shown(folders[0])}]
+    drawn = [name for name in curves.MEASURED if name in {tag.partition("/")[0] for tag, _ in shown(folders[0])}]
     assert "radial_share" in drawn
     for folder in folders:
-        assert shown(folder) == expected(folder, drawn)
+        assert shown(folder) == single(expected(folder, drawn))
 
 
 # ---------------------------------------------------------------- settings
@@ -180,11 +159,31 @@ def test_a_tracker_is_no_part_of_the_identity(name: str) -> None:
     assert build(to_dict(tracked)) == tracked
 
 
-def test_without_the_extra_tensorboard_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tracker", [TensorBoard(), WandB(), MLflow(uri="http://127.0.0.1:5000")])
+def test_without_the_extra_a_tracker_is_refused_with_the_remedy(
+    tracker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    (said,) = check(compose("tracker=tensorboard"))
-    assert "pip install 'lnjac[track]'" in said
+    said = f"tracker={tracker.name} needs the package {tracker.name}: pip install 'lnjac[track]'"
+    assert said in check(compose(f"tracker={tracker.name}"))
     assert check(compose()) == []
+    with pytest.raises(ConfigError) as refused:
+        lnjac.record(tmp_path / "run", config={}, seed=1, tracker=tracker)
+    assert str(refused.value) == said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_files_is_not_taken_for_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert importlib.util.find_spec("wandb") is not None
+    assert [*WandB().problems(None)] == ["tracker=wandb needs the package wandb: pip install 'lnjac[track]'"]
+
+
+@pytest.mark.parametrize("cls", [TensorBoard, WandB, MLflow])
+def test_a_trackers_defaults_are_those_of_its_file(cls: Any) -> None:
+    assert compose(f"tracker={cls().name}").tracker == cls()
 
 
 @needs_tensorboard
@@ -210,7 +209,7 @@ class Failing:
     name: str
     where: str
 
-    def start(self, run: tracking.TrackedRun) -> None:
+    def start(self, run: TrackedRun) -> None:
         self.told("start")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -232,7 +231,7 @@ def test_a_failing_tracker_is_said_once_and_costs_nothing(
     where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = finished(tmp_path / "run", with_tracker(f"{__name__}.Failing", name="failing", where=where))
-    said = [record for record in caplog.records if record.name == tracking.__name__]
+    said = [record for record in caplog.records if record.name == base.__name__]
     assert [record.levelno for record in said] == [logging.WARNING]
     assert f"tracker=failing failed, the run goes on without it: RuntimeError: no network in {where}" in caplog.text
     pd.testing.assert_frame_equal(run.layers, finished(tmp_path / "plain", compose(*SMALL, *WATCHED)).layers)
@@ -245,7 +244,7 @@ TOLD: list[tuple[Any, ...]] = []
 class Listening:
     name: str
 
-    def start(self, run: tracking.TrackedRun) -> None:
+    def start(self, run: TrackedRun) -> None:
         TOLD.append(("start", run))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -268,7 +267,7 @@ def test_a_tracker_is_told_all_in_order(listening: RunConfig, tmp_path: Path) ->
     opened = finished(tmp_path, listening)
     sites = list(dict.fromkeys(opened.layers["site"]))
     (_, run), *told = TOLD
-    assert (run.id, run.folder, run.after) == ("-".join(opened.run.loc[0, ["run_id", "diag_id"]]), tmp_path, 0)
+    assert (run.id, run.folder) == ("-".join(opened.run.loc[0, ["run_id", "diag_id"]]), tmp_path)
     assert run.config["model.n_embd"] == 8
     point = {(row["step"], name): value for row in opened.curve.to_dict("records") for name, value in row.items()}
     assert told == [
@@ -301,6 +300,64 @@ def test_a_tracker_is_told_how_the_run_ended(
     assert runs.read_status(tmp_path)["status"] == status
 
 
+def test_a_resumed_run_is_told_from_its_beginning(listening: RunConfig, tmp_path: Path) -> None:
+    config = build(to_dict(listening) | {"steps": 7, "checkpoint": {"every": 0}})
+    cut(tmp_path, config, saved=3)
+    first = [told[1:] for told in TOLD if told[0] == "scalars"]
+    TOLD.clear()
+    opened = finished(tmp_path, config)
+    again = [told[1:] for told in TOLD if told[0] == "scalars"]
+    assert again[: len(first)] == first
+    assert [step for step, _ in again] == opened.curve["step"].tolist() == list(range(8))
+    assert [step for kind, step, *_ in TOLD if kind == "layers"] == opened.layers["step"].unique().tolist()
+    assert [kind for kind, *_ in TOLD].count("start") == 1
+    steps = [told[1] for told in TOLD if told[0] in ("scalars", "layers")]
+    assert steps == sorted(steps)
+
+
+def test_a_loop_of_ones_own_is_tracked(tmp_path: Path) -> None:
+    TOLD.clear()
+    with lnjac.record(tmp_path / "a", config={"lr": 0.5}, seed=3, tracker=Listening("mine")) as run:
+        run.scalars(1, train_loss=2.0)
+    (_, told), *rest = TOLD
+    assert (told.id, told.title) == ("-".join(run.identity.values()), "a-seed3")
+    assert told.config == {"seed": 3, "lr": 0.5}
+    assert rest == [("scalars", 1, {"train_loss_nats": 2.0}), ("end", "done")]
+    TOLD.clear()
+    with lnjac.record(tmp_path / "a", config={"lr": 0.5}, seed=3, tracker=Listening("mine")) as run:
+        assert run.found == "done"
+    assert TOLD == []
+
+
+def test_a_failing_tracker_costs_a_loop_of_ones_own_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with lnjac.record(tmp_path, config={}, seed=1, tracker=Failing("failing", "start")) as run:
+        run.scalars(1, train_loss=2.0)
+    assert runs.read_status(tmp_path)["status"] == runs.DONE
+    assert caplog.text.count("no network in start") == 1
+
+
+def test_numbers_are_drawn_by_site_and_call() -> None:
+    @dataclass
+    class Drawn(curves.Curves):
+        def draw(self, step: int, values: Mapping[str, float]) -> None:
+            TOLD.append((step, values))
+
+    TOLD.clear()
+    drawn = Drawn("drawn", ["radial_share", "r_mean", "r_radial"])
+    row = {
+        "site": "n",
+        "call": 0,
+        "radial_share": 0.5,
+        "r_mean": float("nan"),
+        "r_radial": None,
+        "site_backward": "exact",
+    }
+    rows = [dict.fromkeys(curves.MEASURED, 0.0) | row, dict.fromkeys(curves.MEASURED, 1.0) | row | {"call": 1}]
+    drawn.layers(2, [{name: row[name] for name in row} for row in rows])
+    drawn.scalars(3, {"lr": 0.1})
+    assert TOLD == [(2, {"radial_share/n": 0.5, "radial_share/n[1]": 0.5}), (3, {"curve/lr": 0.1})]
+
+
 def test_a_run_is_opened_without_its_tracker(listening: RunConfig, tmp_path: Path) -> None:
     run = finished(tmp_path, listening)
     assert run.metadata["config"]["tracker"]["name"] == "listening"
@@ -313,7 +370,7 @@ def test_the_documented_tracker_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, add_member: Callable[..., str]
 ) -> None:
     text = (ROOT / "docs" / "tracking.md").read_text()
-    (code,), (settings,) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("python", "yaml"))
+    (_, code), (settings,) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("python", "yaml"))
     (tmp_path / "watch.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
     run = finished(tmp_path / "run", compose(*SMALL, *WATCHED, f"tracker={add_member('tracker', settings)}"))
