@@ -22,6 +22,7 @@ from lnjac.comparing import intervals as stats
 from lnjac.comparing import scaling
 from lnjac.comparing.experiment import LAST_NORM
 from lnjac.comparing.tables import MergedTables, open_tables
+from lnjac.reporting.verdict import verdict
 from lnjac.runs.merge import load
 from lnjac.runs.merged import companions
 
@@ -102,6 +103,22 @@ def as_declared(names: list[str], p: "npt.NDArray[np.float64]", adjusted: "npt.N
     ]
     said = f"Holm p below {ALPHA} within the method, but not over all {len(p)} rows, as declared before the runs"
     return f"{said}: {', '.join(other) or 'none'}."
+
+
+@block
+def verdict_short() -> str:
+    """The answer in words after 250 updates: `lnjac cost` prints it first."""
+    return in_words(SHORT)
+
+
+@block
+def verdict_long() -> str:
+    return in_words(LONG)
+
+
+def in_words(name: str) -> str:
+    """The sentences on the floor, on the cost of PRIMARY and on its difference."""
+    return "\n>\n".join(f"> {sentence}" for sentence in verdict(study(name), where="method == 'fa'").sentences[:2])
 
 
 @block
