@@ -3,6 +3,7 @@
 Their command lines are all in LINES, and are composed everywhere: elsewhere nothing else would notice that one has rotted.
 """
 
+import importlib
 import importlib.util
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from hydra.test_utils.launcher_common_tests import LauncherTestSuite
 from support import own_script
 from support.commands import command
 from support.paths import ROOT
@@ -91,6 +93,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     words = ["start", "--head", "--num-cpus=2", "--include-dashboard=false", "--port=6399", f"--temp-dir={folder}"]
     subprocess.run([command_line, *words], check=True, capture_output=True, env=env)
     yield
+    importlib.import_module("ray").shutdown()  # this process's own part in it, of Hydra's suite
     subprocess.run([command_line, "stop", "--force"], check=True, capture_output=True)
 
 
@@ -222,3 +225,20 @@ def test_slurm_runs_ones_own_script(tmp_path: Path) -> None:
 @on_ray
 def test_ray_runs_ones_own_script(tmp_path: Path) -> None:
     own_script_under((*RAY, "hydra.launcher.max_retries=0"), tmp_path, "Ray: ")
+
+
+# Hydra's own conformance suite for launchers
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("slurm")
+@pytest.mark.filterwarnings("ignore:Future Hydra versions")
+@pytest.mark.parametrize(("launcher_name", "overrides"), [("slurm", [*SLURM[1:]])])
+class TestSlurm(LauncherTestSuite): ...
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray")
+@pytest.mark.filterwarnings("ignore:Future Hydra versions")
+@pytest.mark.parametrize(("launcher_name", "overrides"), [("ray", [*RAY[1:]])])
+class TestRay(LauncherTestSuite): ...
