@@ -12,6 +12,7 @@ from support.tracked import DRAWN, WATCHED, Points, cut, expected
 import lnjac
 from lnjac.config.compose import compose
 from lnjac.config.identity import column_values
+from lnjac.norms.formulas import columns
 from lnjac.runs import folder as runs
 from lnjac.trackers import MLflow
 from lnjac.training import run as train
@@ -80,7 +81,7 @@ def test_a_name_that_mlflow_refuses_is_spelled_otherwise(store: str, tmp_path: P
     tracker = MLflow(columns=["radial_share"], experiment=tmp_path.name, uri=store)
     with lnjac.record(tmp_path / "run", config={"a[0]": 1}, seed=1, tracker=tracker) as run:
         blank = {"string": "n", "float64": 0.5, "int64": 1, "bool": False}
-        run.layers([{column.name: blank[column.dtype] for column in run.declared["layers"][3:]}], 0)
+        run.layers([{column.name: blank[column.dtype] for column in columns()}], 0)
         run.diverged(1)
     client, (found,) = kept(store, tmp_path.name)
     assert shown(client, found) == {("radial_share/n_1_", 0): [0.5]}
