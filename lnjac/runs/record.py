@@ -21,7 +21,7 @@ from lnjac.runs import folder as runs
 from lnjac.runs.handed import given
 from lnjac.runs.identity import Identified, identify
 from lnjac.runs.journal import Damaged, Journal, read
-from lnjac.runs.rows import Rows, Taken, column_problems, plain
+from lnjac.runs.rows import Rows, Taken, column_problems, plain, whole
 from lnjac.runs.schema import CORE, CURVES, MEASURED_AT, RUNS
 from lnjac.runs.state import FOREIGN, state
 
@@ -292,7 +292,7 @@ class Record:
                 folder held the run before.
         """
         self._require_new()
-        return self._add(table, plain(rows), step, {})
+        return self._add(table, plain(rows), whole(step), {})
 
     def layers(self, rows: Rows | pd.DataFrame, step: int) -> None:
         """Add what was measured at each norm after `step` updates, as `probe.rows(step)` and `probe.measure(…)` give it.
@@ -301,6 +301,7 @@ class Record:
         pooling, and others, which are never pooled.
         """
         self._require_new()
+        step = whole(step)
         added = self._add("layers", plain(rows), step, getattr(rows, "attrs", {}).get("coverage", {}))
         if self.listener is not None:
             self.listener.layers(step, added)
@@ -337,6 +338,7 @@ class Record:
         Further numbers by name, such as grad_norm, are columns of curves too.
         """
         self._require_new()
+        step = whole(step)
         point = self._draw(step, {"train_loss_nats": train_loss, "val_loss_nats": val_loss, "lr": lr, **more})
         self._note({"step": step, "point": {name: value for name, value in point.items() if value is not None}})
         if self.listener is not None:
