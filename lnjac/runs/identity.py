@@ -172,7 +172,7 @@ def _path_problems(columns: Sequence[tuple[Column, Any]]) -> Iterator[str]:
         names = ", ".join(map(repr, dict(paths)))
         yield (
             f"the config has absolute paths ({listed(['='.join(each) for each in paths])}), by which a run would have "
-            f"another identity on another machine: give record(…, execution=[{names}]), or relative paths"
+            f"another identity on another machine: name them by execution=[{names}], or give relative paths"
         )
 
 

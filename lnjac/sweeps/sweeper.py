@@ -64,7 +64,8 @@ class Sweeper(HydraSweeper):
     def __init__(
         self, sweep: Any, retry_failed: Any, dry_run: Any, report: Any, params: Mapping[str, Any] | None = None
     ) -> None:
-        self.name, self.retry_failed, self.dry_run, self.report = sweep, retry_failed, dry_run, report
+        self.name, self.retry_failed, self.dry_run = sweep, retry_failed, dry_run
+        self.report = "off" if report is False else report  # as yaml reads off
         self.params = params or {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -84,6 +85,10 @@ class Sweeper(HydraSweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
+        with _interruptible():
+            return self._sweep(arguments)
+
+    def _sweep(self, arguments: list[str]) -> Any:
         from lnjac.sweeps import jobs as of_jobs
 
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
@@ -103,12 +108,11 @@ class Sweeper(HydraSweeper):
         OmegaConf.save(self.config, folder / "multirun.yaml")
         merged = False
         try:
-            with _terminable():
-                returned = self._launch(todo) if todo else []
-                waited = of_jobs.wait_for_others(jobs)
-        except KeyboardInterrupt as stop:
+            returned = self._launch(todo) if todo else []
+            waited = of_jobs.wait_for_others(jobs)
+        except KeyboardInterrupt:
             log.warning("interrupted: to resume, run the same command with %s", self._same(folder))
-            raise Interrupted(*stop.args) from None
+            raise
         finally:
             if not all(job.state.name == UNRECORDED for job in jobs):
                 merged = _merge(folder)
@@ -181,7 +185,7 @@ class Sweeper(HydraSweeper):
         log.info("checking %d jobs", len(words))
         here = not getattr(self.launcher, "elsewhere", False)
         jobs: list[Job] = []
-        bad: dict[str, str] = {}
+        bad: list[tuple[str, str]] = []
         checked: list[grid.Checked] = []
         for overrides in words:
             composed, problems, name = None, "", composer.in_words(overrides)
@@ -193,15 +197,15 @@ class Sweeper(HydraSweeper):
             except (HydraException, OmegaConfBaseException) as error:
                 problems = _in_one_line(error)
             if problems:
-                bad[name] = "\n  ".join(["", *map(visible, problems.split("\n"))])
+                bad.append((name, "\n  ".join(["", *map(visible, problems.split("\n"))])))
             if composed is not None:
                 checked.append(grid.Checked(composed.choices, problems))
         if bad:
             given = self.config.hydra.overrides
             typed = [word for word in (*given.hydra, *given.task) if not word.startswith("hydra.mode=")]
             head = f"{len(bad)} of {len(words)} jobs cannot run; none was started:"
-            alike = len(bad) == len(words) > 1 and len(set(bad.values())) == 1
-            listed = [f"each of them{bad[name]}"] if alike else [f"{name}{said}" for name, said in bad.items()]
+            alike = len(bad) == len(words) > 1 and len({said for _, said in bad}) == 1
+            listed = [f"each of them{bad[0][1]}"] if alike else [f"{name}{said}" for name, said in bad]
             advice = grid.advice(typed, checked, composer, self.key("sweep"))
             raise CompactHydraException("\n".join([head, *listed, *advice]))
         return jobs
@@ -274,17 +278,18 @@ def _in_one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Take SIGTERM for Ctrl-C, unless the script has a handler for it: runs are left as interrupted, and merged."""
+def _interruptible() -> Iterator[None]:
+    """End on Ctrl-C without a traceback, and on SIGTERM likewise, unless the script has a handler for it."""
     free = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if not free:
-        yield
-        return
-    signal.signal(signal.SIGTERM, _interrupt)
+    if free:
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
+    except KeyboardInterrupt as stop:
+        raise Interrupted(*stop.args) from None
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if free:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _interrupt(number: int, frame: Any) -> None:

@@ -162,3 +162,15 @@ def test_a_script_that_sweeps_when_imported_is_told(folder: Path, config_path: s
     assert done.returncode == 1
     assert said in done.stderr
     assert "under `if __name__ ==" in done.stderr
+
+
+def test_an_app_with_short_words_of_its_own(folder: Path) -> None:
+    config = folder / "code/conf/config.yaml"
+    words = "sweep: B\ndry_run: false\nhydra: {sweeper: {sweep: '${sweep}', dry_run: '${dry_run}', report: off}}\n"
+    config.write_text(config.read_text() + words)
+    assert train(folder, "-m", *IN_TURN).returncode == 0
+    dry = train(folder, "-m", "seed=1,2,3", "dry_run=true")
+    assert "3 jobs: 1 to do (2 done)" in dry.stdout  # neither word is part of a run
+    assert "the folder is multirun/B" in dry.stdout
+    for refused in (("-m", "sweep=.."), ("-m", "sweep=a,b"), ("sweep=C",)):
+        assert train(folder, *refused).stderr.startswith("sweep")
