@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from lnjac.comparing import intervals as stats
@@ -69,7 +70,8 @@ def floor(sources: Sources, *, where: str | None = None, how: Inference = STUDEN
         exact = trained["ln_backward"].nunique() > 1
         trained = trained[trained["ln_backward"] == EXACT]
     trained = trained[trained["status"] == DONE]
-    if trained[LOSS].notna().sum() == 0:
+    trained = trained[np.isfinite(trained[LOSS].astype(float))]
+    if trained.empty:
         return None
     if "method" in every and (every["method"] == FROZEN).any():
         conditions = [f"({where}) or method == '{FROZEN}'"] * (where is not None)
@@ -102,9 +104,7 @@ def _above_bigram(trained: pd.DataFrame, vary: list[str], exact: bool, how: Infe
     """Return the losses minus the corpus's bigram loss, by cell; None where there is no number to compare."""
     if "bigram_nats" not in trained:
         return None
-    known = trained[trained["bigram_nats"].notna() & trained[LOSS].notna()].drop_duplicates("run_id")
-    if known.empty:
-        return None
+    known = trained[trained["bigram_nats"].notna()].drop_duplicates("run_id")
     known = known.assign(**{name: labelled(known, name) for name in {"ln_backward", "method"} & set(known)})
     cells = cell_columns(known, [], [name for name in vary if name != "ln_backward.sites"])
     named = [name for name in ("method",) if name in known and name not in cells]

@@ -93,7 +93,7 @@ def make(merged: MergedTables, title: str, by: str | None = None, where: str | N
     html = render(
         charts,
         title=title,
-        verdict=_verdict(merged, shown.by, where),
+        verdict=_verdict(shown),
         lead=f"{len(shown.runs)} runs" + f", by {shown.by}" * bool(shown.by) + (f", where {where}" if where else ""),
         facts=_facts(shown.runs, merged.report, merged.described("runs")),
         warnings=merged.warnings,
@@ -107,10 +107,11 @@ def make(merged: MergedTables, title: str, by: str | None = None, where: str | N
     return Report(html, contents)
 
 
-def _verdict(merged: MergedTables, by: str, where: str | None) -> list[str]:
+def _verdict(shown: View) -> list[str]:
     """Return the answer in sentences; the reason if runs cannot be compared, for which no page is refused."""
+    by = shown.by if shown.runs["level"].nunique() > 1 else None
     try:
-        return verdict(merged, by or None, where=where).sentences
+        return verdict(shown.merged, by, where=shown.where).sentences
     except ConfigError as error:
         return [f"These runs cannot be compared: {error}."]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lnjac.comparing import intervals as stats
@@ -124,7 +125,7 @@ def verdict(
         runs = "The one run" if len(chosen) == 1 else f"All {counted(len(chosen), 'run')}"
         return Verdict([f"{runs} diverged: there is no number to compare."])
     vary = [name for name in varying(chosen, known) if name not in IDENTITY]
-    losses = LOSS in done and bool(done[LOSS].notna().any())
+    losses = LOSS in done and bool(np.isfinite(done[LOSS].astype(float)).any())
     costs = losses and "ln_backward" in vary and bool((chosen["ln_backward"] == EXACT).any())
     ground = of_floor(floor(tables, where=where, how=how), costs=costs) if losses else []
     if costs:
@@ -628,7 +629,8 @@ def _of_runs(tables: MergedTables, runs: pd.DataFrame, losses: bool, how: Infere
     done = runs[runs["status"] == DONE].drop_duplicates("run_id")
     said = []
     if losses:
-        found = stats.paired(done[LOSS].dropna().to_numpy(float), how)
+        values = done[LOSS].to_numpy(float)
+        found = stats.paired(values[np.isfinite(values)], how)
         row: Row = {
             "n": int(found.n),
             "difference": float(found.estimate),

@@ -102,11 +102,15 @@ class Numbers:
 
 
 def number(value: float, places: int) -> str:
-    """Return a number with so many decimals, a tiny one with powers of ten."""
-    size = f"{abs(value):.{places}f}" if places <= 6 else f"{abs(value):.2e}"
-    if float(size) == 0 and value:
-        size = f"{abs(value):.1g}"
-    return ("−" if value < 0 else "") + size.replace("e-", "e−")
+    """Return a number with so many decimals, a tiny one by a power of ten; what would be rounded to 0 keeps one digit."""
+    size = abs(value)
+    if places > 6 and size:
+        text = f"{size:.{max(0, places + math.floor(math.log10(size)))}e}"
+    else:
+        text = f"{size:.{places}f}"
+    if float(text) == 0 and size:
+        text = f"{size:.1g}"
+    return ("−" if value < 0 else "") + text.replace("e-", "e−")
 
 
 def decimals(size: float, digits: int) -> int:
@@ -142,12 +146,9 @@ def seeds(rows: Sequence[Row]) -> str:
     pairs = {bool(row["paired"]) for row in rows if "runs_b" in row}
     if not pairs:
         return f"{size} {noun}"
-    return (
-        f"{size} paired {noun}"
-        if pairs == {True}
-        else f"{size} {noun} a level, {'not all ' * len(pairs - {False})}"
-        + ("paired" if len(pairs) > 1 else "unpaired")
-    )
+    if pairs == {True}:
+        return f"{size} paired {noun}"
+    return f"{size} {noun} a level, {'not all paired' if True in pairs else 'unpaired'}"
 
 
 def adjusted(row: Row) -> str:

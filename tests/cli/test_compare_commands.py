@@ -178,13 +178,13 @@ def test_cost_shows_losses_costs_and_their_difference(tmp_path: Path):
 def test_scaling_shows_the_means_and_the_slope(tmp_path: Path):
     rows = [run(seed, 9 * (d / 64) ** k, model__n_embd=d) for d in (64, 128) for seed, k in enumerate((-1, -2, -3), 1)]
     words = ("scaling", study(tmp_path, rows).path, "--x", "model.n_embd", "--runs", "--metric", "val_loss_nats")
-    text = call(*words)
+    text = below(*words)
     assert text.splitlines()[:3] == [
         "val_loss_nats, by model.n_embd",
         "metric         64    128  slope    95% interval  n",
         "val_loss_nats   9  2.625     -2  -4.48 to 0.484  3",
     ]
-    seeds = call("scaling", tmp_path / "all.parquet", "--x", "model.n_embd", "--metric", "radial_share", "--seeds")
+    seeds = below("scaling", tmp_path / "all.parquet", "--x", "model.n_embd", "--metric", "radial_share", "--seeds")
     assert [line.split()[-1] for line in seeds.splitlines() if "seed" in line][:3] == ["-1", "-2", "-3"]
     found = json.loads(
         call(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import sys
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from support.studies import write_study
 
 from lnjac.comparing.tables import open_tables
 from lnjac.errors import ConfigError
+from lnjac.escape import visible
 from lnjac.reporting import page, report
 from lnjac.reporting.charts import CHARTS
+from lnjac.reporting.verdict import verdict
 from lnjac.runs import folder as runs
 from lnjac.runs.merged import companion
 from lnjac.runs.schema import FROZEN
@@ -106,6 +109,30 @@ def test_every_section_has_its_charts_each_with_a_table(whole: report.Report):
     assert all(attributes["aria-label"] for attributes in seen.all("div") if attributes.get("class") == "chart")
     assert {attributes["name"] for attributes in seen.all("select")} == {"cell", "site", "metric"}
     assert "(1−ρ)·B" in seen.text  # the dictionary
+
+
+@pytest.mark.usefixtures("light")
+def test_the_page_is_headed_by_the_answer_and_then_the_title(tmp_path: Path):
+    path = write_study(tmp_path, {"attn_mode": ["softmax", EVIL]})
+    said = verdict(path, "attn_mode").sentences
+    html = made(path, title="a study").html
+    assert f"<h1>{escape(said[0], quote=False)}</h1>" in html
+    seen = Page(html)
+    assert "under </script>" in said[0]
+    places = [seen.text.index(visible(text)) for text in (*said, "a study: 6 runs, by attn_mode", "What was run")]
+    assert places == sorted(places)
+
+
+@pytest.mark.usefixtures("light")
+def test_runs_that_cannot_be_compared_have_a_page_that_names_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConfigError("several runs have one config and seed")
+
+    monkeypatch.setattr(report, "verdict", refuse)
+    html = made(write_study(tmp_path, {"attn_mode": ["a", "b"]})).html
+    assert "<h1>These runs cannot be compared: several runs have one config and seed.</h1>" in html
 
 
 @pytest.mark.usefixtures("light")

@@ -174,6 +174,13 @@ def test_many_levels_are_a_range_with_the_largest(tmp_path: Path):
     assert re.search(r"clear of zero in \d+ of 15 \(adjusted p below 0\.05\), the largest of those for 0\.\d − 0", said)
 
 
+def test_a_loss_that_is_not_finite_is_no_number(tmp_path: Path):
+    rows = [*arm(2.5, **WITH_BIGRAM), run(9, math.inf, **WITH_BIGRAM)]
+    said = say(tmp_path, rows)
+    assert "4 seeds" in said[0]
+    assert said[1].startswith("The validation loss is 2.501 nats (95 % 2.477 to 2.526, 4 seeds)")
+
+
 def test_all_diverged(tmp_path: Path):
     assert say(tmp_path, [lost(1)]) == ["The one run diverged: there is no number to compare."]
     rows = [lost(seed, attn_mode=mode) for mode in ("softmax", "sigmoid") for seed in (1, 2)]
@@ -354,7 +361,8 @@ def test_a_surrogate_in_words():
         (0.0004, 3, "0.0004"),
         (-2e-9, 3, "−2e−09"),
         (1234.4, 0, "1234"),
-        (1e-9, 10, "1.00e−09"),
+        (1e-9, 10, "1.0e−09"),
+        (1.2345e-5, 9, "1.2345e−05"),
     ],
 )
 def test_numbers(value: float, places: int, said: str):

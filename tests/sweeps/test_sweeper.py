@@ -496,6 +496,7 @@ def test_a_sweep_writes_its_report_and_does_not_fail_for_want_of_one(tmp_path: P
     done = command(*words, "report=auto", cwd=tmp_path)
     folder = tmp_path / "multirun" / "A"
     assert done.returncode == 0
+    assert "The validation loss after 4 updates is " in done.stdout
     assert "report.html shows this sweep in a browser" in done.stdout
     assert "2 runs" in (folder / "report.html").read_text()
     (folder / "report.html").unlink()
