@@ -48,7 +48,7 @@ def compare(
     from lnjac.comparing import compare as comparing
     from lnjac.comparing.floor import floor
     from lnjac.comparing.tables import open_tables
-    from lnjac.reporting.verdict import of_differences, of_floor
+    from lnjac.reporting.sentences import of_differences, of_floor
 
     metrics, table, how = options.names(metric), "runs" if runs else "layers", options.inference(interval, confidence)
     opened = open_tables(sources)
@@ -92,7 +92,7 @@ def cost(
     from lnjac.comparing.compare import LOSS
     from lnjac.comparing.floor import floor
     from lnjac.comparing.tables import open_tables
-    from lnjac.reporting.verdict import of_costs, of_floor
+    from lnjac.reporting.sentences import of_costs, of_floor
 
     how, opened = options.inference(interval, confidence), open_tables(sources)
     found = comparing.cost(opened, by=by, metric=metric, where=where, reference=reference, how=how, margin=margin)
@@ -134,7 +134,7 @@ def scaling(
         lnjac scaling all.parquet --x steps --runs --where "method == 'bp'"
     """
     from lnjac.comparing import scaling as comparing
-    from lnjac.reporting.verdict import of_scaling
+    from lnjac.reporting.sentences import of_scaling
 
     metrics, table, how = options.names(metric), "runs" if runs else "layers", options.inference(interval, confidence)
     found = comparing.scaling(sources, x, metrics=metrics, table=table, at=at, where=where, how=how)

@@ -104,7 +104,8 @@ class Numbers:
 def number(value: float, places: int) -> str:
     """Return a number with so many decimals, a tiny one by a power of ten; what would be rounded to 0 keeps one digit."""
     size = abs(value)
-    text = f"{size:.{max(0, places + math.floor(math.log10(size)))}e}" if places > 6 and size else f"{size:.{places}f}"
+    tiny = places > 6 and size > 0
+    text = f"{size:.{max(0, places + math.floor(math.log10(size)))}e}" if tiny else f"{size:.{places}f}"
     if float(text) == 0 and size:
         text = f"{size:.1g}"
     return ("−" if value < 0 else "") + text.replace("e-", "e−")

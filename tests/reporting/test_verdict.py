@@ -21,7 +21,8 @@ import lnjac
 from lnjac.comparing.compare import compare
 from lnjac.comparing.floor import floor
 from lnjac.errors import ConfigError
-from lnjac.reporting.verdict import left_out, of_costs, of_differences, of_floor, of_scaling, verdict
+from lnjac.reporting.sentences import left_out, of_costs, of_differences, of_floor, of_scaling
+from lnjac.reporting.verdict import verdict
 from lnjac.reporting.wording import number
 from lnjac.runs.folder import DIVERGED
 
