@@ -157,11 +157,12 @@ class Sweeper(HydraSweeper):
 
     def _composer(self) -> "Composer":
         """Return what composes the jobs' configs, by the rules of the script."""
-        from lnjac.config.compose import Composer
+        from lnjac.config.compose import Composer, searched
 
         loader, master = self.hydra_context.config_loader, self.config
         of_script = getattr(protocol.script(self.task_function), "composer", Composer)
         composer: Composer = of_script(loader, lambda words: loader.load_sweep_config(master, words))
+        composer.repository = searched(loader, master)
         return composer
 
     def _grid(self, arguments: Sequence[str]) -> list[list[str]]:

@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from lnjac.config.compose import Composer, resolved, task_config
+from lnjac.config.compose import Composer, resolved, searched, task_config
 
 FILES = {
     "config": "defaults: [model: small, optional more: null, _self_]\nseed: 1\nlr: 0.1\nmust: ???\n"
@@ -18,6 +18,7 @@ FILES = {
     "sizes: [1, 2]\nnested: {a: {b: 1, c: null}}\n",
     "model/small": "width: 16\nname: small\n",
     "model/large": "defaults: [small, /part@inner: one, _self_]\nwidth: 64\ndepth: 3\n",
+    "elsewhere/far/off": "y: 2\n",
     "part/one": "x: 1\n",
     "part/two": "# @package _global_\nlr: 7\nmodel: {width: 8}\n",
 }
@@ -31,14 +32,17 @@ class Composing:
         self.asked: list[list[str]] = []
         self.hydra = lambda words: loader.load_sweep_config(self.master, words)
         self.composer = Composer(loader, lambda words: self.asked.append(words) or self.hydra(words))  # type: ignore[func-returns-value]
+        self.composer.repository = searched(loader, self.master)
 
 
 @pytest.fixture
 def composing(tmp_path: Path) -> Iterator[Composing]:
     for name, text in FILES.items():
         path = tmp_path / f"{name}.yaml"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    config = tmp_path / "config.yaml"
+    config.write_text(f"{config.read_text()}hydra: {{searchpath: ['file://{tmp_path}/elsewhere']}}\n")
     with initialize_config_dir(version_base="1.3", config_dir=str(tmp_path)):
         yield Composing(GlobalHydra.instance().config_loader())
 
@@ -55,7 +59,7 @@ def composing(tmp_path: Path) -> Iterator[Composing]:
     ["~lr"], ["~nested.a.b", "lr=1"], ["~model"], ["nested.a.b=5", "~nested.a"],
     ["model={width:9}", "model.width=2"], ["model.width=2", "model={width:9}"],
     ["nested={a:{b:7}}", "nested.a.b=8"], ["nested.a.b=8", "nested={a:{b:7}}"],
-    ["hydra.job.name=b", "lr=2"], ["lr='1'", "must='a b,c=d'", "model.name=''"],
+    ["hydra.job.name=b", "lr=2"], ["+far=off", "lr=2"], ["lr='1'", "must='a b,c=d'", "model.name=''"],
 ])  # fmt: skip
 def test_as_hydra(words: list[str], composing: Composing) -> None:
     expected = composing.hydra(words)

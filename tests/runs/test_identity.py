@@ -74,7 +74,7 @@ def test_execution_keys_are_no_part_of_identity_or_columns() -> None:
         ({"seed": 1, "path": "x"}, ("paths",),
          "execution names paths, which the config does not have: its keys are seed, path"),
         ({"seed": 1, "a": {"b": "/data", "c": ["x", "~/y"]}, "e": r"C:\z"}, (),
-         r"paths \(a.b=/data, a.c=~/y, e=C:\\z\), .*: give record\(…, execution=\['a.b', 'a.c', 'e'\]\), or relative"),
+         r"paths \(a.b=/data, a.c=~/y, e=C:\\z\), .*: name them by execution=\['a.b', 'a.c', 'e'\], or"),
         ([1], (), r"config is a list, which is no mapping: give a dict, such as vars\(args\)"),
     ],
 )  # fmt: skip
