@@ -115,6 +115,8 @@ def trained(case: Case, frozen: bool) -> tuple[list[float], list[float]]:
 def test_blocks_learn_by_feedback_alignment_and_align(case: str) -> None:
     losses, aligned = trained(CASES[case], frozen=False)
     frozen_losses, frozen_aligned = trained(CASES[case], frozen=True)
+    for name, (_, loss), (before, after) in (("learn", losses, aligned), ("frozen", frozen_losses, frozen_aligned)):
+        print(f"{case}, blocks {name}: loss {loss:.3f} after {UPDATES} updates, cosine {before:.3f}, then {after:.3f}")
     assert losses[0] == frozen_losses[0]
     assert losses[1] < 0.6 * frozen_losses[1]
     assert aligned[0] == frozen_aligned[0] < 0.1
