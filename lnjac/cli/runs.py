@@ -158,9 +158,11 @@ def _headline(run: "pd.Series[Any]", known: "Known") -> str:
     status = run["status"]
     if status == "diverged" and not math.isnan(run["diverged_step"]):
         status = f"diverged at step {run['diverged_step']:.0f}"
-    shown = {"val loss": "val_loss", "train loss": "train_loss", "unigram": "unigram", "bigram": "bigram"}
-    losses = {name: loss for name, of in shown.items() if (loss := run[f"{of}_nats"]) is not None and loss == loss}
-    said = ", ".join(f"{name} {number(loss)}" for name, loss in losses.items())
+    losses = {name: run[f"{name}_nats"] for name in ("val_loss", "train_loss", "unigram", "bigram")}
+    there = [name for name, loss in losses.items() if loss is not None and loss == loss]
+    left_out = "train_loss" if "val_loss" in there else ""  # it only stands in for the other
+    shown = dict.fromkeys(["val_loss", *(name for name in there if name != left_out)])
+    said = ", ".join(f"{name.replace('_', ' ')} {number(losses[name])}" for name in shown)
     own = [name for name in run.index if name in known and name not in {column.name for column in RUNS}]
     parts = [
         config,

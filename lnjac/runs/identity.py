@@ -13,9 +13,6 @@ from lnjac.norms import formulas
 from lnjac.runs.schema import MEASURED_AT, RUNS
 from lnjac.text import listed
 
-RESERVED = {column.name for column in (*MEASURED_AT, *formulas.columns(), *RUNS)}
-"""Names that no key of a config can have, as a column of layers or runs has them."""
-
 DTYPES = {bool: "bool", int: "int64", float: "float64", str: "string", type(None): "string"}
 
 
@@ -163,8 +160,8 @@ def _key_problems(found: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
 
 def _clashes(names: Sequence[str]) -> Iterator[str]:
     """A line for the keys that are called as another column is."""
-    counts = Counter(names)
-    if clash := [name for name, n in counts.items() if n > 1 or name in RESERVED]:
+    counts, taken = Counter(names), {column.name for column in (*MEASURED_AT, *formulas.columns(), *RUNS)}
+    if clash := [name for name, n in counts.items() if n > 1 or name in taken]:
         yield f"the config has {', '.join(clash)}, as another column is called too: rename this key, or name it in execution"
 
 

@@ -21,8 +21,8 @@ from lnjac.runs import folder as runs
 from lnjac.runs.handed import given
 from lnjac.runs.identity import Identified, identify
 from lnjac.runs.journal import Damaged, Journal, read
-from lnjac.runs.rows import Rows, Taken, column_problems, plain
-from lnjac.runs.schema import CURVES, MEASURED_AT, RUNS
+from lnjac.runs.rows import Rows, Taken, column_problems, plain, whole
+from lnjac.runs.schema import CORE, CURVES, MEASURED_AT, RUNS
 from lnjac.runs.state import FOREIGN, state
 
 if TYPE_CHECKING:
@@ -33,8 +33,11 @@ log = logging.getLogger(__name__)
 LAST_LOSSES = 10
 """Updates whose mean loss is a run's train_loss_nats."""
 
-_CORE = {"layers": [*MEASURED_AT, *formulas.columns()], "runs": RUNS, "curves": CURVES}
-"""Columns that lnjac declares, by table."""
+
+def _declared(table: str) -> list[Column]:
+    """Return the columns that lnjac declares for a table; metrics may have been added since this module was imported."""
+    layers = [*MEASURED_AT, *formulas.columns()]
+    return {"layers": layers, "runs": RUNS, "curves": CURVES}.get(table, [*MEASURED_AT])
 
 
 def record(
@@ -78,10 +81,10 @@ def record(
     folder, described = _described(folder, config, seed, execution)
     problems = []
     for table, columns in (tables or {}).items():
-        if table not in _CORE and (not table.isidentifier() or f"{table}.parquet" in runs.FILES.values()):
+        if table not in CORE and (not table.isidentifier() or f"{table}.parquet" in runs.FILES.values()):
             problems.append(f"{table!r} cannot be a table's name: choose another word of letters, digits and _")
         of_config = [column.name for column, _ in described.columns] if table in ("layers", "runs") else []
-        known = [column.name for column in _CORE.get(table, MEASURED_AT)]
+        known = [column.name for column in _declared(table)]
         problems += column_problems(table, columns, [*known, *of_config])
     if problems:
         raise ConfigError("\n".join(problems))
@@ -170,11 +173,11 @@ class Record:
         self.tables = {
             name: Taken(
                 name,
-                [*_CORE.get(name, MEASURED_AT), *own.get(name, ())],
+                [*_declared(name), *own.get(name, ())],
                 config if name in ("layers", "runs") else (),
-                extensible=extensible and name in _CORE,
+                extensible=extensible and name in CORE,
             )
-            for name in (*_CORE, *own)
+            for name in dict.fromkeys([*CORE, *own])
         }
         self.points: dict[int, dict[str, Any]] = {}  # the rows of curves by step
         self.status, self.found = runs.RUNNING, ""
@@ -250,7 +253,7 @@ class Record:
         }
         self.tables["runs"].rows = self.tables["runs"].typed([row])
         for name, table in self.tables.items():
-            if name not in _CORE and not table.rows:
+            if name not in CORE and not table.rows:
                 continue
             note = {**self.identity, **self.metadata}
             if name == "layers" and self.coverage:
@@ -289,7 +292,7 @@ class Record:
                 folder held the run before.
         """
         self._require_new()
-        return self._add(table, plain(rows), step, {})
+        return self._add(table, plain(rows), whole(step), {})
 
     def layers(self, rows: Rows | pd.DataFrame, step: int) -> None:
         """Add what was measured at each norm after `step` updates, as `probe.rows(step)` and `probe.measure(…)` give it.
@@ -298,6 +301,7 @@ class Record:
         pooling, and others, which are never pooled.
         """
         self._require_new()
+        step = whole(step)
         added = self._add("layers", plain(rows), step, getattr(rows, "attrs", {}).get("coverage", {}))
         if self.listener is not None:
             self.listener.layers(step, added)
@@ -334,6 +338,7 @@ class Record:
         Further numbers by name, such as grad_norm, are columns of curves too.
         """
         self._require_new()
+        step = whole(step)
         point = self._draw(step, {"train_loss_nats": train_loss, "val_loss_nats": val_loss, "lr": lr, **more})
         self._note({"step": step, "point": {name: value for name, value in point.items() if value is not None}})
         if self.listener is not None:

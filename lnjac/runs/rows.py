@@ -101,6 +101,14 @@ def plain(rows: Rows | pd.DataFrame) -> Rows:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
+def whole(step: Any) -> int:
+    """Return a step as Python's int. Raises ConfigError if it is no whole number."""
+    found = _whole(_scalar(step))
+    if found is None:
+        raise ConfigError(f"step={step!r} is no whole number: give the number of updates done")
+    return found
+
+
 def column_problems(table: str, columns: Sequence[Column], known: Collection[str]) -> Iterator[str]:
     """Yield a line for each of a stranger's columns that cannot be one of a table, which has the columns `known` beside."""
     names = [column.name for column in columns]

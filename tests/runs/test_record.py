@@ -399,6 +399,17 @@ def test_a_loss_that_stays_non_finite_is_a_divergence(tmp_path: Path, caplog: py
     assert (row["diverged_step"], row["train_loss_nats"]) == (4, 0.75)
 
 
+def test_a_step_is_any_whole_number(tmp_path: Path) -> None:
+    with record(tmp_path) as run:
+        for step in (1, np.int64(2), torch.tensor(3)):
+            run.scalars(step, train_loss=0.5)  # type: ignore[arg-type]
+            run.layers([ROW], step)  # type: ignore[arg-type]
+        for wrong in (1.5, None, True, "4"):
+            with pytest.raises(ConfigError, match=r"step=.* is no whole number: give the number of updates done"):
+                run.scalars(wrong, train_loss=0.5)  # type: ignore[arg-type]
+    assert runs.read_table(tmp_path / "curve.parquet")["step"].to_pylist() == [1, 2, 3]
+
+
 def test_points_come_in_any_order_and_a_missing_last_evaluation_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

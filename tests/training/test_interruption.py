@@ -16,6 +16,7 @@ from lnjac.errors import ConfigError
 from lnjac.files import file_sha256
 from lnjac.runs import folder as runs
 from lnjac.runs import state as plan
+from lnjac.runs.record import Record
 from lnjac.training import checkpoint, loop
 from lnjac.training import run as train
 
@@ -174,6 +175,42 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     pd.testing.assert_frame_equal(resumed.curve, whole.curve, check_exact=True)
     for name, value in whole.model().state_dict().items():
         assert torch.equal(value, resumed.model().state_dict()[name]), name
+
+
+@pytest.mark.parametrize("journal", ["whole", "altered", "missing"])
+def test_rows_after_the_checkpoint_are_measured_again(
+    journal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And a checkpoint whose rows are lost is not used."""
+    words = ["steps=6", "diagnostics=trajectory", "eval.every=2", "checkpoint.every=0"]
+    whole = finished(tmp_path / "whole", *words)
+    update, save, cut = loop.Training.update, train.save, tmp_path / "cut"
+
+    def until(self: loop.Training) -> float:
+        if self.updates == 5:
+            raise KeyboardInterrupt
+        return update(self)
+
+    def only_after_two(training: loop.Training, record: Record) -> None:
+        if training.updates == 2:
+            save(training, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Training, "update", until)
+        patch.setattr(train, "save", only_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(compose(*SMALL, *words), cut, corpus())
+    file = cut / runs.JOURNAL
+    content = file.read_bytes()
+    if journal == "altered":
+        file.write_bytes(flipped(content, 8 * 200))
+    elif journal == "missing":
+        file.unlink()
+    resumed = finished(cut, *words)
+    assert resumed.run["resumed_at"][0] == (2 if journal == "whole" else 0)
+    assert ("the run starts anew" in caplog.text) == (journal != "whole")
+    pd.testing.assert_frame_equal(resumed.layers, whole.layers, check_exact=True)
+    pd.testing.assert_frame_equal(resumed.curve, whole.curve, check_exact=True)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "another's", "empty"])
