@@ -51,7 +51,8 @@ class LocalLauncher(Engine):
         if cores() > 1 and self.jobs != 1 and context.get_start_method() == "forkserver":
             from multiprocessing import forkserver
 
-            wanted = getattr(protocol.script(self.task_function), "preload", ("torch",))
+            used = [name for name in ("torch",) if name in sys.modules]  # by the script
+            wanted = getattr(protocol.script(self.task_function), "preload", used)
             context.set_forkserver_preload(["__main__", *wanted, __name__])
             before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is this process's affair
             forkserver.ensure_running()
@@ -144,9 +145,11 @@ def _threads(config: DictConfig) -> int:
 
 
 def _gpu(configs: Sequence[DictConfig]) -> bool:
-    import torch
-
-    return torch.cuda.is_available() and all(OmegaConf.select(config, "device") != "cpu" for config in configs)
+    """Return whether the jobs share a GPU: the script uses torch, which finds one, and no config turns it down."""
+    torch = sys.modules.get("torch")
+    return bool(
+        torch and torch.cuda.is_available() and all(OmegaConf.select(config, "device") != "cpu" for config in configs)
+    )
 
 
 def _processes() -> Any:
@@ -182,9 +185,10 @@ def _work(connection: Any, call: Call, threads: int) -> None:
         signal.signal(signal.SIGTERM, _interrupt)
         threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (its life): lines of several runs would mix; each has its log
-        import torch
-
-        torch.set_num_threads(threads)
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(threads)
+        else:  # the script may import it later
+            os.environ["OMP_NUM_THREADS"] = str(threads)
         connection.send(READY)
         while True:
             job = call(connection.recv())
