@@ -13,6 +13,7 @@ from support.paths import ROOT
 
 from lnjac.cli import main as cli
 from lnjac.config import compose
+from lnjac.machine import cores
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -25,6 +26,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     fast = [item for item in items if not item.get_closest_marker("slow")]
     cuts = [len(fast) * i // n for i in range(n + 1)]
     items[:] = [item for i in range(n) for item in (*slow[i::n], *fast[cuts[i] : cuts[i + 1]])]
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more process than cores, as many tests wait for others' processes."""
+    return cores() + 1
 
 
 @pytest.fixture(scope="session", autouse=True)
