@@ -3,21 +3,16 @@
 import ast
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from support.nanogpt import SCRIPT, WORDS, started, swept
 from support.pages import blocks
 from support.paths import ROOT
 from support.sweeping import science, wait_for
 
 import lnjac
-
-SCRIPT = ROOT / "examples" / "nanogpt" / "train.py"
-SMALL = ("width=16", "layers=1", "heads=2", "context=16", "batch=2", "steps=40", "measure_every=20", "warmup=5")
-WORDS = ("-m", "attention=softmax,sigmoid", "seed=1,2", *SMALL)
 
 
 def test_it_uses_public_names_alone() -> None:
@@ -32,26 +27,6 @@ def test_it_uses_public_names_alone() -> None:
     }
     assert used == {"probe", "record"}
     assert used <= set(lnjac.__all__)
-
-
-def started(folder: Path, *words: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *words],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def swept(folder: Path, *words: str) -> tuple[Path, str]:
-    """Run the sweep to its end; return its folder and what it printed."""
-    process = started(folder, *WORDS, *words)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return folder / "multirun" / "nanogpt", said
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from hydra.test_utils.launcher_common_tests import LauncherTestSuite
-from support import own_script
+from support import nanogpt, own_script
 from support.commands import command
 from support.paths import ROOT
 from support.sweeping import TWO_JOBS, one_job_fails, science, started, sweeper_of, wait_for, workers
@@ -225,6 +225,28 @@ def test_slurm_runs_ones_own_script(tmp_path: Path) -> None:
 @on_ray
 def test_ray_runs_ones_own_script(tmp_path: Path) -> None:
     own_script_under((*RAY, "hydra.launcher.max_retries=0"), tmp_path, "Ray: ")
+
+
+def example_under(engine: tuple[str, ...], tmp_path: Path) -> None:
+    """examples/nanogpt makes the same tables as on the local engine."""
+    tables = []
+    for name, words in (("here", ()), ("there", engine)):
+        (tmp_path / name).mkdir()
+        folder, _ = nanogpt.swept(tmp_path / name, *words)
+        assert (folder / "report.html").exists()
+        tables.append(science(folder / "all.parquet"))
+    for here, there in zip(*tables, strict=True):
+        pd.testing.assert_frame_equal(here, there, check_exact=True)
+
+
+@on_slurm
+def test_slurm_runs_the_example(tmp_path: Path) -> None:
+    example_under(SLURM, tmp_path)
+
+
+@on_ray
+def test_ray_runs_the_example(tmp_path: Path) -> None:
+    example_under(RAY, tmp_path)
 
 
 # Hydra's own conformance suite for launchers
