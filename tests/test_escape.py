@@ -217,12 +217,20 @@ def test_latex_says_what_the_terminal_says(lnjac: Any, tmp_path: Path):
     path = write_study(tmp_path, {"attn_mode": ["sigmoid", "relu_x", "softmax"]}, blocks=1)
     words = ("compare", path, "--by", "attn_mode", "--runs", "--metric", "val_loss_nats")
     _, printed, _ = lnjac(*words, "-o", tmp_path / "x.tex")
-    body = (tmp_path / "x.tex").read_text().split(r"\providecommand{\resizebox}[3]{#3}")[1]
-    for mark, said in ((r"\\allowbreak\{\}", ""), (r"\$-\$", "−"), (r"\\textless\{\}", "<"), (r"\\([_%])", r"\1")):
+    body = (tmp_path / "x.tex").read_text().split(r"\providecommand{\bottomrule}{\hline}")[1]
+    marks = {
+        r"\\allowbreak\{\}": "",
+        r"\$-\$": "−",
+        r" \\cdot 10\^\{(-?)(\d)\}": r"e\g<1>\2",
+        r"\$([^$]*)\$": r"\1",
+        r"\\([_%])": r"\1",
+    }
+    for mark, said in marks.items():
         body = re.sub(mark, said, body)
     rows = [" ".join(line.removesuffix(r"\\").replace("&", " ").split()) for line in body.splitlines() if "&" in line]
     lines = printed.splitlines()
-    assert rows == [" ".join(line.split()) for line in lines[1:5]]
+    first = lines.index("val_loss_nats") + 1
+    assert rows == [" ".join(line.split()) for line in lines[first : first + 4]]
     assert "softmax − sigmoid" in rows[-2] + rows[-1] + rows[1]
     assert r"\textbf{val_loss_nats}" in body
     assert all(f"noindent {line}" in body for line in lines if line.startswith("- "))

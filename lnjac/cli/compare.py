@@ -202,7 +202,8 @@ def _differences(found: "Differences", confidence: float, seeds: bool, what: str
     if rows[["diverged_a", "diverged_b"]].to_numpy().any():
         columns.append(("diverged", "diverged", 0))
     each = found.seeds.rename(columns={"value_a": "mean_a", "value_b": "mean_b"}) if seeds else None
-    return _grids(lines, apart, labels, columns, each, set(rows.index[found.headline()]) if "site" in key else ())
+    strong = set(rows.index[found.headline()]) if "site" in key else set()
+    return _grids(lines, apart, labels, columns, each, strong, spare=("effect", "mean_a", "mean_b", "diverged"))
 
 
 def _slopes(found: "Scaling", confidence: float, seeds: bool) -> list[Grid]:
@@ -224,7 +225,15 @@ def _slopes(found: "Scaling", confidence: float, seeds: bool) -> list[Grid]:
     if found.slopes["curvature"].notna().any():  # else two points a line, through which any line goes
         columns += [("R²", "r2", 3), ("curvature", "curvature", 3), (_percent(confidence), "curving", 0)]
     columns.append(("n", "n", 0))
-    return _grids(lines, apart, named or ["metric"], columns, found.seeds if seeds else None, by=f", by {found.x}")
+    spare = [
+        "curving",
+        "curvature",
+        *(f"x={head}" for head in list(levels)[1:-1]),
+        "r2",
+        *(f"x={head}" for head in levels),
+    ]
+    each = found.seeds if seeds else None
+    return _grids(lines, apart, named or ["metric"], columns, each, by=f", by {found.x}", spare=spare)
 
 
 def _grids(
@@ -235,17 +244,19 @@ def _grids(
     seeds: "pd.DataFrame | None",
     strong: Collection[Any] = (),
     by: str = "",
+    spare: Sequence[str] = (),
 ) -> list[Grid]:
     """Return a table for each metric and each value of `apart`: a line for each row, and under it one for each seed.
 
-    The index of `seeds` is the number of the row.
+    The index of `seeds` is the number of the row. `spare` names values that a narrow terminal may leave out, in that order.
     """
     below: dict[Any, list[Row]] = {} if seeds is None else {at: _records(part) for at, part in seeds.groupby(level=0)}
-    heads = [*labels, *(head for head, *_ in columns)]
+    heads, names = [*labels, *(head for head, *_ in columns)], [*labels, *(name for _, name, _ in columns)]
+    ends = [names.index(name) for name in dict.fromkeys(spare) if name in names]
     found: dict[str, Grid] = {}
     for at, row in enumerate(lines):
         title = " ".join([row["metric"], *(f"{name}={row[name]}" for name in apart)]) + by
-        grid = found.setdefault(title, Grid(title, heads, len(labels), [], set()))
+        grid = found.setdefault(title, Grid(title, heads, len(labels), [], set(), ends))
         if at in strong:
             grid.strong.add(len(grid.lines))
         for one in (row, *below.get(at, ())):

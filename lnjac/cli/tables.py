@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,13 +21,22 @@ FORMATS = (".csv", ".md", ".tex", ".parquet")
 
 
 class Grid(NamedTuple):
-    """A table of text under its title: `labels` columns of names, then numbers; `strong` lines are the headline."""
+    """A table of text under its title: `labels` columns of names, then numbers; `strong` lines are the headline.
+
+    `spare` are columns that a narrow terminal may leave out, the least needed first.
+    """
 
     title: str
     heads: list[str]
     labels: int
     lines: list[list[str]]
     strong: set[int]
+    spare: Sequence[int] = ()
+
+    def text(self, without: Collection[int] = ()) -> str:
+        """Return the heads and lines in aligned columns, some of which may be left out."""
+        kept = [[cell for i, cell in enumerate(line) if i not in without] for line in (self.heads, *self.lines)]
+        return aligned(kept, self.labels)
 
     def escaped(self, escape: Callable[[str], str]) -> "Grid":
         """Return the grid with each of its texts escaped."""
@@ -40,16 +49,30 @@ Part = str | Grid
 
 
 def show(parts: Iterable[Part]) -> None:
-    """Print lines and tables; on a terminal the headline is bold."""
-    terminal = sys.stdout.isatty()
+    """Print lines and tables; on a terminal the headline is bold, and columns that it has no room for are left out."""
+    terminal, left_out = sys.stdout.isatty(), list[str]()
+    width = shutil.get_terminal_size().columns if terminal else sys.maxsize
     for part in parts:
         if isinstance(part, str):
             print(visible(part))
             continue
-        head, *lines = aligned([part.heads, *part.lines], part.labels).split("\n")
+        without = _without(part, width)
+        left_out += [part.heads[i] for i in without]
+        head, *lines = part.text(without).split("\n")
         bold = part.strong if terminal else set()
         lines = [f"\x1b[1m{line}\x1b[0m" if i in bold else line for i, line in enumerate(lines)]
         print(visible(part.title), head, *lines, "", sep="\n")
+    if left_out:
+        names = ", ".join(dict.fromkeys(map(visible, left_out)))
+        print(f"- left out, as the terminal is {width} characters wide: {names}; -o FILE.csv has them")
+
+
+def _without(grid: Grid, width: int) -> list[int]:
+    """Return the fewest of the spare columns without which the table is no wider than this, or all of them."""
+    for n in range(len(grid.spare)):
+        if max(map(len, grid.text(grid.spare[:n]).split("\n"))) <= width:
+            return list(grid.spare[:n])
+    return list(grid.spare)
 
 
 def show_wrapped(sentence: str) -> None:
@@ -119,17 +142,22 @@ def _markdown(part: Part) -> str:
 ROWS_OF_A_PAGE = 36
 """Lines of a table in LaTeX, after which it is continued in another: a table cannot be broken between pages."""
 
-LATEX_BEGIN = r"""% A document of its own, or part of another by \input; there the package graphicx shrinks wide tables.
+LATEX_BEGIN = r"""% A document of its own, or part of another by \input.
+% There the package graphicx shrinks wide tables, and booktabs draws their rules.
 \makeatletter
 \def\lnjacend{}
 \ifx\@nodocument\relax\else
   \documentclass{article}
   \usepackage{graphicx}
+  \IfFileExists{booktabs.sty}{\usepackage{booktabs}}{}
   \begin{document}
   \def\lnjacend{\end{document}}
 \fi
 \makeatother
 \providecommand{\resizebox}[3]{#3}
+\providecommand{\toprule}{\hline}
+\providecommand{\midrule}{\hline}
+\providecommand{\bottomrule}{\hline}
 """
 
 
@@ -143,14 +171,38 @@ def _latex_line(text: str) -> str:
     return f"{{\\raggedright\\noindent {latex_paragraph(text)}\\par}}" if text else "\\medskip"
 
 
+def _latex_cell(text: str) -> str:
+    """Return a cell for LaTeX; the numbers of an interval, a bound or a value stand in maths, where `-` is a minus sign."""
+    if not re.fullmatch(rf"<?{_NUMBER}( to {_NUMBER})?", text):
+        return latex(text)
+    return re.sub(rf"<?{_NUMBER}", lambda found: f"${re.sub('e(.*)', _power, found[0])}$", text)
+
+
+_NUMBER = r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+
+
+def _power(found: "re.Match[str]") -> str:
+    return rf" \cdot 10^{{{int(found[1])}}}"
+
+
 def _latex_table(grid: Grid) -> str:
-    title, grid = latex_paragraph(grid.title), grid.escaped(latex)
+    title, grid = latex_paragraph(grid.title), grid.escaped(_latex_cell)
     sides = "l" * grid.labels + "r" * (len(grid.heads) - grid.labels)
     found = []
     for first in range(0, len(grid.lines), ROWS_OF_A_PAGE):
         rows = [grid.heads, *grid.lines[first : first + ROWS_OF_A_PAGE]]
         head, *lines = [" & ".join(re.sub("^  ", r"\\quad ", cell) for cell in row) + r" \\" for row in rows]
-        inside = "\n".join([rf"\begin{{tabular}}{{@{{}}{sides}@{{}}}}", head, r"\hline", *lines, r"\end{tabular}"])
+        inside = "\n".join(
+            [
+                rf"\begin{{tabular}}{{@{{}}{sides}@{{}}}}",
+                r"\toprule",
+                head,
+                r"\midrule",
+                *lines,
+                r"\bottomrule",
+                r"\end{tabular}",
+            ]
+        )
         said = title + (" (continued)" if first else "")
         found.append(
             f"{{\\raggedright\\noindent\\textbf{{{said}}}\\par\\nobreak\\smallskip\\noindent\n"

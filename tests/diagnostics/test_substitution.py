@@ -479,5 +479,5 @@ def test_a_run_with_swaps_trains_as_without_and_writes_their_table(tmp_path: Pat
     assert not swaps.duplicated(["run_id", "diag_id", "step", "place", "surrogate", "radial", "part"]).any()
     assert set(swaps["surrogate"]) == {*SURROGATES, "partial_radial", "exact"}
     assert swaps["precond_cos"].notna().groupby(swaps["step"]).any().tolist() == [False, True, True, True]
-    with pytest.raises(lnjac.errors.ConfigError, match="has no table swaps, but layers, curves, runs:"):
+    with pytest.raises(lnjac.errors.ConfigError, match="has no table swaps, but layers, runs, curves:"):
         off.table("swaps")
