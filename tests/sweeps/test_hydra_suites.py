@@ -4,13 +4,26 @@ They look for jobs in the folders that Hydra numbers, so they run under Hydra's 
 which runs in this process in any case.
 """
 
+from collections.abc import Iterator
+
 import pytest
+from hydra import version
 from hydra.core.plugins import Plugins
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
 
 from lnjac.sweeps.launchers.local import LocalLauncher
 
 pytestmark = pytest.mark.filterwarnings("ignore:Future Hydra versions")  # its apps name no version
+
+
+@pytest.fixture(autouse=True)
+def _oldest_version() -> Iterator[None]:
+    """Hydra behaves as in a new process, whatever version an earlier test has asked for."""
+    base = version.VersionBase.instance()
+    before = base.getbase()
+    version.setbase("1.1")
+    yield
+    base.version_base = before
 
 
 def test_hydra_finds_the_launcher() -> None:
