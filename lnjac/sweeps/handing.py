@@ -58,7 +58,10 @@ class HandOver(Callback):
                 log.info("dry_run: the config is sound; nothing was started")
                 sys.exit(0)
         values = resolved(own, execution)[0]  # without problems: they were looked for before
-        given = handed.Handed(Path(config.hydra.runtime.output_dir), values, execution)
+        steering = settings.short_keys(config)
+        words = [word for word in config.hydra.overrides.task if word.partition("=")[0].lstrip("+") not in steering]
+        command = (f"{config.hydra.job.name}.py", *words)
+        given = handed.Handed(Path(config.hydra.runtime.output_dir), values, execution, command)
         handed.hand(given)
         self.finished = runs.read_status(given.folder).get("status") in runs.FINISHED
 

@@ -1,8 +1,11 @@
 """A script of somebody else's under the sweeper: planned by its config alone, handed its runs, and held to what it left."""
 
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -55,6 +58,13 @@ def test_a_sweep_makes_each_run_once_and_merges(folder: Path, launcher: tuple[st
     for path in folders(folder / "multirun/A").values():
         identity = runs.read_status(path)
         assert path.name == f"{identity['run_id']}-{identity['diag_id']}"
+    configs = pd.read_parquet(folder / "multirun/A/all.configs.parquet")
+    assert {tuple(json.loads(words)) for words in configs["command"]} == {
+        ("train.py", f"lr={lr}", f"seed={seed}") for lr in ("1e-3", "3e-3") for seed in (1, 2)
+    }
+    line = [sys.executable, "-m", "lnjac", "command", "multirun/A/all.parquet", configs["run_id"][0]]
+    told = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert re.match(r"python train.py lr=[13]e-3 seed=[12]\n# run_id ", told)
     again = sweep(folder, "lr=1e-3,3e-3", "seed=1,2,3", "how=raise before", "paths.job=9", *launcher)
     assert "6 jobs: 2 to do (4 done)" in again.stdout  # how and paths are no part of a run
     assert "2 of 6 jobs failed" in again.stderr
