@@ -60,11 +60,11 @@ def test_a_sweep_makes_each_run_once_and_merges(folder: Path, launcher: tuple[st
         assert path.name == f"{identity['run_id']}-{identity['diag_id']}"
     configs = pd.read_parquet(folder / "multirun/A/all.configs.parquet")
     assert {tuple(json.loads(words)) for words in configs["command"]} == {
-        ("train.py", f"lr={lr}", f"seed={seed}") for lr in ("1e-3", "3e-3") for seed in (1, 2)
+        ("train.py", f"lr={lr}", f"seed={seed}") for lr in ("0.001", "0.003") for seed in (1, 2)
     }
     line = [sys.executable, "-m", "lnjac", "command", "multirun/A/all.parquet", configs["run_id"][0]]
     told = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=True).stdout
-    assert re.match(r"python train.py lr=[13]e-3 seed=[12]\n# run_id ", told)
+    assert re.match(r"python train.py lr=0.00[13] seed=[12]\n# run_id ", told)
     again = sweep(folder, "lr=1e-3,3e-3", "seed=1,2,3", "how=raise before", "paths.job=9", *launcher)
     assert "6 jobs: 2 to do (4 done)" in again.stdout  # how and paths are no part of a run
     assert "2 of 6 jobs failed" in again.stderr
