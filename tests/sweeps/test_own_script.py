@@ -174,6 +174,27 @@ def test_a_script_that_sweeps_when_imported_is_told(folder: Path, config_path: s
     assert "under `if __name__ ==" in done.stderr
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sweep_ends_at_its_first_failed_run_if_told_so(folder: Path, processes: int) -> None:
+    words = ("seed=1,2,3,4,5,6", f"hydra.launcher.jobs={processes}", "hydra.sweeper.stop_on_failure=true", "pause=0.1")
+    done = sweep(folder, *words, "how=raise before" if processes == 1 else "how=exit")
+    assert done.returncode == 1
+    assert "1 of 6 jobs failed:" in done.stderr
+    n = 6 - processes  # the one beside it may end
+    assert f"{n} were not started: run the same command with hydra.sweeper.sweep=A to go on" in done.stderr
+    assert statuses(folder) == (["failed"] if processes == 1 else ["done", "failed"])
+    assert not list(folder.glob("multirun/A/.stop*"))
+    again = sweep(folder, *words, "how=record")
+    assert again.returncode == 0, again.stderr
+    assert statuses(folder) == ["done"] * 6
+
+
+def test_hydras_own_launchers_cannot_be_stopped(folder: Path) -> None:
+    refused = sweep(folder, "seed=1,2", "hydra.sweeper.stop_on_failure=true", "hydra/launcher=basic")
+    assert (refused.returncode, (folder / "multirun").exists()) == (1, False)
+    assert refused.stderr.startswith("hydra.sweeper.stop_on_failure=true needs one of lnjac's launchers: choose hydra/")
+
+
 def test_an_app_with_short_words_of_its_own(folder: Path) -> None:
     config = folder / "code/conf/config.yaml"
     words = "sweep: B\ndry_run: false\nhydra: {sweeper: {sweep: '${sweep}', dry_run: '${dry_run}', report: off}}\n"
