@@ -28,10 +28,10 @@ class HandOver(Callback):
     """Keys that the script names, as its sweeper knows them: a job's process on a cluster may not import the script."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        word = settings.key(config, "sweep")
         given = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
-        if meant := [said for said in given if said.startswith(f"{word}=")]:
-            sys.exit(f"{meant[0]} names the folder of a sweep, but this command makes a single run: add -m")
+        for name, what in (("sweep", "names the folder"), ("zip", "gives values")):
+            if meant := [said for said in given if said.startswith(f"{settings.key(config, name)}=")]:
+                sys.exit(f"{meant[0]} {what} of a sweep, but this command makes a single run: add -m")
         try:
             require_folder(Path(config.hydra.run.dir), "hydra.run.dir")
         except CompactHydraException as error:

@@ -56,6 +56,7 @@ class Sweeper(HydraSweeper):
         report: `auto` writes a report at the end, where the package that draws it is installed; or `off`.
         params: values to sweep by key, beside those of the command line.
         stop_on_failure: start no further run after one has failed.
+        zip: values that move together, a mapping for each place; the product is taken with them.
     """
 
     hydra_context: HydraContext
@@ -70,10 +71,12 @@ class Sweeper(HydraSweeper):
         report: Any,
         params: Mapping[str, Any] | None = None,
         stop_on_failure: Any = False,
+        zip: Any = None,
     ) -> None:
         self.name, self.retry_failed, self.stop_on_failure, self.dry_run = sweep, retry_failed, stop_on_failure, dry_run
         self.report = "off" if report is False else report  # as yaml reads off
         self.params = params or {}
+        self.zip = OmegaConf.to_container(zip, resolve=True) if OmegaConf.is_config(zip) else zip
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         from hydra.core.plugins import Plugins
@@ -182,8 +185,12 @@ class Sweeper(HydraSweeper):
     def _grid(self, arguments: Sequence[str]) -> list[list[str]]:
         composer = self._composer()
         params = composer.as_typed([f"{key}={value}" for key, value in self.params.items()])
-        whole = {*composer.whole, *settings.short_keys(self.config)}
-        return grid.grid([*params, *arguments], composer, whole)
+        whole, key = {*composer.whole, *settings.short_keys(self.config)}, self.key("zip")
+        one_zip = [
+            o.input_line for o in composer.read(arguments) if o.key_or_group == key and not o.is_sweep_override()
+        ]
+        own = [word for word in arguments if word not in one_zip]
+        return grid.grid([*params, *own], composer, whole, grid.require_zipped(self.zip, key))
 
     def _admitted(self, words: Sequence[list[str]], folder: Path) -> "list[Job]":
         """Compose and check every job; raise CompactHydraException, with all bad ones listed, before any is started."""
