@@ -8,7 +8,7 @@ import typer
 
 from lnjac.cli import options, tables
 from lnjac.cli.tables import Grid, Part
-from lnjac.text import word
+from lnjac.text import listed, word
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from lnjac.comparing.compare import Differences
     from lnjac.comparing.scaling import Scaling
+    from lnjac.comparing.tables import Choices
 
 commands = typer.Typer(rich_markup_mode=None)
 
@@ -34,6 +35,7 @@ def compare(
     interval: options.Kind = "t",
     confidence: options.Confidence = 0.95,
     margin: options.Margin = None,
+    tune: options.Tune = "",
     as_json: options.AsJson = False,
     output: options.Output = None,
 ) -> None:
@@ -44,20 +46,24 @@ def compare(
         lnjac compare all.parquet --by attn_mode --metric radial_share --where "method == 'fa'"
         lnjac compare multirun/A multirun/B --by method --runs --reference bp --seeds
         lnjac compare all.parquet --by attn_mode --runs --margin 0.05
+        lnjac compare all.parquet --by attn_mode --runs --tune optimizer.lr
     """
     from lnjac.comparing import compare as comparing
     from lnjac.comparing.floor import floor
     from lnjac.comparing.tables import open_tables
+    from lnjac.comparing.tune import tuned
     from lnjac.reporting.sentences import of_differences, of_floor
 
     metrics, table, how = options.names(metric), "runs" if runs else "layers", options.inference(interval, confidence)
     opened = open_tables(sources)
+    if tune:
+        opened, where = tuned(opened, options.names(tune), by=[by], where=where), None
     found = comparing.compare(
         opened, by, metrics=metrics, table=table, at=at, where=where, reference=reference, how=how, margin=margin
     )
     ground = of_floor(floor(opened, where=where, how=how)) if comparing.LOSS in found.units else []
     said = [*ground, *of_differences(found)]
-    parts = [*_differences(found, confidence, seeds), *_notes(found.notes)]
+    parts = [*_choices(found.choices), *_differences(found, confidence, seeds), *_notes(found.notes)]
     _answer(found.seeds if seeds else found.rows, said, parts, _plain(found, seeds), output, as_json)
 
 
@@ -74,6 +80,7 @@ def cost(
     interval: options.Kind = "t",
     confidence: options.Confidence = 0.95,
     margin: options.Margin = None,
+    tune: options.Tune = "",
     as_json: options.AsJson = False,
     output: options.Output = None,
 ) -> None:
@@ -92,15 +99,18 @@ def cost(
     from lnjac.comparing.compare import LOSS
     from lnjac.comparing.floor import floor
     from lnjac.comparing.tables import open_tables
+    from lnjac.comparing.tune import tuned
     from lnjac.reporting.sentences import of_costs, of_floor
 
     how, opened = options.inference(interval, confidence), open_tables(sources)
+    if tune:
+        opened, where = tuned(opened, options.names(tune), by=["ln_backward", *filter(None, [by])], where=where), None
     found = comparing.cost(opened, by=by, metric=metric, where=where, reference=reference, how=how, margin=margin)
     ground = of_floor(floor(opened, where=where, how=how), costs=True) if metric == LOSS else []
     compared = {"cost": found.costs}
     if found.differences is not None:
         compared["difference of costs"] = found.differences
-    parts: list[Part] = []
+    parts: list[Part] = [*_choices(found.costs.choices)]
     for what, one in compared.items():
         none = f"no {what}: no ln_backward ran at two levels of {found.by} with its exact twin"
         parts += _differences(one, confidence, seeds, what) or [none]
@@ -164,11 +174,30 @@ def _answer(
 
 
 def _plain(found: "Differences", seeds: bool) -> dict[str, Any]:
-    return {"rows": found.rows, "notes": found.notes} | ({"seeds": found.seeds} if seeds else {})
+    plain = {"rows": found.rows, "notes": found.notes} | ({"seeds": found.seeds} if seeds else {})
+    return plain | ({"choices": vars(found.choices)} if found.choices else {})
 
 
 def _notes(notes: Sequence[str]) -> list[Part]:
     return [f"- {note}" for note in notes]
+
+
+def _choices(found: "Choices | None") -> list[Grid]:
+    """Return the table of chosen values, if any were."""
+    if found is None:
+        return []
+    title = f"{', '.join(found.keys)} chosen on seeds {listed(found.tuning)}"
+    heads = [*found.levels, *found.keys, "val loss", "tried", "edge"]
+    lines = [
+        [
+            *(word(row[name]) for name in (*found.levels, *found.keys)),
+            f"{row['val_loss_nats']:.5g}",
+            str(row["tried"]),
+            row["edge"],
+        ]
+        for row in _records(found.rows)
+    ]
+    return [Grid(title, heads, len(found.levels), lines, set())]
 
 
 # An answer as tables

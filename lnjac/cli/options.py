@@ -31,6 +31,14 @@ Margin = Annotated[
         show_default=False,
     ),
 ]
+Tune = Annotated[
+    str,
+    typer.Option(
+        help="Swept columns, separated by commas: give each level its best value of them, by the mean validation loss of "
+        "the lower half of the seeds, and compare on the others.",
+        show_default=False,
+    ),
+]
 RTol = Annotated[float, typer.Option(min=0, help="Relative difference up to which numbers are equal.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Output = Annotated[

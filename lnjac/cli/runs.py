@@ -1,4 +1,4 @@
-"""Commands about runs as they are: merge, show, diff."""
+"""Commands about runs as they are: merge, show, command, diff."""
 
 import math
 import sys
@@ -15,7 +15,9 @@ from lnjac.escape import visible
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
+    from lnjac.runs.read import Contents
     from lnjac.runs.schema import Known
 
 commands = typer.Typer(rich_markup_mode=None)
@@ -63,7 +65,8 @@ def show(
     """
     from lnjac.text import layer_table, listed
 
-    one, layers, known = _one_run(folder, run)
+    one, found = _one_run(folder, run)
+    layers, known = _of(one, found.tables["layers"]), found.known["runs"]
     steps = sorted(layers["step"].unique().tolist())
     if step is not None and step not in steps:
         raise ConfigError(f"{folder} was not measured at step {step}: choose one of {listed(steps) or 'no step'}")
@@ -73,6 +76,26 @@ def show(
         return
     print(visible(_headline(one, known)))
     print(layer_table(layers) if len(layers) else "no norms were measured")
+
+
+@commands.command()
+def command(
+    table: Annotated[Path, typer.Argument(help="A merged table, a sweep's folder or a run's.")],
+    run: Annotated[str, typer.Argument(help="The start of its run_id (or run_id/diag_id).", metavar="RUN_ID")],
+    as_json: AsJson = False,
+) -> None:
+    """Print the command that makes a run again, and where it was made; the first line can be pasted into a shell.
+
+    \b
+    Example:
+        lnjac command all.parquet 3f2a
+    """
+    from lnjac.cli.again import told
+    from lnjac.runs.configs import CONFIGS
+
+    one, found = _one_run(table, run, option="")
+    said = told(one, _of(one, found.tables[CONFIGS]) if CONFIGS in found.tables else None, table)
+    print(ascii_json(said._asdict()) if as_json else "\n".join(map(visible, said.lines())))
 
 
 @commands.command()
@@ -108,8 +131,8 @@ def diff(
         sys.exit(1)
 
 
-def _one_run(folder: Path, run: str | None) -> "tuple[pd.Series[Any], pd.DataFrame, Known]":
-    """Return the row of the run that is meant, the rows of its norms, and the described columns of runs."""
+def _one_run(folder: Path, run: str | None, option: str = "by --run ") -> "tuple[pd.Series[Any], Contents]":
+    """Return the row of the run that is meant, and the tables that hold it; `option` tells how a run is named."""
     from lnjac.runs.folder import read_status
     from lnjac.runs.read import Unfit, read, search
     from lnjac.runs.schema import OWNER
@@ -122,17 +145,26 @@ def _one_run(folder: Path, run: str | None) -> "tuple[pd.Series[Any], pd.DataFra
     source = found.sources[0]
     if len(found.sources) > 1:
         status = [read_status(each.path) for each in found.sources]
-        source = found.sources[_chosen([[str(each.get(key, "?")) for key in OWNER] for each in status], run, folder)]
+        source = found.sources[
+            _chosen([[str(each.get(key, "?")) for key in OWNER] for each in status], run, folder, option)
+        ]
     try:
-        tables, known = read(source)
+        contents = read(source)
     except Unfit as error:
         raise ConfigError(f"{source.path}: {error}") from None
-    every, layers = (tables[name].to_pandas() for name in ("runs", "layers"))
-    one = every.iloc[_chosen(every[list(OWNER)].to_numpy().tolist(), run, folder)]
-    return one, layers[(layers[list(OWNER)] == one[list(OWNER)]).all(axis=1)], known["runs"]
+    every = contents.tables["runs"].to_pandas()
+    return every.iloc[_chosen(every[list(OWNER)].to_numpy().tolist(), run, folder, option)], contents
 
 
-def _chosen(ids: Sequence[Sequence[str]], run: str | None, folder: Path) -> int:
+def _of(one: "pd.Series[Any]", table: "pa.Table") -> "pd.DataFrame":
+    """Return the rows of a run."""
+    from lnjac.runs.schema import OWNER
+
+    rows: pd.DataFrame = table.to_pandas()
+    return rows[(rows[list(OWNER)] == one[list(OWNER)]).all(axis=1)]
+
+
+def _chosen(ids: Sequence[Sequence[str]], run: str | None, folder: Path, option: str) -> int:
     """Return the index of the run that `run`, the start of run_id/diag_id, means; the only one need not be named."""
     from lnjac.text import listed
 
@@ -146,7 +178,7 @@ def _chosen(ids: Sequence[Sequence[str]], run: str | None, folder: Path) -> int:
     choice = [ids[i] for i in found or range(len(ids))]
     alike = [one for one, _ in choice]
     short = [one if alike.count(one) == 1 else f"{one}/{other}" for one, other in choice]
-    raise ConfigError(f"{wrong}: choose one by --run from {listed(short)}")
+    raise ConfigError(f"{wrong}: choose one {option}from {listed(short)}")
 
 
 def _headline(run: "pd.Series[Any]", known: "Known") -> str:

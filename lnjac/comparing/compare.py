@@ -6,7 +6,7 @@ Arms meet within a cell, their runs are paired by seed, and the differences are 
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import combinations
 from typing import Any
@@ -17,17 +17,18 @@ import pandas as pd
 
 from lnjac.comparing import intervals as stats
 from lnjac.comparing.experiment import LAST_NORM, Measurements, arrange, by_seed, words
+from lnjac.comparing.experiment import LOSS as LOSS
 from lnjac.comparing.intervals import STUDENT, Inference
 from lnjac.comparing.notes import Moving, about, capped, confounded, few_seeds
 from lnjac.comparing.pairing import CORNERS, Contrast, Pairing, corners_of, families, pair
 from lnjac.comparing.shown import Shown
-from lnjac.comparing.tables import Sources, open_tables
+from lnjac.comparing.tables import Choices, Sources, open_tables
+from lnjac.comparing.tune import tuned
 from lnjac.errors import ConfigError
 from lnjac.text import listed, word
 
 LAYER_METRICS = ("radial_share", "cos_center_vs_true", "flat_cos_ste", "sigma_mean")
 RUN_METRICS = ("val_loss_nats", "train_loss_nats")
-LOSS = "val_loss_nats"
 EXACT = "exact"
 
 
@@ -52,6 +53,7 @@ class Differences(Shown):
         runs: The number of runs chosen.
         diverged: How many of them diverged, and are in no mean.
         notes: What a reader must know: what was paired, is missing, or diverged.
+        choices: The values that were chosen for each level before they were compared, if any were.
     """
 
     rows: pd.DataFrame
@@ -64,6 +66,7 @@ class Differences(Shown):
     runs: int
     diverged: int
     notes: list[str]
+    choices: Choices | None = None
 
     def headline(self) -> npt.NDArray[np.bool_]:
         """Mark the rows to name first: LAST_NORM, and the norm with the largest difference of each comparison.
@@ -91,6 +94,7 @@ def compare(
     reference: str | None = None,
     how: Inference = STUDENT,
     margin: float | None = None,
+    tune: Sequence[str] = (),
 ) -> Differences:
     """Compare the levels of a column with each other, within each cell of all other columns that vary.
 
@@ -108,6 +112,8 @@ def compare(
         how: The kind of interval and its confidence.
         margin: The smallest difference that would matter, in the metrics' unit: each is then judged equivalent, different or
             undecided by two one-sided tests.
+        tune: Columns of the config whose best value each level gets, by the mean validation loss of the lower half of the
+            seeds; the levels are then compared on the other seeds (`lnjac.comparing.tune`).
 
     Returns:
         The differences in the metrics' own units, every seed's values, and notes.
@@ -121,10 +127,14 @@ def compare(
     """
     require_margin(margin)
     chosen = metrics or (LAYER_METRICS if table == "layers" else RUN_METRICS)
-    found = arrange(open_tables(sources), [by], chosen, table=table, at=at, where=where)
+    tables = open_tables(sources)
+    if tune:
+        tables, where = tuned(tables, tune, by=[by], where=where), None
+    found = arrange(tables, [by], chosen, table=table, at=at, where=where)
     levels = found.levels[by]
     pairs = pairs_of(levels, by, reference)
-    return differences(found, [Contrast(levels[a], levels[b], [(a,), (b,)], {}) for a, b in pairs], how, margin)
+    contrasts = [Contrast(levels[a], levels[b], [(a,), (b,)], {}) for a, b in pairs]
+    return replace(differences(found, contrasts, how, margin), choices=tables.choices)
 
 
 def require_margin(margin: float | None) -> None:

@@ -1,5 +1,6 @@
 """Compute the cost of each backward, which is its loss minus the exact one's, and how costs differ between levels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lnjac.comparing.compare import EXACT, LOSS, Differences, compare, differences, pairs_of
@@ -8,6 +9,7 @@ from lnjac.comparing.intervals import STUDENT, Inference
 from lnjac.comparing.pairing import Contrast
 from lnjac.comparing.shown import Shown
 from lnjac.comparing.tables import Sources, open_tables
+from lnjac.comparing.tune import tuned
 from lnjac.errors import ConfigError
 
 
@@ -35,6 +37,7 @@ def cost(
     reference: str | None = None,
     how: Inference = STUDENT,
     margin: float | None = None,
+    tune: Sequence[str] = (),
 ) -> Costs:
     """Return the cost of each backward: its runs' loss minus the exact one's, paired by seed, within each cell.
 
@@ -49,6 +52,8 @@ def cost(
         how: The kind of interval and its confidence.
         margin: The smallest cost or difference that would matter, in the loss's unit: each is then judged equivalent,
             different or undecided by two one-sided tests.
+
+        tune: Columns of the config whose best value each backward gets at each level, as in `lnjac.compare`.
 
     Returns:
         The costs, and their differences between the levels of `by` (softmax − sigmoid).
@@ -69,6 +74,8 @@ def cost(
         raise ConfigError(
             "these runs have no ln_backward, whose costs there could be: compare their losses by `lnjac compare --runs`"
         )
+    if tune:
+        tables, where = tuned(tables, tune, by=["ln_backward", *filter(None, [by])], where=where), None
     costs = compare(
         tables, "ln_backward", metrics=[metric], table="runs", where=where, reference=EXACT, how=how, margin=margin
     )

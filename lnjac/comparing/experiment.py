@@ -20,6 +20,7 @@ from lnjac.runs import folder as runs
 from lnjac.runs.schema import FROZEN, Known, with_role
 from lnjac.text import exact, listed, word
 
+LOSS = "val_loss_nats"
 LAST_NORM = "ln_f"
 """The norm before the head, which a headline names wherever it was measured."""
 

@@ -102,7 +102,7 @@ def _same_task(moving: str) -> bool:
 
 def _above_bigram(trained: pd.DataFrame, vary: list[str], exact: bool, how: Inference) -> Floor | None:
     """Return the losses minus the corpus's bigram loss, by cell; None where there is no number to compare."""
-    if "bigram_nats" not in trained:
+    if "bigram_nats" not in trained or trained["bigram_nats"].isna().all():
         return None
     known = trained[trained["bigram_nats"].notna()].drop_duplicates("run_id")
     if known.empty:

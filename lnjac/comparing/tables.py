@@ -25,6 +25,26 @@ from lnjac.runs.schema import FROZEN, SCHEMA_VERSION, Known, describe, described
 
 
 @dataclass(frozen=True)
+class Choices:
+    """Values that were chosen for each arm on some seeds (`lnjac.comparing.tune`).
+
+    Attributes:
+        keys: The tuned columns.
+        levels: The columns that tell arms apart.
+        tuning: The seeds that chose.
+        compared: The other seeds.
+        rows: A row for each arm: `levels`, the chosen value of each of `keys`, `val_loss_nats` (its mean over the tuning
+            seeds), `tried` (how many values the arm was run at), `edge` (which keys are at the lowest or highest of those).
+    """
+
+    keys: list[str]
+    levels: list[str]
+    tuning: list[Any]
+    compared: list[Any]
+    rows: pd.DataFrame
+
+
+@dataclass(frozen=True)
 class MergedTables:
     """The tables of one merge, which are read when they are needed.
 
@@ -39,6 +59,8 @@ class MergedTables:
     warnings: list[str]
     temporary: Any = field(default=None, repr=False)
     """The temporary folder of the tables, which is deleted with this object."""
+    choices: Choices | None = field(default=None, repr=False)
+    """What was tuned, if these are the runs at chosen values."""
 
     def columns(self, table: str) -> list[str]:
         """Return the names of a table's columns."""

@@ -42,6 +42,11 @@ def compose(*overrides: str) -> RunConfig:
     return _composer(CONF, changed_ns).compose(overrides).build()
 
 
+def file_of(group: str, name: str) -> Path:
+    """Return the yaml file of a group's member."""
+    return CONF / folder_of(group) / f"{name}.yaml"
+
+
 @lru_cache(1)
 def _composer(folder: Path, changed_ns: int) -> "RunComposer":
     """Return the composer of a folder's files as they were at that time: an edited, new or deleted file needs another."""

@@ -28,7 +28,7 @@ from lnjac.diagnostics.settings import Diagnostics
 from lnjac.errors import ConfigError
 from lnjac.gpt.settings import Model, Precision
 
-SWEEP = ("sweep", "retry_failed", "dry_run", "report")
+SWEEP = ("sweep", "retry_failed", "stop_on_failure", "dry_run", "report", "zip")
 """The keys of a whole sweep, which are no part of a run's config."""
 
 MISSING = "???"

@@ -14,6 +14,7 @@ from lnjac.comparing.cost import Costs
 from lnjac.comparing.floor import FROZEN, Floor
 from lnjac.comparing.intervals import Inference
 from lnjac.comparing.scaling import Scaling
+from lnjac.comparing.tables import Choices
 from lnjac.norms.formulas import BACKWARDS
 from lnjac.reporting.wording import (
     ALONE,
@@ -346,7 +347,7 @@ def of_costs(found: Costs) -> list[str]:
         said += (
             _against_margin(apart if apart is not None else costs, pairs or every) if len(pairs or every) > 1 else []
         )
-    doubts = _doubts(costs, every)
+    doubts = of_tuning(costs.choices) + _doubts(costs, every)
     return said + doubts + [line for line in (_doubts(apart, pairs) if apart is not None else []) if line not in doubts]
 
 
@@ -417,6 +418,20 @@ def _paid(row: Row, numbers: Numbers, cells: Sequence[str]) -> str:
 # Differences between levels
 
 
+def of_tuning(found: Choices | None) -> list[str]:
+    """Say which values were chosen before levels were compared, one by one if they are few, else how many."""
+    if found is None:
+        return []
+    rows = records(found.rows)
+    values = [joined([f"{key}={word(row[key])}" for key in found.keys]) for row in rows]
+    told = [f"{value} {place(row, found.levels)}".rstrip() for value, row in zip(values, rows, strict=True)]
+    which = joined(told) if len(told) <= MOST_PARTS else f"{len({*values})} values at {len(rows)} levels"
+    by = counted(len(found.tuning), "other seed")
+    text = f"Compared at each level's best {joined(found.keys)}, chosen on {by}: {which}"
+    edge = sum(map(bool, found.rows["edge"]))
+    return [f"{text}{f'; {edge} of these are at the edge of the values that were run' if edge else ''}."]
+
+
 def of_differences(found: Differences) -> list[str]:
     """Say how levels differ in each metric, row by row if there are one or two, else the range and the largest."""
     said: list[str] = []
@@ -434,7 +449,7 @@ def of_differences(found: Differences) -> list[str]:
             else [_pairs(f"in {name}", one, own, found.cells)]
         )
         said += _enough(one, known)
-    return said + _doubts(found, rows)
+    return said + of_tuning(found.choices) + _doubts(found, rows)
 
 
 def _lost(rows: Sequence[Row], by: str) -> str:

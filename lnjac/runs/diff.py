@@ -14,6 +14,7 @@ import pyarrow as pa
 from lnjac.columns import KEY
 from lnjac.errors import ConfigError
 from lnjac.runs.combine import differences, science
+from lnjac.runs.configs import CONFIGS
 from lnjac.runs.frames import contents
 from lnjac.runs.merge import RTOL
 from lnjac.runs.merged import finish, layers_file
@@ -72,7 +73,7 @@ def diff(one: Merge, other: Merge, rtol: float = RTOL) -> list[Difference]:
     """
     first, second = _merge(one), _merge(other)
     found = []
-    for name in in_order({**first.tables, **second.tables}):
+    for name in in_order({**first.tables, **second.tables}.keys() - {CONFIGS}):  # run_id stands for a config's science
         one_table = first.tables[name] if name in first.tables else second.tables[name][:0]
         other_table = second.tables[name] if name in second.tables else one_table[:0]
         known = {**second.known.get(name, {}), **first.known.get(name, {})}

@@ -11,6 +11,8 @@ class Handed(NamedTuple):
     folder: Path
     config: Mapping[str, Any]
     execution: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    """The script's file name, and the words that it was started with by Hydra."""
 
 
 _given: Handed | None = None

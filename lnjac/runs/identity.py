@@ -167,7 +167,7 @@ def _clashes(names: Sequence[str]) -> Iterator[str]:
 
 def _path_problems(columns: Sequence[tuple[Column, Any]]) -> Iterator[str]:
     """One line for all absolute paths: they differ between machines, and the identity with them."""
-    paths = [(column.name, text) for column, value in columns for text in _texts(value) if _is_absolute(text)]
+    paths = [(column.name, text) for column, value in columns for text in _texts(value) if is_absolute(text)]
     if paths:
         names = ", ".join(map(repr, dict(paths)))
         yield (
@@ -184,6 +184,7 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts(inner)
 
 
-def _is_absolute(text: str) -> bool:
+def is_absolute(text: str) -> bool:
+    """Return whether a text is an absolute path, of this system or another."""
     home = text == "~" or text.startswith("~/")
     return home or PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()

@@ -19,6 +19,7 @@ from lnjac.errors import ConfigError
 from lnjac.escape import visible
 from lnjac.runs import folder as runs
 from lnjac.runs.combine import Combined, Stacked, combine
+from lnjac.runs.configs import CONFIGS
 from lnjac.runs.merged import companion, finish, layers_file, replacing, report_file
 from lnjac.runs.parallel import read_all
 from lnjac.runs.read import Skip, Unfit, read_noted, search
@@ -52,10 +53,10 @@ class MergeReport:
 
     def lines(self) -> list[str]:
         """The report for a reader; skipped ones are all named in `to_json` only, where there are very many."""
-        rows = ", ".join(f"{n} rows of {name}" for name, n in self.rows.items())
+        rows = ", ".join(f"{n} rows of {name}" for name, n in self.rows.items() if name != CONFIGS)
         found = [f"{self.output}: {self.merged} of {self.found} runs found, {rows}"]
         if any(self.duplicates.values()):
-            rows = ", ".join(f"{n} rows of {name}" for name, n in self.duplicates.items())
+            rows = ", ".join(f"{n} rows of {name}" for name, n in self.duplicates.items() if name != CONFIGS)
             found.append(f"duplicates: {rows} were there already with equal science; the earlier run is kept")
         found += [f"skipped {line}" for line in by_reason(self.skipped)]
         return list(map(visible, found + [f"warning: {text}" for text in self.warnings]))
@@ -90,8 +91,8 @@ def merge(
 
     Args:
         sources: What to merge, in any mix.
-        output: X.parquet, for the rows of layers. Beside it are written X.runs.parquet, X.curves.parquet, X.NAME.parquet for
-            each table in long form that has rows, and X.merge.json, the report.
+        output: X.parquet, for the rows of layers. Beside it are written X.runs.parquet, X.curves.parquet, X.configs.parquet,
+            X.NAME.parquet for each table in long form that has rows, and X.merge.json, the report.
         strict: Whether no run may be skipped.
         rtol: The relative difference up to which two measurements of a run are equal.
         progress: Called as progress(done, total) while sources are read.

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from lnjac.columns import KEY, Column
 from lnjac.errors import ConfigError
 from lnjac.files import why
+from lnjac.runs import configs
 from lnjac.runs import folder as runs
 from lnjac.runs.merged import companion, finish, layers_file
 from lnjac.runs.schema import CORE, NEEDED, OWNER, SCHEMA_VERSION, Known, described, with_role
@@ -152,7 +153,7 @@ def read(source: Source) -> Contents:
 
 
 def _of_run(folder: Path) -> Contents:
-    sha256, found = _finished(folder).get("sha256"), Contents({}, {})
+    sha256, found, notes = _finished(folder).get("sha256"), Contents({}, {}), dict[str, dict[str, Any]]()
     if not isinstance(sha256, dict):
         raise Unfit(f"{runs.STATUS} lists no files")
     written = [file.removesuffix(".parquet") for file in sha256 if file.endswith(".parquet")]
@@ -163,11 +164,13 @@ def _of_run(folder: Path) -> Contents:
         except OSError as error:
             raise Unfit(_unread(path, error)) from None
         found.tables[name], note = read_checked(path, name, merged=False, blob=blob)
-        found.known[name] = described(name, note)
+        found.known[name], notes[name] = described(name, note), note
         if sha256.get(path.name) != hashlib.sha256(blob).hexdigest():
             raise Unfit(f"{path.name} is not the file that the run wrote: its SHA-256 differs from {runs.STATUS}'s")
     if (n_runs := found.tables["runs"].num_rows) != 1:
         raise Unfit(f"holds {n_runs} runs")
+    found.tables[configs.CONFIGS] = configs.of_run(found.tables["runs"], notes["runs"])
+    found.known[configs.CONFIGS] = configs.KNOWN
     return found
 
 

@@ -18,6 +18,7 @@ from lnjac.columns import Column
 from lnjac.errors import ConfigError
 from lnjac.norms import formulas
 from lnjac.runs import folder as runs
+from lnjac.runs.configs import CONFIGS
 from lnjac.runs.handed import given
 from lnjac.runs.identity import Identified, identify
 from lnjac.runs.journal import Damaged, Journal, read
@@ -85,7 +86,9 @@ def record(
     folder, described = _described(folder, config, seed, execution)
     problems = []
     for table, columns in (tables or {}).items():
-        if table not in CORE and (not table.isidentifier() or f"{table}.parquet" in runs.FILES.values()):
+        if table not in CORE and (
+            not table.isidentifier() or f"{table}.parquet" in runs.FILES.values() or table == CONFIGS
+        ):
             problems.append(f"{table!r} cannot be a table's name: choose another word of letters, digits and _")
         of_config = [column.name for column, _ in described.columns] if table in ("layers", "runs") else []
         known = [column.name for column in _declared(table)]
@@ -95,7 +98,9 @@ def record(
         problems += of_tracker({column.name: value for column, value in described.columns}) if of_tracker else []
     if problems:
         raise ConfigError("\n".join(problems))
-    note = {"config": described.config}
+    note: dict[str, Any] = {"config": described.config}
+    if (handed := given()) and handed.command:
+        note["command"] = list(handed.command)
     if described.execution:
         note["execution"] = json.loads(json.dumps(described.execution, default=str))
     made = Record(

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from decimal import Decimal
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hydra.core.override_parser.types import FloatRange, Override, RangeSweep
 from hydra.errors import CompactHydraException
@@ -16,8 +16,16 @@ if TYPE_CHECKING:
     from lnjac.config.compose import Composer
 
 
-def grid(words: Sequence[str], composer: "Composer", whole: Collection[str] = ()) -> list[list[str]]:
+def grid(
+    words: Sequence[str], composer: "Composer", whole: Collection[str] = (), zipped: Sequence[Mapping[str, Any]] = ()
+) -> list[list[str]]:
     """Return each job's words: the cartesian product of all swept values, but for keys of the `whole` sweep.
+
+    Args:
+        words: those of the command.
+        composer: by which they are read.
+        whole: keys that cannot take several values.
+        zipped: values that move together, one mapping for each place; they are one more factor of the product.
 
     Raises:
         CompactHydraException: there is no such product, or it is empty.
@@ -28,7 +36,44 @@ def grid(words: Sequence[str], composer: "Composer", whole: Collection[str] = ()
         values[key] = [f"{key}={value}" for value in _values(override, whole)]
     if not all(values.values()):
         raise CompactHydraException("the sweep has no jobs: does a glob() or range() in it match nothing?")
-    return [list(job) for job in product(*values.values())]
+    given = {key.lstrip("+~") for key in values}
+    for name in zipped[0] if zipped else ():
+        if name in whole:
+            raise CompactHydraException(_of_whole(name))
+        if name in given:
+            raise CompactHydraException(f"{name} is given among the zipped values and by itself: give it in one place")
+    places = [_together(place, composer) for place in zipped] or [[]]
+    return [[*job, *place] for job in product(*values.values()) for place in places]
+
+
+def _together(place: Mapping[str, Any], composer: "Composer") -> list[str]:
+    from lnjac.config.command import text
+
+    return composer.as_typed([f"{key}={text(value)}" for key, value in place.items()])
+
+
+def require_zipped(given: Any, key: str) -> list[dict[str, Any]]:
+    """Return the values that move together, a mapping for each place; none if none are given.
+
+    Raises:
+        CompactHydraException: they are no list of mappings, all with the same keys.
+    """
+    if given is None:
+        return []
+    shape = f"write {key}=[{{A:1,B:2}},{{A:3,B:4}}], with an entry for each pair of values"
+    if not isinstance(given, list) or not given or not all(isinstance(place, dict) and place for place in given):
+        raise CompactHydraException(f"{key}={given} is no list of mappings: {shape}")
+    for number, place in enumerate(given, 1):
+        if place.keys() != given[0].keys():
+            one, other = (", ".join(map(str, keys)) for keys in (given[0], place))
+            raise CompactHydraException(
+                f"entry {number} of {key} gives {other}, the first gives {one}: give the same keys in each"
+            )
+    return given
+
+
+def _of_whole(key: str) -> str:
+    return f"{key} belongs to the sweep as a whole and cannot take several values: run one sweep for each value"
 
 
 def _values(override: Override, whole: Collection[str]) -> Iterator[str]:
@@ -37,9 +82,7 @@ def _values(override: Override, whole: Collection[str]) -> Iterator[str]:
         return
     key = override.get_key_element().lstrip("+")
     if key in whole:
-        raise CompactHydraException(
-            f"{key} belongs to the sweep as a whole and cannot take several values: run one sweep for each value"
-        )
+        raise CompactHydraException(_of_whole(key))
     if override.is_interval_sweep():
         raise CompactHydraException(f"{key} is swept over an interval: use choice(), range() or a list of values")
     if isinstance(swept := override.value(), RangeSweep) and isinstance(swept.range(), FloatRange):

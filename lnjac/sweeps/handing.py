@@ -28,10 +28,10 @@ class HandOver(Callback):
     """Keys that the script names, as its sweeper knows them: a job's process on a cluster may not import the script."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        word = settings.key(config, "sweep")
         given = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
-        if meant := [said for said in given if said.startswith(f"{word}=")]:
-            sys.exit(f"{meant[0]} names the folder of a sweep, but this command makes a single run: add -m")
+        for name, what in (("sweep", "names the folder"), ("zip", "gives values")):
+            if meant := [said for said in given if said.startswith(f"{settings.key(config, name)}=")]:
+                sys.exit(f"{meant[0]} {what} of a sweep, but this command makes a single run: add -m")
         try:
             require_folder(Path(config.hydra.run.dir), "hydra.run.dir")
         except CompactHydraException as error:
@@ -58,7 +58,10 @@ class HandOver(Callback):
                 log.info("dry_run: the config is sound; nothing was started")
                 sys.exit(0)
         values = resolved(own, execution)[0]  # without problems: they were looked for before
-        given = handed.Handed(Path(config.hydra.runtime.output_dir), values, execution)
+        steering = settings.short_keys(config)
+        words = [word for word in config.hydra.overrides.task if word.partition("=")[0].lstrip("+") not in steering]
+        command = (f"{config.hydra.job.name}.py", *words)
+        given = handed.Handed(Path(config.hydra.runtime.output_dir), values, execution, command)
         handed.hand(given)
         self.finished = runs.read_status(given.folder).get("status") in runs.FINISHED
 

@@ -12,7 +12,7 @@ from lnjac.config.compose import Composed
 from lnjac.escape import visible
 from lnjac.runs import folder as runs
 from lnjac.runs import state as states
-from lnjac.sweeps.protocol import UNRECORDED, Planned
+from lnjac.sweeps.protocol import UNRECORDED, UNSTARTED, Planned
 
 log = logging.getLogger("lnjac.sweeps")
 
@@ -114,5 +114,5 @@ def unfinished(jobs: Sequence[Job]) -> list[str]:
     return [
         visible(f"  {job.name}: {(job.state.reason or job.state.name).splitlines()[0]} ({job.folder})")
         for job in jobs
-        if not job.state.finished and job.state.name not in (runs.RUNNING, UNRECORDED)
+        if not job.state.finished and job.state.name not in (runs.RUNNING, UNRECORDED, UNSTARTED)
     ]

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 UNRECORDED = "unrecorded"
 """State of a job whose script ended well, but wrote no run into its folder."""
 
+UNSTARTED = "not started"
+"""State of a job that was not begun, as another one had failed."""
+
 
 class Planned(NamedTuple):
     """One run of the script, as it is known before it starts.

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-NAMES = ("sweep", "retry_failed", "dry_run", "report")
+NAMES = ("sweep", "retry_failed", "stop_on_failure", "dry_run", "report", "zip")
 
 
 def key(config: DictConfig, name: str) -> str:

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lnjac.sweeps import grid, own_script, protocol, settings
 from lnjac.sweeps.handing import HandOver
 from lnjac.sweeps.launchers.engine import Engine, reason, require_folder
-from lnjac.sweeps.protocol import UNRECORDED
+from lnjac.sweeps.protocol import UNRECORDED, UNSTARTED
 
 if TYPE_CHECKING:
     from lnjac.config.compose import Composer
@@ -55,6 +55,8 @@ class Sweeper(HydraSweeper):
         dry_run: print what there is to do, and start nothing.
         report: `auto` writes a report at the end, where the package that draws it is installed; or `off`.
         params: values to sweep by key, beside those of the command line.
+        stop_on_failure: start no further run after one has failed.
+        zip: values that move together, a mapping for each place; the product is taken with them.
     """
 
     hydra_context: HydraContext
@@ -62,11 +64,19 @@ class Sweeper(HydraSweeper):
     launcher: Launcher
 
     def __init__(
-        self, sweep: Any, retry_failed: Any, dry_run: Any, report: Any, params: Mapping[str, Any] | None = None
+        self,
+        sweep: Any,
+        retry_failed: Any,
+        dry_run: Any,
+        report: Any,
+        params: Mapping[str, Any] | None = None,
+        stop_on_failure: Any = False,
+        zip: Any = None,
     ) -> None:
-        self.name, self.retry_failed, self.dry_run = sweep, retry_failed, dry_run
+        self.name, self.retry_failed, self.stop_on_failure, self.dry_run = sweep, retry_failed, stop_on_failure, dry_run
         self.report = "off" if report is False else report  # as yaml reads off
         self.params = params or {}
+        self.zip = OmegaConf.to_container(zip, resolve=True) if OmegaConf.is_config(zip) else zip
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         from hydra.core.plugins import Plugins
@@ -129,7 +139,10 @@ class Sweeper(HydraSweeper):
                 len(jobs),
             )
         if failed := of_jobs.unfinished(jobs):
-            raise CompactHydraException(f"{len(failed)} of {len(jobs)} jobs failed:\n" + "\n".join(failed))
+            lines = [f"{len(failed)} of {len(jobs)} jobs failed:", *failed]
+            if n := sum(job.state.name == UNSTARTED for job in jobs):
+                lines.append(f"{n} were not started: run the same command with {self._same(folder)} to go on")
+            raise CompactHydraException("\n".join(lines))
         return [returned]
 
     def key(self, name: str) -> str:
@@ -145,9 +158,14 @@ class Sweeper(HydraSweeper):
 
     def _folder(self) -> Path:
         """Return the sweep's own folder, its name and the sweep's other settings checked."""
-        for name in ("retry_failed", "dry_run"):
+        for name in ("retry_failed", "stop_on_failure", "dry_run"):
             if not isinstance(value := getattr(self, name), bool):
                 raise CompactHydraException(f"{self.key(name)}={value} must be true or false")
+        if self.stop_on_failure and not isinstance(self.launcher, Engine):
+            raise CompactHydraException(
+                f"{self.key('stop_on_failure')}=true needs one of lnjac's launchers: choose hydra/launcher=local, "
+                "slurm or ray"
+            )
         if self.report not in ("auto", "off"):
             raise CompactHydraException(f"{self.key('report')}={self.report} must be auto or off")
         _require_name(self.name, self.key("sweep"))
@@ -168,8 +186,12 @@ class Sweeper(HydraSweeper):
     def _grid(self, arguments: Sequence[str]) -> list[list[str]]:
         composer = self._composer()
         params = composer.as_typed([f"{key}={value}" for key, value in self.params.items()])
-        whole = {*composer.whole, *settings.short_keys(self.config)}
-        return grid.grid([*params, *arguments], composer, whole)
+        whole, key = {*composer.whole, *settings.short_keys(self.config)}, self.key("zip")
+        one_zip = [
+            o.input_line for o in composer.read(arguments) if o.key_or_group == key and not o.is_sweep_override()
+        ]
+        own = [word for word in arguments if word not in one_zip]
+        return grid.grid([*params, *own], composer, whole, grid.require_zipped(self.zip, key))
 
     def _admitted(self, words: Sequence[list[str]], folder: Path) -> "list[Job]":
         """Compose and check every job; raise CompactHydraException, with all bad ones listed, before any is started."""
@@ -243,6 +265,7 @@ class Sweeper(HydraSweeper):
 
     def _launch(self, jobs: "Sequence[Job]") -> list[JobReturn]:
         """Run the jobs. Whatever ends a job's process or the launcher, each is accounted for in its own status."""
+        from lnjac.runs.state import State
         from lnjac.sweeps.jobs import settle
 
         reasons: dict[Path, str] = {}
@@ -250,6 +273,7 @@ class Sweeper(HydraSweeper):
         try:
             if isinstance(self.launcher, Engine):
                 configs = [self._full(job) for job in jobs]  # large, so made when they are needed
+                self.launcher.stop_on_failure = self.stop_on_failure
                 returned = list(self.launcher.launch_composed(configs))
             else:
                 words = [[*job.overrides, f"hydra.sweep.subdir={job.folder.name}"] for job in jobs]
@@ -257,7 +281,7 @@ class Sweeper(HydraSweeper):
             reasons = {
                 job.folder: reason(back)
                 for job, back in zip(jobs, returned, strict=True)
-                if back.status != JobStatus.COMPLETED
+                if back.status == JobStatus.FAILED
             }
         except CompactHydraException:
             raise
@@ -265,7 +289,11 @@ class Sweeper(HydraSweeper):
             log.exception("the launcher failed")
             reasons = dict.fromkeys((job.folder for job in jobs), f"the launcher failed: {error}")
         ended_well = {job.folder for job in jobs[: len(returned)]} - set(reasons)
+        unstarted = {job.folder for job, back in zip(jobs, returned, strict=False) if back.status == JobStatus.UNKNOWN}
         for job in jobs:
+            if job.folder in unstarted:
+                job.state = State(UNSTARTED)
+                continue
             settle(
                 job, reasons.get(job.folder, "its process ended without a result"), ended_well=job.folder in ended_well
             )

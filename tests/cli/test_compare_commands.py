@@ -356,3 +356,25 @@ def test_diff_of_what_is_no_merge_is_refused(merged: Any, tmp_path: Path):
     assert done.exit_code == 2
     assert done.stdout == ""
     assert RUNNER.invoke(cli.app, ["diff", str(merged("b")), str(tmp_path / "nowhere")]).exit_code == 2
+
+
+def test_what_was_tuned_is_shown_and_is_in_json(tmp_path: Path) -> None:
+    rates = {"softmax": 0.001, "sigmoid": 0.01}
+    rows = [
+        run(seed, 2.0 + (rate != best) + seed / 8 * (mode == "softmax"), attn_mode=mode, optimizer__lr=rate)
+        for mode, best in rates.items()
+        for rate in (0.0001, 0.001, 0.01, 0.1)
+        for seed in (1, 2, 3, 4)
+    ]
+    words = ["compare", study(tmp_path, rows).path, "--by", "attn_mode", "--runs", "--tune", "optimizer.lr"]
+    words += ["--metric", "val_loss_nats"]
+    lines = call(*words).splitlines()
+    first = lines.index("optimizer.lr chosen on seeds 1, 2")
+    assert [line.split() for line in lines[first + 2 : first + 4]] == [
+        ["softmax", "0.001", "2.1875", "4"],
+        ["sigmoid", "0.01", "2", "4"],
+    ]
+    found = json.loads(call(*words, "--json"))
+    assert found["choices"]["keys"] == ["optimizer.lr"]
+    assert {row["attn_mode"]: row["optimizer.lr"] for row in found["choices"]["rows"]} == rates
+    assert [row["n"] for row in found["rows"]] == [2]

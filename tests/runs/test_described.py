@@ -206,7 +206,7 @@ def test_an_unknown_table_is_merged_by_the_keys_that_it_describes(tmp_path: Path
         ["softmax-1", "y", 2.0],
         ["softmax-2", "x", 3.0],
     ]
-    assert load_run(make_with_config(one)).table("shapes")["width"].tolist() == [1.0, 2.0]
+    assert load_run(one).table("shapes")["width"].tolist() == [1.0, 2.0]
     first, again = tmp_path / "first.parquet", tmp_path / "again.parquet"
     merge([one], first)
     merge([first, tmp_path / "s"], again)

@@ -80,7 +80,11 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed in (1, 2, 3):
             train(folder / "runs" / f"{activation}{seed}", activation, seed)
     report = lnjac.merge([str(folder / "runs")], str(folder / "all.parquet"))
-    assert (report.merged, report.skipped, report.rows) == (6, [], {"layers": 24, "runs": 6, "curves": 24})
+    assert (report.merged, report.skipped, report.rows) == (
+        6,
+        [],
+        {"layers": 24, "runs": 6, "curves": 24, "configs": 6},
+    )
     return folder / "all.parquet"
 
 

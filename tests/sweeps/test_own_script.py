@@ -1,8 +1,11 @@
 """A script of somebody else's under the sweeper: planned by its config alone, handed its runs, and held to what it left."""
 
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -55,6 +58,13 @@ def test_a_sweep_makes_each_run_once_and_merges(folder: Path, launcher: tuple[st
     for path in folders(folder / "multirun/A").values():
         identity = runs.read_status(path)
         assert path.name == f"{identity['run_id']}-{identity['diag_id']}"
+    configs = pd.read_parquet(folder / "multirun/A/all.configs.parquet")
+    assert {tuple(json.loads(words)) for words in configs["command"]} == {
+        ("train.py", f"lr={lr}", f"seed={seed}") for lr in ("0.001", "0.003") for seed in (1, 2)
+    }
+    line = [sys.executable, "-m", "lnjac", "command", "multirun/A/all.parquet", configs["run_id"][0]]
+    told = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert re.match(r"python train.py lr=0.00[13] seed=[12]\n# run_id ", told)
     again = sweep(folder, "lr=1e-3,3e-3", "seed=1,2,3", "how=raise before", "paths.job=9", *launcher)
     assert "6 jobs: 2 to do (4 done)" in again.stdout  # how and paths are no part of a run
     assert "2 of 6 jobs failed" in again.stderr
@@ -162,6 +172,27 @@ def test_a_script_that_sweeps_when_imported_is_told(folder: Path, config_path: s
     assert done.returncode == 1
     assert said in done.stderr
     assert "under `if __name__ ==" in done.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sweep_ends_at_its_first_failed_run_if_told_so(folder: Path, processes: int) -> None:
+    words = ("seed=1,2,3,4,5,6", f"hydra.launcher.jobs={processes}", "hydra.sweeper.stop_on_failure=true", "pause=0.1")
+    done = sweep(folder, *words, "how=raise before" if processes == 1 else "how=exit")
+    assert done.returncode == 1
+    assert "1 of 6 jobs failed:" in done.stderr
+    n = 6 - processes  # the one beside it may end
+    assert f"{n} were not started: run the same command with hydra.sweeper.sweep=A to go on" in done.stderr
+    assert statuses(folder) == (["failed"] if processes == 1 else ["done", "failed"])
+    assert not list(folder.glob("multirun/A/.stop*"))
+    again = sweep(folder, *words, "how=record")
+    assert again.returncode == 0, again.stderr
+    assert statuses(folder) == ["done"] * 6
+
+
+def test_hydras_own_launchers_cannot_be_stopped(folder: Path) -> None:
+    refused = sweep(folder, "seed=1,2", "hydra.sweeper.stop_on_failure=true", "hydra/launcher=basic")
+    assert (refused.returncode, (folder / "multirun").exists()) == (1, False)
+    assert refused.stderr.startswith("hydra.sweeper.stop_on_failure=true needs one of lnjac's launchers: choose hydra/")
 
 
 def test_an_app_with_short_words_of_its_own(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import secrets
 import sys
 import time
 from abc import abstractmethod
@@ -39,6 +40,11 @@ class Engine(Launcher):
     elsewhere = False
     """Whether jobs run on other machines, whose hardware cannot be checked from here."""
 
+    stop_on_failure = False
+    """Whether no job is begun after one has failed."""
+    stop: Path | None = None
+    """The file that appears when no further job is to begin: jobs elsewhere see it too, since they write beside it."""
+
     hydra_context: HydraContext
     task_function: TaskFunction
     config: DictConfig
@@ -51,7 +57,10 @@ class Engine(Launcher):
         return self.launch_composed([load(self.config, list(words)) for words in job_overrides], initial_job_idx)
 
     def launch_composed(self, configs: Sequence[DictConfig], first: int = 0) -> Sequence[JobReturn]:
-        """Run jobs that are composed already; `first` is the number of the first one in the sweep."""
+        """Run jobs that are composed already; `first` is the number of the first one in the sweep.
+
+        With `stop_on_failure`, a job that was not begun has the status UNKNOWN.
+        """
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         for number, config in enumerate(configs, first):
@@ -60,11 +69,25 @@ class Engine(Launcher):
         names = _names([list(filter_overrides(config.hydra.overrides.task)) for config in configs])
         returned: dict[int, JobReturn] = {}
         started = time.monotonic()
-        with closing(self.map(configs)) as outcomes:
-            for i, job in outcomes:
-                returned[i] = job
-                done, outcome, after_s = len(returned), _outcome(job, configs[i]), time.monotonic() - started
-                log.info("[%d/%d] %s after %.0f s: #%d %s", done, len(configs), outcome, after_s, first + i, names[i])
+        if self.stop_on_failure and configs:
+            self.stop = Path(configs[0].hydra.sweep.dir).absolute() / f".stop-{secrets.token_hex(8)}"
+        try:
+            with closing(self.map(configs)) as outcomes:
+                for i, job in outcomes:
+                    returned[i] = job
+                    if job.status == JobStatus.UNKNOWN:
+                        continue
+                    done = sum(one.status != JobStatus.UNKNOWN for one in returned.values())
+                    outcome, after_s = _outcome(job, configs[i]), time.monotonic() - started
+                    log.info(
+                        "[%d/%d] %s after %.0f s: #%d %s", done, len(configs), outcome, after_s, first + i, names[i]
+                    )
+                    if self.stop and job.status == JobStatus.FAILED and not self.stop.exists():
+                        log.warning("no further job is started, as one has failed; those that run may end")
+                        self.stop.touch()
+        finally:
+            if self.stop:
+                self.stop.unlink(missing_ok=True)
         return [returned[i] for i in range(len(configs))]
 
     @abstractmethod
@@ -88,6 +111,7 @@ class Call:
     def __init__(self, engine: Engine) -> None:
         self.hydra_context, self.task_function = engine.hydra_context, engine.task_function
         self.cwd = Path.cwd()  # relative paths mean the same on every machine
+        self.stop = engine.stop
 
     def __reduce__(self) -> Any:
         sent = io.BytesIO()
@@ -99,6 +123,8 @@ class Call:
 
         console.steady()  # a cluster's job has a standard output of its own
         os.chdir(self.cwd)
+        if self.stop and self.stop.exists():
+            return not_started(config)
         return run_job(
             hydra_context=self.hydra_context,
             task_function=self.task_function,
@@ -156,6 +182,13 @@ def lost(config: DictConfig, why: str) -> JobReturn:
     """Return the outcome of a job whose process ended without giving one."""
     job = JobReturn(overrides=list(config.hydra.overrides.task), status=JobStatus.FAILED)
     job.return_value = Failure(why)
+    return job
+
+
+def not_started(config: DictConfig) -> JobReturn:
+    """Return the outcome of a job that was not begun."""
+    job = JobReturn(overrides=list(config.hydra.overrides.task), status=JobStatus.UNKNOWN)
+    job.return_value = Failure("it was not started")
     return job
 
 
