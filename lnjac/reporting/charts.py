@@ -1,8 +1,7 @@
 """The charts of a report: each is one function that makes a frame of a view and draws it, registered in `CHARTS`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,44 +10,39 @@ import pandas as pd
 from lnjac.comparing import compare
 from lnjac.comparing import cost as costs
 from lnjac.comparing import scaling as slopes
-from lnjac.comparing.compare import LOSS
+from lnjac.comparing.compare import EXACT, LOSS, RUN_METRICS
 from lnjac.comparing.experiment import LAST_NORM
+from lnjac.comparing.floor import FROZEN
+from lnjac.comparing.intervals import STUDENT
 from lnjac.errors import ConfigError
 from lnjac.reporting import marks
-from lnjac.reporting.marks import choices
-from lnjac.reporting.view import ENRICHMENTS, SAME, View, arranged, beside, finite, thinned
+from lnjac.reporting.marks import Levels, choices
+from lnjac.reporting.view import ENRICHMENTS, MOST, SAME, View, arranged, finite, thinned
+from lnjac.runs.folder import DIVERGED
 from lnjac.text import word
 
-MOST_LINES = 4
-"""Comparisons up to which every norm is drawn; beyond, only those of a comparison's headline."""
 MOST_STEPS = 40
 MOST_ROWS = 16_000
-"""Rows of the curves behind a map, so that a page stays small whatever the number of runs."""
-
-
-class Answer(NamedTuple):
-    """A table that stays in sight below a chart, with its title and notes."""
-
-    title: str
-    table: pd.DataFrame
-    notes: Sequence[str]
+"""Rows of one chart, so that a page stays small whatever the number of runs."""
+MOST_LINES = 7
+"""Levels whose lines are drawn: as many as differ in colour."""
+BREAKS = (-4, -3, -2, -1, 1, 2, 3, 4)
+"""Standard deviations at which the shades of a map change."""
 
 
 class Drawing(NamedTuple):
-    """A chart with its caption, notes and folded tables of the same numbers.
+    """A chart with its caption, its numbers and notes.
 
-    `choices` holds the values that a reader may choose among by the parameter of their name. If a drawing `follows`, its
-    table has only the rows that are chosen. A `wide` one is scrolled on a narrow page.
+    `table` holds the numbers, of which a page shows the first of those that are chosen; `seeds` those of every seed. The
+    values in `choices` are what a reader may choose among, by the parameter of their name.
     """
 
     picture: marks.Picture
     caption: str
-    tables: Mapping[str, pd.DataFrame]
+    table: pd.DataFrame
     notes: Sequence[str] = ()
     choices: Mapping[str, Sequence[str]] = {}
-    answer: Answer | None = None
-    wide: bool = False
-    follows: bool = False
+    seeds: pd.DataFrame | None = None
 
 
 class Need(NamedTuple):
@@ -69,39 +63,36 @@ class Need(NamedTuple):
         frame = view.runs if self.table == "runs" else view.merged.frame(self.table, known)
         return any(frame[name].nunique() >= self.least for name in known)
 
+    def lacking(self, view: View) -> str:
+        """Return what is lacking; the command that gives it is one of lnjac's own trainer."""
+        held = list(view.runs) if self.table == "runs" else view.merged.columns(self.table)
+        if not {*self.columns} & {*held}:
+            return f"these runs have no column {' or '.join(self.columns)}"
+        return self.otherwise if view.ours else self.otherwise.partition(": ")[0]
+
 
 class Chart(NamedTuple):
     """A kind of chart that merged tables may have.
 
-    `title` heads the section of a page, which charts of one title share; `summary` tells one line of what is drawn. A page
-    draws each of `metrics`, where None stands for all that belong together.
+    `title` heads the section of a page, which charts of one title share; `summary` tells one line of what is drawn.
     """
 
     name: str
     title: str
     summary: str
     needs: Sequence[Need]
-    metrics: Sequence[str | None]
     function: Callable[..., Drawing]
 
     def draw(self, view: View, metric: str | None = None) -> Drawing:
-        """Draw a metric, or the first of the chart's own.
+        """Draw one metric, or all that belong together, among which a reader may choose.
 
         Raises:
             ConfigError: If the view has not all that the chart needs.
         """
         for need in self.needs:
             if not need.met(view):
-                raise ConfigError(need.otherwise)
-        return self.function(view, metric or self.metrics[0])
-
-    def drawings(self, view: View) -> "Iterator[Drawing | str]":
-        """Draw each metric; a drawing that cannot be made is a line that names the reason."""
-        for metric in self.metrics:
-            try:
-                yield self.draw(view, metric)
-            except ConfigError as error:
-                yield str(error)
+                raise ConfigError(need.lacking(view))
+        return self.function(view, metric)
 
 
 CHARTS: dict[str, Chart] = {}
@@ -110,23 +101,29 @@ CHARTS: dict[str, Chart] = {}
 Function = Callable[..., Drawing]
 
 
-def chart(
-    name: str, title: str, *, needs: Sequence[Need], metrics: Sequence[str | None] = (None,), **options: Any
-) -> Callable[[Function], Function]:
-    """Register a function of a view and a metric as a chart; further options are passed to it."""
+def chart(name: str, title: str, *, needs: Sequence[Need] = (), **options: Any) -> Callable[[Function], Function]:
+    """Register a function of a view and a metric, or None, as a chart; further options are passed to it."""
 
     def register(function: Function) -> Function:
         summary = (function.__doc__ or "").partition("\n")[0]
-        CHARTS[name] = Chart(name, title, summary, needs, metrics, partial(function, **options))
+        CHARTS[name] = Chart(name, title, summary, needs, partial(function, **options))
         return function
 
     return register
+
+
+def lead(view: View, drawn: Sequence[str]) -> str | None:
+    """Return the name of the chart that shows the answer, of those that can be drawn; None if there is none."""
+    of_size = [name for name, size in SIZES.items() if size == view.by and view.runs[size].nunique() > 2]
+    order = [*of_size, "cost", "ranking", "headline", "depth", "losses", "diverged"]
+    return next((name for name in order if name in drawn), None)
 
 
 NORMS = Need("layers", ["site"], 1, "no norm of these runs was measured: leave diagnostics=off out")
 LEVELS = Need(
     "runs", ["level"], 2, "one level alone was run: python run.py -m attn_mode=softmax,sigmoid seed=1,2,3 runs two"
 )
+MANY = Need("runs", ["level"], MOST + 1, f"no more than {MOST} levels were run, which are compared in pairs")
 BACKWARDS = Need(
     "runs",
     ["ln_backward"],
@@ -136,270 +133,502 @@ BACKWARDS = Need(
 RECORDED = Need(
     "curves", ["step"], 2, "losses were recorded at one step alone: python run.py eval.every=50 records more"
 )
-ENRICHED = Need("layers", ENRICHMENTS, 1, "no enrichment was measured in these runs: leave diagnostics=off out")
 
 _RESULTS = ["difference", "low", "high", "p", "p_adjusted", "family", "effect", "agreement", "n"]
 _EFFECT = "effect: d_z, the mean difference in its standard deviations over seeds; Hedges' g where unpaired"
 _NO_PAIRS = "no two levels have a number to compare: did all runs of one diverge?"
 
 
-@chart("headline", "Comparison", needs=[LEVELS], metrics=(LOSS, "radial_share", "cos_center_vs_true"))
-def headline(view: View, metric: str) -> Drawing:
-    """Differences between levels, every seed of them, at each norm or at the norms that differ most."""
-    found = _compared(view, metric)
-    rows = found.rows.assign(headline=found.headline())
-    rows, seeds = (_in_words(part[part["metric"] == metric], found.cells) for part in (rows, found.seeds))
-    if rows["difference"].isna().all():
-        raise ConfigError(_NO_PAIRS)
-    own, site, pairs = ["cell"] * bool(found.cells), ["site"] * ("site" in rows), rows["pair"].unique()
-    few = len(rows[["cell", "pair"]].drop_duplicates()) <= MOST_LINES
-    place, level = (site, ["pair"] * (len(pairs) > 1) + own) if few and site else (own + site, [])
-    for frame in (rows, seeds):
-        frame["place"], frame["level"] = _joined(frame, place or ["cell"]), _joined(frame, level or ["pair"])
-    shown = rows if few else rows[rows["headline"]]
-    at, notes = "", [*found.notes, _EFFECT]
-    if len(shown) < len(rows):
-        last = f"at {LAST_NORM} and " if (shown["site"] == LAST_NORM).any() else ""
-        at = f" {last}at the norm where it is largest"
-        notes.append(
-            "the largest is chosen by its size: its adjusted p, over all norms, allows for that, its interval does not"
-        )
-    picture = marks.dots(
-        seeds.merge(shown[["place", "level"]]).dropna(subset="difference")[["place", "level", "seed", "difference"]],
-        shown.rename(columns={"difference": "mean"})[["place", "level", "mean", "low", "high"]],
-        by="difference",
-        title=f"{metric}: {pairs[0]}" if len(pairs) == 1 else f"difference of {metric}",
-    )
-    caption = f"Difference of {metric}{at} between levels of {view.by}: every seed, the mean, its 95% interval."
-    tables = {
-        "Table": rows[[*own, *site, "a", "b", "mean_a", "mean_b", *_RESULTS]],
-        "Every seed's value": _by_seed(seeds, [*own, *site], view.by),
-    }
-    return Drawing(picture, caption, tables, notes)
+# The answer
 
 
-@chart("heatmap", "Norms and metrics", needs=[NORMS, LEVELS])
-def heatmap(view: View, metric: str | None) -> Drawing:
-    """The difference of every metric at every norm, shaded against the metric's largest."""
-    found = view.compared([metric]) if metric else view.norms_compared
-    rows = _in_words(found.rows, found.cells)
-    rows = rows.dropna(subset="difference")
-    if rows.empty:
-        raise ConfigError(_NO_PAIRS)
-    largest = rows["difference"].abs().groupby([rows["metric"], rows["pair"], rows["cell"]]).transform("max")
-    rows = rows.assign(
-        column=rows["metric"],
-        shade=(rows["difference"] / largest).fillna(0.0),
-        shown=rows["difference"].map("{:.2g}".format) + np.where(rows["p_adjusted"] < 0.05, "*", ""),
-    )
-    own = [name for name in ("cell", "pair") if rows[name].nunique() > 1]
-    cells = rows[[*own, "site", "column", "metric", "shade", "shown", "difference", "low", "high", "p_adjusted"]]
-    pair = "" if "pair" in own else f" ({rows['pair'].iloc[0]})"
-    caption = (
-        f"Difference of each metric at each norm between levels of {view.by}{pair}: blue below 0, orange above, full colour "
-        "for the largest of its metric. A star: adjusted p < 0.05, by Holm's method over all norms and pairs of levels of "
-        "one metric in one cell."
-    )
-    table = cells.pivot_table("difference", [*own, "site"], "metric", sort=False).reset_index()
-    picture = marks.shades(cells, legend="difference / the largest of its metric")
-    return Drawing(picture, caption, {"Table": table}, found.notes, choices(cells, "site", "metric"), wide=True)
-
-
-@chart("enrichment", "Norms and metrics", needs=[NORMS, ENRICHED])
-def enrichment(view: View, metric: str | None) -> Drawing:
-    """Shares of the gradient's energy against chance, 1, at every norm and level."""
-    metrics = [metric] if metric else [name for name in ENRICHMENTS if name in view.metrics]
-    values, notes = finite(view.layers(metrics, last=True))
-    if values.empty:
-        raise ConfigError(ENRICHED.otherwise)
-    lines = view.means(values, ["cell", "level", "site", "metric"])
-    one = lines["level"].nunique() == 1
-    cells = lines.assign(
-        column=lines["metric"] if one else lines["level"] + " " + lines["metric"].str.removeprefix("enrichment_"),
-        shade=(np.log2(lines["mean"]) / 4).clip(-1, 1),
-        shown=lines["mean"].map("{:.2g}".format),
-    )
-    caption = (
-        "Enrichment at each norm: a share of the gradient's energy against that of a random direction. Neutral at "
-        "chance (1), blue below, orange above, full colour from 16 times."
-    )
-    own = ["cell"] * ("cell" in cells)
-    table = cells.pivot_table("mean", [*own, "site"], "column", sort=False).reset_index()
-    cells = cells[[*own, "site", "column", "metric", "shade", "shown", "mean", "low", "high"]]
-    picture = marks.shades(cells, legend="enrichment", label="format(pow(2, 4 * datum.value), '.2~r') + '×'")
-    return Drawing(picture, caption, {"Table": table}, notes, choices(cells, "site", "metric"), wide=True)
-
-
-@chart("curves", "Norms and metrics", needs=[NORMS])
-def curves(view: View, metric: str | None) -> Drawing:
-    """Every metric at every norm over the updates, of which one is chosen."""
-    values, lost = finite(view.layers([metric] if metric else view.metrics, last=False))
-    per_step = max(1, len(values[["site", "metric", "level"]].drop_duplicates()))
-    values, notes = thinned(values, max(2, min(MOST_STEPS, MOST_ROWS // per_step)))
-    notes += lost
-    lines = view.means(values, ["cell", "site", "metric", "step", "level"]).drop(columns="n")
-    later = lines["site"] != LAST_NORM  # the chart opens at the norm of the first row
-    lines = lines.assign(later=later).sort_values(["later", "step"], kind="stable").drop(columns="later")
-    if len(lines) > MOST_ROWS:
-        kept = view.cells[: max(1, int(MOST_ROWS / (len(lines) / len(view.cells))))]
-        lines = lines[lines["cell"].isin(kept)]
-        notes.append(f"curves of the first {len(kept)} of {len(view.cells)} cells: choose others by --where")
-    picture = marks.lines(lines, x="step", by=view.by, title="value")
-    caption = "The chosen metric at the chosen norm after so many updates: mean over seeds and its 95% interval."
-    tables = {"The chosen curves as a table": lines}
-    return Drawing(picture, caption, tables, notes, choices(lines), follows=True)
-
-
-@chart("losses", "Trajectories", needs=[RECORDED], metrics=(LOSS, "train_loss_nats"))
-def losses(view: View, metric: str) -> Drawing:
-    """A loss over the updates, beside that of a bigram model."""
-    values = view.curves(metric)
-    reference = view.runs.groupby(["cell", "level"])["bigram_nats"].mean()
-    remedy = "python run.py eval.every=50 measures it along the way"
-    return _over_updates(view, values, metric, remedy, reference, " Dashed: a bigram model's.")
-
-
-@chart("trajectory", "Trajectories", needs=[NORMS], metrics=("radial_share",))
-def trajectory(view: View, metric: str) -> Drawing:
-    """A metric at the last norm over the updates."""
-    values, name = _at_one_norm(view.layers([metric], last=False), metric)
-    return _over_updates(view, values, name, "python run.py diagnostics=trajectory measures it along the way")
-
-
-def _over_updates(
-    view: View,
-    values: pd.DataFrame,
-    name: str,
-    remedy: str,
-    reference: "pd.Series[Any] | None" = None,
-    more: str = "",
-) -> Drawing:
-    values, lost = finite(values)
-    if values.empty or values.groupby(["cell", "level", "seed"])["step"].nunique().max() < 2:
-        raise ConfigError(f"{name} was measured at most once in a run: {remedy}")
-    values, notes = thinned(values, MOST_STEPS)
-    lines = view.means(values, ["cell", "step", "level"])
-    if reference is not None:
-        lines = beside(lines, reference)
-    caption = f"{name} after so many updates: mean over seeds and its 95% interval.{more}"
-    picture = marks.lines(lines.drop(columns="n"), x="step", by=view.by, title=name)
-    return Drawing(picture, caption, {"Table": lines}, [*notes, *lost], choices(lines))
-
-
-@chart("cost", "Cost of each backward", needs=[BACKWARDS], metrics=(LOSS,))
-def cost(view: View, metric: str) -> Drawing:
+@chart("cost", "Comparison", needs=[BACKWARDS])
+def cost(view: View, metric: str | None) -> Drawing:
     """The loss of each backward minus the exact one's, every seed of it."""
-    by = None if view.by == "ln_backward" else view.by
-    found = costs.cost(view.merged, by=by, metric=metric, where=view.where)
+    found, name = _costs(view, metric), metric or LOSS
     rows, seeds = (
-        arranged(part, found.costs.cells, found.by).assign(place=itemgetter("a"), backward=itemgetter("a"))
+        view.placed(arranged(part, found.costs.cells, view.by), found.costs.cells)
         for part in (found.costs.rows, found.costs.seeds)
     )
+    rows, seeds = (part.assign(place=part["a"]) for part in (rows, seeds))
     if seeds["difference"].isna().all():
         raise ConfigError("no backward has a seed in common with exact: there is no cost to pair")
-    own = ["cell"] * (rows["cell"].nunique() > 1)
-    picture = marks.dots(
-        seeds.dropna(subset="difference")[[*own, "place", "level", "seed", "difference"]],
-        rows.rename(columns={"difference": "mean"})[[*own, "place", "level", "mean", "low", "high"]],
-        by=found.by or "",
-        title=f"{metric} − exact's",
-        upright=True,
+    levels = _levels(view) if rows["level"].nunique() > 1 else marks.ONE
+    rows, seeds, notes = _strongest_places(rows, seeds)
+    picture = _dots(rows, seeds, title=f"{_named(view, name)}, minus exact's", levels=levels)
+    caption = f"What training with each backward costs in {name}: every seed, the mean, its 95% interval."
+    table = rows.rename(columns={"place": "backward", "mean_a": "loss", "mean_b": "exact's loss", "difference": "cost"})
+    own = [column for column in ("cell", "level") if column in rows]
+    columns = [*own, "backward", "loss", "exact's loss", "cost", *_RESULTS[1:]]
+    notes = [*notes, *found.costs.notes, _EFFECT]
+    return Drawing(picture, caption, table[columns], notes, _offered(rows), _by_seed(seeds, own))
+
+
+@chart("ranking", "Comparison", needs=[MANY])
+def ranking(view: View, metric: str | None) -> Drawing:
+    """The levels of lowest loss where there are too many to compare each with each."""
+    name = metric or LOSS
+    values = view.runs.loc[view.runs["status"] != DIVERGED].drop_duplicates("run_id")
+    if name not in values or values[name].isna().all():
+        raise ConfigError(f"no run has a number for {name}")
+    values = values[values["cell"].isin(view.cells)].assign(value=values[name]).dropna(subset="value")
+    rows = view.means(values, ["cell", "level"]).sort_values("mean", kind="stable").rename(columns={"level": "place"})
+    drawn = rows[rows["place"].isin(view.levels)]
+    seeds = values[["cell", "level", "seed", "value"]].rename(columns={"level": "place"})
+    if "cell" not in rows:
+        seeds = seeds.drop(columns="cell")
+    total = view.runs["level"].nunique()
+    left = f"; the other {total - len(view.levels):,} are in the CSV" * (total > len(view.levels))
+    caption = f"The {len(view.levels)} of {total:,} levels of {view.by} with the lowest {name}: every seed, the mean, its 95% interval{left}."
+    notes = ["the lowest are chosen by their mean: chance is part of why they are the lowest, and no interval allows for that"]
+    shown = seeds[seeds["place"].isin(view.levels)]
+    picture = marks.dots(shown, drawn.drop(columns="n"), title=_named(view, name), zero=False)
+    return Drawing(picture, caption, rows.rename(columns={"place": view.by}), notes, choices(drawn), seeds)
+
+
+@chart("headline", "Comparison", needs=[LEVELS])
+def headline(view: View, metric: str | None) -> Drawing:
+    """Differences between levels in the loss, every seed of them; of a metric of norms, at each norm."""
+    _few_levels(view)
+    losses = [name for name in RUN_METRICS if name in view.runs and view.runs[name].notna().any()]
+    names = [metric] if metric else losses or view.tested[:1]
+    of_norms = names[0] in view.merged.columns("layers")
+    if of_norms and names[0] in view.tested:  # one family of p values with those of the map
+        found = view.norms_compared
+    else:
+        found = view.compared(names, "layers" if of_norms else "runs")
+    rows, seeds = (_in_words(view, part, found.cells) for part in (found.rows, found.seeds))
+    rows, seeds = (_strongest_pairs(view, part[part["metric"].isin(names)]) for part in (rows, seeds))
+    if rows["difference"].isna().all():
+        raise ConfigError(_NO_PAIRS)
+    if of_norms:
+        rows, seeds = (part.assign(place=part["site"]) for part in (rows, seeds))
+    else:  # a row for each cell: no cell is to choose
+        rows, seeds = (part.assign(place=part.get("cell", view.by)).drop(columns="cell", errors="ignore") for part in (rows, seeds))
+    rows, seeds, notes = _strongest_places(rows, seeds)
+    title = f"difference of {_named(view, names[0])}"
+    picture = _dots(rows, seeds, title=title if rows["pair"].nunique() > 1 else f"{title}: {rows['pair'].iloc[0]}")
+    of, where = (names[0] if len(names) == 1 else "the chosen loss"), " at each norm" * of_norms
+    caption = f"Difference of {of}{where} between levels of {view.by}: every seed, the mean, its 95% interval."
+    own = [name for name in ("cell", "pair", "metric") if name in rows]
+    table = rows[[*own, "place", "a", "b", "mean_a", "mean_b", *_RESULTS]]
+    return Drawing(picture, caption, table, [*notes, *found.notes, _EFFECT], _offered(rows), _by_seed(seeds, own))
+
+
+@chart("cost-difference", "Comparison", needs=[BACKWARDS, LEVELS])
+def cost_difference(view: View, metric: str | None) -> Drawing:
+    """How the cost of each backward differs between levels, every seed of it."""
+    found, name = _costs(view, metric), metric or LOSS
+    if found.differences is None or found.differences.rows["difference"].isna().all():
+        raise ConfigError("no backward has a cost at two levels to compare")
+    cells = found.differences.cells
+    of_seed = found.differences.seeds.join(found.differences.rows["ln_backward"])
+    rows, seeds = (_in_words(view, part, cells) for part in (found.differences.rows, of_seed))
+    rows, seeds = (_strongest_pairs(view, part.assign(place=part["ln_backward"])) for part in (rows, seeds))
+    rows, seeds, notes = _strongest_places(rows, seeds)
+    picture = _dots(rows, seeds, title=f"difference of cost in {_named(view, name)}")
+    caption = f"How the cost of each backward in {name} differs between levels of {found.by}: every seed, the mean, its 95% interval."
+    own = [name for name in ("cell", "pair") if name in rows]
+    table = rows[[*own, "place", "mean_a", "mean_b", *_RESULTS]].rename(columns={"place": "backward"})
+    notes = [*notes, *found.differences.notes, _EFFECT]
+    return Drawing(picture, caption, table, notes, _offered(rows), _by_seed(seeds, own))
+
+
+@chart("diverged", "Comparison", needs=[Need("runs", ["diverged_step"], 1, "no run diverged, which is good")])
+def diverged(view: View, metric: str | None) -> Drawing:
+    """The update at which each run diverged."""
+    lost = view.runs[(view.runs["status"] == DIVERGED) & view.runs["level"].isin(view.levels)]
+    seeds = lost.dropna(subset="diverged_step")[["cell", "level", "seed", "diverged_step"]]
+    seeds = seeds.rename(columns={"diverged_step": "value"})
+    if seeds.empty:
+        raise ConfigError("no run diverged, which is good")
+    seeds = seeds.assign(place=seeds["level"] if len(view.levels) > 1 else seeds["cell"])
+    rows = seeds.groupby("place", sort=False)["value"].agg(["mean", "size"]).reset_index()
+    rows = rows.rename(columns={"size": "n"}).assign(low=np.nan, high=np.nan)
+    caption = f"The update at which each of {len(lost)} diverged runs, of {len(view.runs)}, was stopped: every run, the mean."
+    drawn = rows.head(MOST)
+    picture = marks.dots(seeds[seeds["place"].isin(drawn["place"])], drawn.drop(columns="n"), title="updates")
+    return Drawing(picture, caption, rows[["place", "mean", "n"]], seeds=seeds.drop(columns="place"))
+
+
+# Norms
+
+
+@chart("heatmap", "Layers", needs=[NORMS, LEVELS])
+def heatmap(view: View, metric: str | None) -> Drawing:
+    """The standardized difference of every metric at every norm, in depth order."""
+    _few_levels(view)
+    found = view.compared([metric]) if metric else view.norms_compared
+    rows = _strongest_pairs(view, _in_words(view, found.rows, found.cells)).dropna(subset="difference")
+    if rows.empty:
+        raise ConfigError(_NO_PAIRS)
+    of_block = view.merged.frame("layers", ["site", "block"]).drop_duplicates("site").set_index("site")["block"]
+    sites: list[str] = []
+    for site in [one for one in view.sites if one in set(rows["site"])]:  # norms outside of blocks stand apart
+        gap = bool(sites) and bool(pd.isna(of_block[site]) != pd.isna(of_block[sites[-1]]))
+        sites += [" "] * gap + [site]
+    clear = (rows["p_adjusted"] < 1 - STUDENT.confidence) & ~((rows["low"] <= 0) & (rows["high"] >= 0))
+    rows = rows.assign(
+        shade=rows["effect"].fillna(0.0),
+        shown=rows["difference"].map("{:.2g}".format),
+        clear=clear,
     )
+    own = [name for name in ("cell", "pair") if name in rows and rows[name].nunique() > 1]
+    rows, lost = _capped(rows)
+    cells = rows[[*own, "metric", "site", "shade", "shown", "clear", "difference", "low", "high", "p_adjusted", "effect"]]
+    picture = marks.shades(cells, legend="standardized difference", sites=sites, breaks=BREAKS)
+    pair = "" if "pair" in own else f" ({rows['pair'].iloc[0]})"
     caption = (
-        "What training with each backward costs: every seed, those of one seed joined, the mean, its 95% interval."
+        f"Difference of each metric at each norm between levels of {view.by}{pair}, coloured by its size in standard "
+        "deviations over seeds: blue below 0, orange above. Faded: not clear of zero. Click a cell for its norm and metric."
     )
-    columns = {"mean_a": "loss", "mean_b": "exact's loss", "difference": "cost"}
-    tables = {
-        "Table": rows[[*own, "level", "backward", "mean_a", "mean_b", *_RESULTS]].rename(columns=columns),
-        "Every seed's value": _by_seed(seeds, [*own, "level"], "backward"),
-    }
-    answer = None
-    if found.differences is not None:
-        between = _in_words(found.differences.rows, found.differences.cells)
-        own = ["cell"] * bool(found.differences.cells)
-        table = between[[*own, "ln_backward", "a", "b", "mean_a", "mean_b", *_RESULTS]]
-        table = table.rename(columns={"ln_backward": "backward"})
-        answer = Answer("Differences of cost between levels", table, [*found.differences.notes, _EFFECT])
-    return Drawing(picture, caption, tables, [*found.costs.notes, _EFFECT], choices(seeds[own]), answer)
+    table = rows[[*own, "metric", "site", "mean_a", "mean_b", *_RESULTS]]
+    return Drawing(picture, caption, table, [*lost, *found.notes, _EFFECT], choices(cells, "site", "metric"))
 
 
-@chart("depth", "By depth", needs=[NORMS], metrics=("sigma_mean", "radial_share"))
-def depth(view: View, metric: str) -> Drawing:
+@chart("seeds", "Layers", needs=[NORMS])
+def seeds(view: View, metric: str | None) -> Drawing:
+    """A metric at a norm after the last update, every seed of it."""
+    values, notes = finite(view.layers([metric] if metric else view.metrics, last=True))
+    values = values[values["level"].isin(_few(view))].rename(columns={"level": "place"})
+    values = _last_norm_first(values).drop(columns=["step", *["cell"] * (len(view.cells) < 2)])
+    values, lost = _capped(values)
+    rows = view.means(values.assign(cell=values.get("cell", "")), ["cell", "metric", "site", "place"])
+    several = rows["place"].nunique() > 1
+    picture = marks.dots(values, rows.drop(columns="n"), title=_named(view, metric or ""), zero=False, joined=several)
+    joined = ", those of one seed joined" * several
+    caption = f"The chosen metric at the chosen norm after the last update: every seed{joined}, the mean, its 95% interval."
+    return Drawing(picture, caption, rows, [*lost, *notes], choices(values), values)
+
+
+@chart("curves", "Layers", needs=[NORMS])
+def curves(view: View, metric: str | None) -> Drawing:
+    """A metric at a norm over the updates."""
+    values, lost = finite(view.layers([metric] if metric else view.metrics, last=False))
+    if values["step"].nunique() < 2:
+        remedy = "python run.py diagnostics=trajectory measures them along the way"
+        raise ConfigError("norms were measured at one step alone" + f": {remedy}" * view.ours)
+    values = values[values["level"].isin(_few(view))]
+    per_step = max(1, len(values[["cell", "site", "metric", "level"]].drop_duplicates()))
+    values, notes = thinned(values, max(3, min(MOST_STEPS, MOST_ROWS // per_step)))
+    rows, more = _capped(view.means(_last_norm_first(values), ["cell", "metric", "site", "step", "level"]))
+    chance = _chance(view, ["cell", "metric", "site"], last=False)
+    picture = marks.lines(
+        rows.drop(columns="n"), x="step", levels=_levels(view), title=_named(view, metric or ""), references=chance
+    )
+    caption = "The chosen metric at the chosen norm after so many updates: mean over seeds and its 95% interval."
+    caption += " Dashed: that of a random direction." * (len(chance) > 0)
+    return Drawing(picture, caption, rows, [*notes, *more, *lost], choices(rows))
+
+
+@chart("depth", "Layers", needs=[NORMS])
+def depth(view: View, metric: str | None) -> Drawing:
     """A metric at every norm, from the first to the last."""
-    values, notes = finite(view.layers([metric], last=True))
-    lines = view.means(values, ["cell", "level", "site"])
-    caption = f"{metric} from the first norm to the last: mean over seeds and its 95% interval, after the last update."
-    if metric in (by_chance := {share: enriched for enriched, share in SAME.items()}):
-        both = view.layers([metric, by_chance[metric]], last=True)
-        mean = both.pivot_table("value", ["cell", "level", "site"], "metric")
-        lines = beside(lines, mean[metric] / mean[by_chance[metric]])
-        caption += " Dashed: that of a random direction."
-    log = metric.startswith("sigma") and bool((lines[["mean", "low"]].min() > 0).all())
-    picture = marks.lines(lines.drop(columns="n"), x="site", by=view.by, title=metric, log=log)
-    return Drawing(picture, caption, {"Table": lines}, notes, choices(lines, "site"))
+    values, notes = finite(view.layers([metric] if metric else view.metrics, last=True))
+    if values.empty:
+        raise ConfigError("no norm of these runs has a finite number")
+    values = values[values["level"].isin(_few(view))]
+    order = {site: at for at, site in enumerate(view.sites)}
+    values = values.sort_values("site", key=lambda sites: sites.map(order), kind="stable")
+    rows = view.means(values, ["cell", "metric", "level", "site"])
+    rows = rows.sort_values("metric", key=lambda names: names.map(view.metrics.index), kind="stable") if not metric else rows
+    rows, lost = _capped(rows)
+    chance = _chance(view, ["cell", "metric", "site"], last=True)
+    chance = chance[chance["metric"].isin(rows["metric"])]
+    log = (metric or "").startswith("sigma") and bool((rows[["mean", "low"]].min() > 0).all())
+    picture = marks.lines(
+        rows.drop(columns="n"), x="site", levels=_levels(view), title=_named(view, metric or ""), log=log, references=chance
+    )
+    of = metric or "The chosen metric"
+    caption = f"{of} from the first norm to the last: mean over seeds and its 95% interval, after the last update."
+    caption += " Dashed: that of a random direction." * (len(chance) > 0)
+    return Drawing(picture, caption, rows, [*lost, *notes], choices(rows, "site"))
 
 
-def _of_size(size: str, name: str, example: str) -> Callable[[Function], Function]:
+# Updates
+
+
+@chart("losses", "Learning", needs=[RECORDED])
+def losses(view: View, metric: str | None) -> Drawing:
+    """A loss over the updates, beside those of a frozen body and of a bigram model."""
+    values, notes = _learning(view, metric)
+    rows = view.means(values[values["level"].isin(_few(view))], ["cell", "metric", "step", "level"])
+    references = _floors(view, values)
+    return _of_learning(view, rows, references, _levels(view), metric, notes, "")
+
+
+@chart("backwards", "Learning", needs=[BACKWARDS, RECORDED])
+def backwards(view: View, metric: str | None) -> Drawing:
+    """A loss over the updates with each backward, at one level."""
+    if view.by == "ln_backward":
+        raise ConfigError("the backwards are the levels of the other chart")
+    values, notes = _learning(view, metric)
+    runs = view.runs[["run_id", "ln_backward"]].drop_duplicates()
+    values = values.merge(runs, on="run_id")
+    others = [name for name in view.settings if name != "ln_backward"]
+    names = list(dict.fromkeys(sorted(view.runs["ln_backward"], key=lambda name: name != EXACT)))
+    rows = view.means(values, ["cell", "metric", "step", "level", "ln_backward"])
+    keys = view.runs[["cell", *others]].drop_duplicates()
+    rows = rows.merge(keys, on="cell") if "cell" in rows else rows
+    rows = view.placed(rows, others).rename(columns={"level": "among", "ln_backward": "level"})
+    rows = rows[[name for name in ("cell", "metric", "among", "step", "level", "mean", "low", "high", "n") if name in rows]]
+    if rows["among"].nunique() < 2:
+        rows = rows.drop(columns="among")
+    return _of_learning(view, rows, None, Levels("ln_backward", names), metric, notes, " with each backward")
+
+
+def _learning(view: View, metric: str | None) -> tuple[pd.DataFrame, list[str]]:
+    """Return the losses over the updates, with their run_id, of those that were recorded more than once in a run."""
+    held = view.merged.columns("curves")
+    parts = []
+    for name in [metric] if metric else [name for name in RUN_METRICS if name in held]:
+        values = view.curves(name)
+        if values.groupby("run_id")["step"].nunique().max() > 1:
+            parts.append(values)
+    if not parts:
+        remedy = ": python run.py eval.every=50 measures it along the way" * view.ours
+        raise ConfigError(f"{metric or 'a loss'} was measured at most once in a run{remedy}")
+    values, lost = finite(pd.concat(parts, ignore_index=True))
+    values, notes = thinned(values, MOST_STEPS)
+    return values, notes + lost
+
+
+def _of_learning(
+    view: View,
+    rows: pd.DataFrame,
+    references: pd.DataFrame | None,
+    levels: Levels,
+    metric: str | None,
+    notes: Sequence[str],
+    which: str,
+) -> Drawing:
+    rows, lost = _capped(rows)
+    of = rows["metric"].iloc[0] if rows["metric"].nunique() == 1 else "The chosen loss"
+    title = _named(view, rows["metric"].iloc[0])
+    picture = marks.lines(rows.drop(columns="n"), x="step", levels=levels, title=title, references=references)
+    caption = f"{of}{which} after so many updates: mean over seeds and its 95% interval."
+    if references is not None and len(references):
+        caption += f" Dashed: {' and '.join(dict.fromkeys(references['reference']))}."
+    return Drawing(picture, caption, rows, [*notes, *lost], choices(rows))
+
+
+def _floors(view: View, values: pd.DataFrame) -> pd.DataFrame:
+    """Return the loss of a frozen body in the same cell and level, or else the validation loss of a bigram model."""
+    own = ["cell"] * (len(view.cells) > 1)
+    steps = values[["cell", "metric", "step"]].drop_duplicates()
+    parts = []
+    if "method" in view.settings and (view.runs["method"] == FROZEN).any():
+        others = ["level", *(name for name in view.settings if name != "method")]
+        cells = view.runs.loc[view.runs["method"] != FROZEN, ["cell", *others]].drop_duplicates()
+        frozen = values[values["run_id"].isin(view.runs.loc[view.runs["method"] == FROZEN, "run_id"])]
+        frozen = frozen[["run_id", "metric", "step", "value"]].merge(view.runs[["run_id", *others]].drop_duplicates("run_id"))
+        rows = cells.merge(frozen, on=others).groupby([*own, "metric", "level", "step"], sort=False)["value"].mean()
+        parts.append(rows.reset_index().assign(reference="frozen body"))
+    elif "bigram_nats" in view.runs and view.runs["bigram_nats"].notna().any() and (steps["metric"] == LOSS).any():
+        bigram = view.runs.groupby("cell", sort=False)["bigram_nats"].mean().rename("value").reset_index()
+        rows = steps[steps["metric"] == LOSS].merge(bigram, on="cell")
+        parts.append(rows[[*own, "metric", "step", "value"]].assign(reference="bigram model"))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+# Sizes
+
+
+SIZES = {"scaling-width": "model.n_embd", "scaling-depth": "model.n_layer", "scaling-steps": "steps"}
+
+
+def _of_size(name: str, example: str) -> Callable[[Function], Function]:
+    size = SIZES[name]
     otherwise = f"{size} is the same in all runs: python run.py -m {size}={example} seed=1,2,3 varies it"
-    need = Need("runs", [size], 2, otherwise)
-    return chart(f"scaling-{name}", f"Scaling with {name}", needs=[need], metrics=("radial_share", LOSS), size=size)
+    return chart(name, "Scaling", needs=[Need("runs", [size], 2, otherwise)], size=size)
 
 
-@_of_size("steps", "steps", "250,500,1000")
-@_of_size("model.n_layer", "depth", "2,4,8")
-@_of_size("model.n_embd", "width", "32,64,128")
-def scaling(view: View, metric: str, size: str) -> Drawing:
-    """A metric against a size, with the slope of their logarithms."""
-    found = slopes.scaling(view.merged, size, metrics=[metric], table=_table(view, metric), where=view.where)
-    points, name = arranged(found.points, found.cells, view.by), metric
-    if "site" in points and len(points):
-        points, name = _at_one_norm(points, metric)
+@_of_size("scaling-steps", "250,500,1000")
+@_of_size("scaling-depth", "2,4,8")
+@_of_size("scaling-width", "32,64,128")
+def scaling(view: View, metric: str | None, size: str) -> Drawing:
+    """A metric against a size, with the slope of their logarithms and a line of slope −1."""
+    of_layers = [name for name in ([metric] if metric else view.tested) if name in view.merged.columns("layers")]
+    of_runs = [name for name in ([metric] if metric else RUN_METRICS) if name not in of_layers and name in view.runs]
+    of_runs = [name for name in of_runs if view.runs[name].notna().any()]
+    found = [
+        slopes.scaling(view.merged, size, metrics=names, table=table, where=view.where)
+        for names, table in ((of_runs, "runs"), (of_layers, "layers"))
+        if names
+    ]
+    parts = [[view.placed(arranged(frame, one.cells, view.by), one.cells) for frame in (one.points, one.slopes)] for one in found]
+    points, fits = (
+        _last_norm_first(pd.concat([part.assign(site=part.get("site", "")) for part in of], ignore_index=True))
+        for of in zip(*parts, strict=True)
+    ) if parts else (pd.DataFrame(), pd.DataFrame())
     if points.empty:
-        raise ConfigError(f"no run has a number for {metric}")
-    points = points.assign(x=points[size])[["cell", "level", "x", "mean", "low", "high"]]
-    points = points if points["cell"].nunique() > 1 else points.drop(columns="cell")
-    log = bool((points[["mean", "low"]].min() > 0).all())
-    by = view.by if view.by in found.cells else ""
-    picture = marks.lines(points, x="x", by=by, title=name, log=log, size=size)
-    caption = f"{name} against {size}: mean over seeds and its 95% interval."
-    table = arranged(found.slopes, found.cells, view.by).drop(columns=["cell", "level"])
-    return Drawing(picture, caption, {"Table": table}, found.notes, choices(points))
+        raise ConfigError("no run has a number that could scale")
+    points, lost = _capped(points.assign(x=points[size]))
+    own = [name for name in ("cell", "metric", "site") if name in points and (points[name] != "").any()]
+    points = points[[*own, "level", "x", "mean", "low", "high"]]
+    log = bool((points["mean"] > 0).all())
+    points["low"] = points["low"].where(~log | (points["low"] > 0))
+    levels = _levels(view) if points["level"].nunique() > 1 else Levels("", points["level"].unique().tolist())
+    picture = marks.lines(
+        points,
+        x="x",
+        levels=levels,
+        title=_named(view, points["metric"].iloc[0]),
+        log=log,
+        size=size,
+        references=_falling(points, own) if log else None,
+        said=_slopes_said(fits, own),
+    )
+    of = f"{metric or 'The chosen metric'}{' at the chosen norm' * ('site' in own)}"
+    caption = (
+        f"{of} against {size}: mean over seeds and its 95% interval, with the slope of their logarithms. Dashed: slope −1. "
+        "Nothing is drawn beyond the sizes that were run."
+    )
+    table = fits[[*own, *(name for name in fits if name not in {*own, "site", "metric", "cell"})]]
+    notes = list(dict.fromkeys(note for one in found for note in one.notes))
+    return Drawing(picture, caption, table.drop(columns=size, errors="ignore"), [*lost, *notes], choices(points))
+
+
+def _falling(points: pd.DataFrame, own: Sequence[str]) -> pd.DataFrame:
+    """Return a line of slope −1 through the mean of the first points' logarithms in each panel."""
+    parts = []
+    for _, part in points.groupby(list(own), sort=False):
+        xs = np.sort(part["x"].unique()).astype(float)
+        start = float(np.exp(np.log(part.loc[part["x"] == xs[0], "mean"]).mean()))
+        line = pd.DataFrame({"x": xs, "value": start * xs[0] / xs, "reference": "slope −1"})
+        parts.append(line.assign(**{name: part[name].iloc[0] for name in own}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _slopes_said(fits: pd.DataFrame, own: Sequence[str]) -> pd.DataFrame:
+    """Return for each line `slope −0.92 (95% −1.01 to −0.83), R² 0.99`, or that no line describes the points."""
+
+    def said(row: "pd.Series[Any]") -> str:
+        inside = "" if np.isnan(row["low"]) else f" (95% {row['low']:.2g} to {row['high']:.2g})"
+        fit = "" if np.isnan(row["r2"]) else f", R² {row['r2']:.2f}"
+        text = f"slope {row['slope']:.2g}{inside}{fit}{', but no straight line' * bool(row['bends'])}"
+        return text.replace("-", "−")
+
+    keys = [*own, "level"]
+    found = fits.drop_duplicates(keys)[[*keys, "slope", "low", "high", "r2", "bends"]]
+    said_of = found.apply(said, axis=1)
+    return found[keys].assign(said=said_of, line=found.groupby(list(own), sort=False).cumcount())
 
 
 # What charts share
 
 
-def _compared(view: View, metric: str) -> compare.Differences:
-    """Compare the metric with all metrics of a layer that are shown, or alone."""
-    return view.norms_compared if metric in view.tested else view.compared([metric], _table(view, metric))
+def _costs(view: View, metric: str | None) -> costs.Costs:
+    by = None if view.by == "ln_backward" else view.by
+    return costs.cost(view.merged, by=by, metric=metric or LOSS, where=view.where)
 
 
-def _table(view: View, metric: str) -> str:
-    return "layers" if metric in view.merged.columns("layers") else "runs"
+def _levels(view: View) -> Levels:
+    return Levels(view.by, view.levels)
 
 
-def _in_words(rows: pd.DataFrame, cells: Sequence[str]) -> pd.DataFrame:
+def _few(view: View) -> list[str]:
+    """Return the levels whose lines are drawn."""
+    return view.levels if len(view.levels) <= MOST_LINES else view.levels[:MOST_LINES]
+
+
+def _few_levels(view: View) -> None:
+    if (n := view.runs["level"].nunique()) > MOST:
+        raise ConfigError(f"{n:,} levels are too many to compare each with each: choose some by --where")
+
+
+def _dots(rows: pd.DataFrame, seeds: pd.DataFrame, *, title: str, levels: Levels = marks.ONE) -> marks.Picture:
+    """Draw differences, of which the columns to choose by are kept."""
+    own = [name for name in ("cell", "pair", "metric") if name in rows and rows[name].nunique() > 1]
+    keys = [*own, "place", *["level"] * bool(levels.names)]
+    dots = seeds.dropna(subset="difference").rename(columns={"difference": "value"})
+    return marks.dots(
+        dots[[*keys, "seed", "value"]],
+        rows.rename(columns={"difference": "mean"})[[*keys, "mean", "low", "high"]].dropna(subset="mean"),
+        title=title,
+        levels=levels,
+    )
+
+
+def _offered(rows: pd.DataFrame) -> dict[str, list[str]]:
+    """Return what `_dots` lets a reader choose of these rows."""
+    return choices(rows[[name for name in ("cell", "pair", "metric") if name in rows and rows[name].nunique() > 1]])
+
+
+def _strongest_places(rows: pd.DataFrame, seeds: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Return the rows and seeds of the MOST places with the largest differences, the largest first, if there are more."""
+    sizes = rows["difference"].abs().groupby(rows["place"], sort=False).max().sort_values(ascending=False)
+    if len(sizes) <= MOST:
+        return rows, seeds, []
+    order = {place: at for at, place in enumerate(sizes.index[:MOST])}
+    rows, seeds = (
+        part[part["place"].isin(order)].sort_values("place", key=lambda names: names.map(order), kind="stable")
+        for part in (rows, seeds)
+    )
+    return rows, seeds, [f"the {MOST} largest of {len(sizes)} are shown: lnjac compare -o X.csv writes all of them"]
+
+
+def _strongest_pairs(view: View, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the MOST pairs of levels whose losses differ most."""
+    pairs = rows[["pair", "a", "b"]].drop_duplicates("pair")
+    if len(pairs) <= MOST or LOSS not in view.runs:
+        return rows[rows["pair"].isin(pairs["pair"][:MOST])]
+    mean = view.runs.groupby("level")[LOSS].mean()
+    sizes = (pairs["a"].map(mean) - pairs["b"].map(mean)).abs().sort_values(ascending=False, kind="stable")
+    return rows[rows["pair"].isin(pairs.loc[sizes.index[:MOST], "pair"])]
+
+
+def _capped(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Return at most MOST_ROWS rows, those of the first cells, and a note if that leaves out any."""
+    if len(rows) <= MOST_ROWS or "cell" not in rows:
+        return rows, []
+    sizes = rows["cell"].value_counts(sort=False).cumsum()
+    kept = sizes.index[: max(1, int((sizes <= MOST_ROWS).sum()))]
+    note = f"{len(kept)} of {len(sizes)} cells are shown: choose others by --where"
+    return rows[rows["cell"].isin(kept)], [note]
+
+
+def _in_words(view: View, rows: pd.DataFrame, cells: Sequence[str]) -> pd.DataFrame:
     """Return the rows of a comparison in the order of their cells, with `cell`, `a`, `b` and `pair` in words."""
     rows = arranged(rows, cells)
     a, b = rows["a"].map(word), rows["b"].map(word)
-    return rows.assign(a=a, b=b, pair=a + " − " + b)
+    rows = rows.assign(a=a, b=b, pair=a + " − " + b)
+    return view.placed(rows, cells)
 
 
-def _joined(frame: pd.DataFrame, names: Sequence[str]) -> list[str]:
-    return [", ".join(parts) for parts in zip(*(frame[name] for name in names), strict=True)]
+def _last_norm_first(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows, those of the last norm first: a chart opens at the norm of its first row."""
+    return rows.assign(later=rows["site"] != LAST_NORM).sort_values("later", kind="stable").drop(columns="later")
 
 
-def _by_seed(seeds: pd.DataFrame, keys: Sequence[str], level: str) -> pd.DataFrame:
-    """Return the values behind differences: a row for each key and level, a column for each seed."""
-    sides = [
-        seeds[[*keys, side, "seed", f"value_{side}"]].set_axis([*keys, level, "seed", "value"], axis=1) for side in "ba"
-    ]
-    wide = pd.concat(sides).pivot_table("value", [*keys, level], "seed", sort=False)  # one value: their mean
-    return wide.sort_index(axis=1).rename(columns="seed {}".format).reset_index()
+def _chance(view: View, keys: Sequence[str], *, last: bool) -> pd.DataFrame:
+    """Return the values that metrics would have in a random direction: those known from an enrichment, which is then 1."""
+    held, parts = view.merged.columns("layers"), []
+    keys = [name for name in keys if name != "cell" or len(view.cells) > 1]
+    for enriched in [name for name in ENRICHMENTS if name in held]:
+        share = SAME.get(enriched)
+        both = view.layers([*[share] * (share is not None and share in held), enriched], last=last)
+        wide = both.pivot_table("value", [name for name in keys if name != "metric"], "metric", observed=True)
+        for name in wide:
+            value = wide[name] / wide[enriched]
+            parts.append(value.rename("value").dropna().reset_index().assign(metric=name))
+    if not parts:
+        return pd.DataFrame(columns=["metric"])
+    return pd.concat(parts, ignore_index=True)[[*keys, "value"]].assign(reference="chance")
 
 
-def _at_one_norm(rows: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, str]:
-    """Return the rows of the norm that a chart of one norm shows, the last, and the metric's name with its own."""
-    sites = rows["site"].tolist()
-    norm = LAST_NORM if LAST_NORM in sites else str(sites[-1])
-    return rows[rows["site"] == norm], f"{metric} at {norm}"
+def _by_seed(seeds: pd.DataFrame, own: Sequence[str]) -> pd.DataFrame:
+    """Return the values behind differences, a row for each seed."""
+    return seeds[[*own, "place", "seed", "value_a", "value_b", "difference"]]
+
+
+NAMES = {LOSS: "validation loss", "train_loss_nats": "training loss", "sigma_mean": "mean σ"}
+
+
+def _named(view: View, metric: str) -> str:
+    """Return a metric in words with its unit, for the title of an axis."""
+    if not metric:
+        return "value"
+    table = "layers" if metric in view.merged.columns("layers") else "runs"
+    unit = view.merged.units(table, [metric])[metric]
+    return f"{NAMES.get(metric, metric)}{f' ({unit})' if unit not in ('', '1') else ''}"
