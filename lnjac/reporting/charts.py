@@ -206,10 +206,10 @@ def headline(view: View, metric: str | None) -> Drawing:
     else:  # a row for each cell: no cell is to choose
         rows, seeds = (part.assign(place=part.get("cell", view.by)).drop(columns="cell", errors="ignore") for part in (rows, seeds))
     rows, seeds, notes = _strongest_places(rows, seeds)
-    title = f"difference of {_named(view, names[0])}"
-    picture = _dots(rows, seeds, title=title if rows["pair"].nunique() > 1 else f"{title}: {rows['pair'].iloc[0]}")
+    picture = _dots(rows, seeds, title=f"difference of {_named(view, names[0])}")
     of, where = (names[0] if len(names) == 1 else "the chosen loss"), " at each norm" * of_norms
-    caption = f"Difference of {of}{where} between levels of {view.by}: every seed, the mean, its 95% interval."
+    which = f" ({rows['pair'].iloc[0]})" if rows["pair"].nunique() == 1 else ""
+    caption = f"Difference of {of}{where} between levels of {view.by}{which}: every seed, the mean, its 95% interval."
     own = [name for name in ("cell", "pair", "metric") if name in rows]
     table = rows[[*own, "place", "a", "b", "mean_a", "mean_b", *_RESULTS]]
     return Drawing(picture, caption, table, [*notes, *found.notes, _EFFECT], _offered(rows), _by_seed(seeds, own))
@@ -247,7 +247,8 @@ def diverged(view: View, metric: str | None) -> Drawing:
     rows = rows.rename(columns={"size": "n"}).assign(low=np.nan, high=np.nan)
     caption = f"The update at which each of {len(lost)} diverged runs, of {len(view.runs)}, was stopped: every run, the mean."
     drawn = rows.head(MOST)
-    picture = marks.dots(seeds[seeds["place"].isin(drawn["place"])], drawn.drop(columns="n"), title="updates")
+    of_drawn = seeds.loc[seeds["place"].isin(drawn["place"]), ["place", "level", "seed", "value"]]
+    picture = marks.dots(of_drawn, drawn.drop(columns="n"), title="updates")
     return Drawing(picture, caption, rows[["place", "mean", "n"]], seeds=seeds.drop(columns="place"))
 
 
@@ -292,13 +293,16 @@ def seeds(view: View, metric: str | None) -> Drawing:
     values, notes = finite(view.layers([metric] if metric else view.metrics, last=True))
     values = values[values["level"].isin(_few(view))].rename(columns={"level": "place"})
     values = _last_norm_first(values).drop(columns=["step", *["cell"] * (len(view.cells) < 2)])
-    values, lost = _capped(values)
-    rows = view.means(values.assign(cell=values.get("cell", "")), ["cell", "metric", "site", "place"])
+    values, lost = _capped(values.assign(level=values["place"]))
+    rows = view.means(values.assign(cell=values.get("cell", "")), ["cell", "metric", "site", "level", "place"])
     several = rows["place"].nunique() > 1
-    picture = marks.dots(values, rows.drop(columns="n"), title=_named(view, metric or ""), zero=False, joined=several)
+    levels = _levels(view) if several else marks.ONE
+    title = _named(view, metric or "")
+    picture = marks.dots(values, rows.drop(columns="n"), title=title, levels=levels, zero=False, joined=several)
     joined = ", those of one seed joined" * several
     caption = f"The chosen metric at the chosen norm after the last update: every seed{joined}, the mean, its 95% interval."
-    return Drawing(picture, caption, rows, [*lost, *notes], choices(values), values)
+    table = rows.drop(columns="place")
+    return Drawing(picture, caption, table, [*lost, *notes], choices(values), values.drop(columns="place"))
 
 
 @chart("curves", "Layers", needs=[NORMS])
@@ -476,7 +480,7 @@ def scaling(view: View, metric: str | None, size: str) -> Drawing:
         title=_named(view, points["metric"].iloc[0]),
         log=log,
         size=size,
-        references=_falling(points, own) if log else None,
+        references=_falling(points[points["metric"].isin(of_layers)], own) if log and of_layers else None,
         said=_slopes_said(fits, own),
     )
     of = f"{metric or 'The chosen metric'}{' at the chosen norm' * ('site' in own)}"

@@ -89,7 +89,7 @@ def dots(
     parts = max((name.count(", ") + 1 for name in places), default=1)
     rows = [alt.Y("place:N", sort=places, title=None, axis=alt.Axis(labelExpr="split(datum.label, ', ')"))]
     step = max(26 if len(places) < 16 else 17, 15 * parts + 6)
-    if level.names:
+    if level.names and not intervals["level"].equals(intervals["place"]):
         rows.append(alt.YOffset("level:N", sort=level.names, scale=alt.Scale(domain=level.names)))
         step = max(step, 15 * len(level.names) + 6)
 
@@ -97,12 +97,11 @@ def dots(
         axis = alt.Axis(tickCount=7, labelExpr=NUMBER)
         return alt.X(f"{column}:Q", title=_axis(intervals, title), scale=alt.Scale(zero=zero), axis=axis)
 
-    bars = _filtered(alt, intervals).encode(*rows, *level.colour(), tooltip=_numbers(alt, intervals))
+    bars = _filtered(alt, _drawn(intervals)).encode(*rows, *level.colour(), tooltip=_numbers(alt, intervals))
     base = _filtered(alt, seeds).encode(*rows, at("value"))
     drawn = [base.mark_point(style="seed").encode(*level.colour(shape=True), tooltip=_numbers(alt, seeds))]
     drawn.append(bars.mark_tick(style="middle", orient="vertical").encode(at("mean")))
-    if _bounded(intervals):
-        drawn.insert(0, bars.mark_rule(style="interval").encode(at("low"), alt.X2("high:Q")))
+    drawn.insert(0, bars.mark_rule(style="interval").encode(at("from"), alt.X2("to:Q")))
     if joined:
         drawn.insert(0, base.mark_line(style="pair").encode(detail="seed:N"))
     if zero:
@@ -174,7 +173,7 @@ def lines(
         size: The title of x if x is a size.
         references: Values to see the lines against, dashed: reference (their name), value, and perhaps x and level; without
             x they are the same everywhere.
-        said: Words on each level's line, written in the chart: level, said, line (its number from the top).
+        said: Words on each level's line, written in the chart: level, said, line (its number from the bottom).
     """
     alt = extra("altair")
     many = frame[x].nunique() > 20
@@ -185,30 +184,38 @@ def lines(
         return alt.Y(f"{column}:Q", scale=scale, title=_axis(frame, title), axis=alt.Axis(labelExpr=NUMBER, tickCount=6))
 
     along = _along(alt, frame[x], size)
-    base = _filtered(alt, frame, x).encode(along, *level.colour(), tooltip=_numbers(alt, frame))
-    drawn = [base.mark_line().encode(at("mean"), *level.dashes())]
-    if _bounded(frame):
-        drawn.insert(0, base.mark_area(style="band").encode(at("low"), alt.Y2("high:Q")))
+    base = _filtered(alt, _drawn(frame), x).encode(along, *level.colour(), tooltip=_numbers(alt, frame))
+    band = base.mark_area(style="band").encode(at("from"), alt.Y2("to:Q"))
+    drawn = [band, base.mark_line().encode(at("mean"), *level.dashes())]
     if not many:
         drawn.append(base.mark_point(style="knot").encode(at("mean"), *level.colour(shape=True)))
     if references is not None and len(references):
-        drawn += _references(alt, references, x, along if x in references else None, at("value"))
+        drawn += _references(alt, frame, references, x, along, at("value"))
     if said is not None and len(said):
-        text = _filtered(alt, said).mark_text(style="said", align="right", dy={"expr": "16 * datum.line"})
-        drawn.append(text.encode(x=alt.value({"expr": "width"}), y=alt.value(0), text="said:N", color=level.hue))
+        text = _filtered(alt, said).mark_text(style="said", align="left", dx=6, dy={"expr": "-8 - 16 * datum.line"})
+        drawn.append(text.encode(x=alt.value(0), y=alt.value({"expr": "height"}), text="said:N", color=level.hue))
     return _finished(alt, alt.layer(*drawn), frame, x).properties(height=270)
 
 
-def _references(alt: Any, frame: pd.DataFrame, x: str, along: Any, value: Any) -> list[Any]:
+def _references(alt: Any, frame: pd.DataFrame, references: pd.DataFrame, x: str, along: Any, value: Any) -> list[Any]:
     """Return dashed lines with their names at the right."""
-    detail = [f"{name}:N" for name in ("reference", "level") if name in frame]
-    base = _filtered(alt, frame, x).encode(value, tooltip=_numbers(alt, frame))
-    named = base.mark_text(style="named", align="right", dy=-6).encode(x=alt.value({"expr": "width"}), text="reference:N")
-    if along is None:
-        return [base.mark_rule(style="none"), named]
-    last = frame[frame[x] == (_order(frame[x])[-1] if x == "site" else frame[x].max())]
-    named = _filtered(alt, last, x).encode(value, x=alt.value({"expr": "width"}), text="reference:N")
-    return [base.mark_line(style="none", strokeWidth=1).encode(along, detail=detail), named.mark_text(style="named", align="right", dy=-6)]
+    if x not in references:
+        ends = [_order(frame[x])[0], _order(frame[x])[-1]] if x == "site" else [frame[x].min(), frame[x].max()]
+        references = references.merge(pd.DataFrame({x: ends}), how="cross")
+    keys = [name for name in choices(references, x) if name in frame]
+    if keys:  # Vega warns of a scale without a number: what has no reference has a line of one point, which is not drawn
+        alone = frame.drop_duplicates(keys)[[*keys, x, "mean"]].rename(columns={"mean": "value"}).assign(reference="")
+        known = pd.MultiIndex.from_frame(references[keys])
+        references = pd.concat([references, alone[~pd.MultiIndex.from_frame(alone[keys]).isin(known)]], ignore_index=True)
+    names = [name for name in ("reference", "level") if name in references]
+    detail = [f"{name}:N" for name in names]
+    last = references.drop_duplicates([*choices(references, x), *names], keep="last")
+    rule = _filtered(alt, references, x).mark_line(style="none", strokeWidth=1)
+    named = _filtered(alt, last, x).mark_text(style="named", align="right", dy=-6)
+    return [
+        rule.encode(along, value, detail=detail),
+        named.encode(value, x=alt.value({"expr": "width"}), text="reference:N"),
+    ]
 
 
 def _axis(frame: pd.DataFrame, title: str) -> str | None:
@@ -362,9 +369,12 @@ def _filtered(alt: Any, frame: pd.DataFrame, *axes: str) -> Any:
     return alt.Chart(frame).transform_filter(_picked(names, whatever)) if names else alt.Chart(frame)
 
 
-def _bounded(frame: pd.DataFrame) -> bool:
-    """Return whether there is any interval: Vega warns of a mark that is nowhere."""
-    return bool(frame["low"].notna().any())
+def _drawn(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with the ends of their bars, `from` and `to`; one without an interval has a bar of no length.
+
+    Vega warns of a scale without a number, which a choice of nothing but single seeds would have.
+    """
+    return frame.assign(**{"from": frame["low"].fillna(frame["mean"]), "to": frame["high"].fillna(frame["mean"])})
 
 
 def _picked(names: Iterable[str], whatever: Collection[str] = ()) -> str:
