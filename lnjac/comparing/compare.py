@@ -6,7 +6,7 @@ Arms meet within a cell, their runs are paired by seed, and the differences are 
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import combinations
 from typing import Any
@@ -28,6 +28,8 @@ LAYER_METRICS = ("radial_share", "cos_center_vs_true", "flat_cos_ste", "sigma_me
 RUN_METRICS = ("val_loss_nats", "train_loss_nats")
 LOSS = "val_loss_nats"
 EXACT = "exact"
+MOST_LEVELS = 30
+"""Levels beyond which each is compared with the first alone, unless a reference is given."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def compare(
 ) -> Differences:
     """Compare the levels of a column with each other, within each cell of all other columns that vary.
 
-    All pairs of levels are compared, the later in order minus the earlier. The p values of one metric in one cell, of all
+    All pairs of levels are compared, the later in order minus the earlier; of more than 30 levels each with the first. The p values of one metric in one cell, of all
     norms and all pairs, are one family, adjusted by Holm's method; nothing is adjusted over metrics or cells.
 
     Args:
@@ -123,7 +125,8 @@ def compare(
     found = arrange(open_tables(sources), [by], chosen, table=table, at=at, where=where)
     levels = found.levels[by]
     pairs = pairs_of(levels, by, reference)
-    return differences(found, [Contrast(levels[a], levels[b], [(a,), (b,)], {}) for a, b in pairs], how, margin)
+    compared = differences(found, [Contrast(levels[a], levels[b], [(a,), (b,)], {}) for a, b in pairs], how, margin)
+    return replace(compared, notes=[*_of_many(levels, by, reference), *compared.notes])
 
 
 def require_margin(margin: float | None) -> None:
@@ -135,10 +138,15 @@ def require_margin(margin: float | None) -> None:
 
 
 def pairs_of(levels: Sequence[Any], by: str, reference: str | None) -> list[tuple[int, int]]:
-    """Return the numbers of the levels to compare: all pairs, later minus earlier; or each minus the reference."""
+    """Return the numbers of the levels to compare: all pairs, later minus earlier; or each minus the reference.
+
+    Of more than MOST_LEVELS the first is the reference unless another is given.
+    """
     names = [word(level) for level in levels]
     if reference is None and by == "ln_backward" and EXACT in names:
         reference = EXACT
+    if reference is None and len(names) > MOST_LEVELS:
+        return [(i, 0) for i in range(1, len(names))]
     if reference is None:
         return [(later, earlier) for earlier, later in combinations(range(len(names)), 2)]
     if reference not in names:
@@ -241,6 +249,16 @@ def _moving(found: Measurements, arms: Sequence[int]) -> Moving:
 
 
 # Notes
+
+
+def _of_many(levels: Sequence[Any], by: str, reference: str | None) -> list[str]:
+    """Return a note that there are too many levels to compare each with each, if there are."""
+    if reference is not None or len(levels) <= MOST_LEVELS or (by == "ln_backward" and EXACT in levels):
+        return []
+    return [
+        f"{len(levels)} levels of {by} make too many pairs: each is compared with the first, {word(levels[0])}; choose another "
+        "by --reference, or fewer levels by --where"
+    ]
 
 
 def _tests(found: Measurements, rows: pd.DataFrame, how: Inference) -> list[str]:

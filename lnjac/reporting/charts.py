@@ -154,13 +154,16 @@ def cost(view: View, metric: str | None) -> Drawing:
     if seeds["difference"].isna().all():
         raise ConfigError("no backward has a seed in common with exact: there is no cost to pair")
     levels = _levels(view) if rows["level"].nunique() > 1 else marks.ONE
-    rows, seeds, notes = _strongest_places(rows, seeds)
+    whole = rows
+    rows, seeds, left = _strongest_places(rows, seeds)
     picture = _dots(rows, seeds, title=f"{_named(view, name)}, minus exact's", levels=levels)
-    caption = f"What training with each backward costs in {name}: every seed, the mean, its 95% interval."
-    table = rows.rename(columns={"place": "backward", "mean_a": "loss", "mean_b": "exact's loss", "difference": "cost"})
+    caption = f"What training with each backward costs in {name}: every seed, the mean, its 95% interval{left}."
+    table = whole.rename(
+        columns={"place": "backward", "mean_a": "loss", "mean_b": "exact's loss", "difference": "cost"}
+    )
     own = [column for column in ("cell", "level") if column in rows]
     columns = [*own, "backward", "loss", "exact's loss", "cost", *_RESULTS[1:]]
-    notes = [*notes, *found.costs.notes, _EFFECT]
+    notes = [*found.costs.notes, _EFFECT]
     return Drawing(picture, caption, table[columns], notes, _offered(rows), _by_seed(seeds, own))
 
 
@@ -180,7 +183,9 @@ def ranking(view: View, metric: str | None) -> Drawing:
     total = view.runs["level"].nunique()
     left = f"; the other {total - len(view.levels):,} are in the CSV" * (total > len(view.levels))
     caption = f"The {len(view.levels)} of {total:,} levels of {view.by} with the lowest {name}: every seed, the mean, its 95% interval{left}."
-    notes = ["the lowest are chosen by their mean: chance is part of why they are the lowest, and no interval allows for that"]
+    notes = [
+        "the lowest are chosen by their mean: chance is part of why they are the lowest, and no interval allows for that"
+    ]
     shown = seeds[seeds["place"].isin(view.levels)]
     picture = marks.dots(shown, drawn.drop(columns="n"), title=_named(view, name), zero=False)
     return Drawing(picture, caption, rows.rename(columns={"place": view.by}), notes, choices(drawn), seeds)
@@ -197,22 +202,34 @@ def headline(view: View, metric: str | None) -> Drawing:
         found = view.norms_compared
     else:
         found = view.compared(names, "layers" if of_norms else "runs")
-    rows, seeds = (_in_words(view, part, found.cells) for part in (found.rows, found.seeds))
-    rows, seeds = (_strongest_pairs(view, part[part["metric"].isin(names)]) for part in (rows, seeds))
-    if rows["difference"].isna().all():
+    parts = [part[part["metric"].isin(names)] for part in (found.rows, found.seeds)]
+    if parts[0]["difference"].isna().all():
         raise ConfigError(_NO_PAIRS)
     if of_norms:
-        rows, seeds = (part.assign(place=part["site"]) for part in (rows, seeds))
-    else:  # a row for each cell: no cell is to choose
-        rows, seeds = (part.assign(place=part.get("cell", view.by)).drop(columns="cell", errors="ignore") for part in (rows, seeds))
-    rows, seeds, notes = _strongest_places(rows, seeds)
+        whole, seeds = (_in_words(view, part, found.cells).assign(place=lambda frame: frame["site"]) for part in parts)
+        rows, left = _strongest_pairs(view, whole), ""
+        seeds = seeds[seeds["pair"].isin(rows["pair"])]
+    else:  # a row for each cell, or for each pair of levels if there is one cell: no cell is to choose
+        whole, seeds = (_paired(arranged(part, found.cells)) for part in parts)
+        place = "cell" if whole["cell"].nunique() > 1 else "pair"
+        whole, seeds = (part.assign(place=part[place]) for part in (whole, seeds))
+        if place == "cell":
+            pairs = _strongest_pairs(view, whole)
+            rows, seeds, left = _strongest_places(pairs, seeds[seeds["pair"].isin(pairs["pair"])])
+        else:
+            rows, seeds, left = _strongest_places(whole, seeds)
+        rows, seeds, whole = (
+            part.drop(columns=["cell", *["pair"] * (place == "pair")]) for part in (rows, seeds, whole)
+        )
     picture = _dots(rows, seeds, title=f"difference of {_named(view, names[0])}")
     of, where = (names[0] if len(names) == 1 else "the chosen loss"), " at each norm" * of_norms
-    which = f" ({rows['pair'].iloc[0]})" if rows["pair"].nunique() == 1 else ""
-    caption = f"Difference of {of}{where} between levels of {view.by}{which}: every seed, the mean, its 95% interval."
+    which = f" ({whole['pair'].iloc[0]})" if "pair" in whole and whole["pair"].nunique() == 1 else ""
+    caption = (
+        f"Difference of {of}{where} between levels of {view.by}{which}: every seed, the mean, its 95% interval{left}."
+    )
     own = [name for name in ("cell", "pair", "metric") if name in rows]
-    table = rows[[*own, "place", "a", "b", "mean_a", "mean_b", *_RESULTS]]
-    return Drawing(picture, caption, table, [*notes, *found.notes, _EFFECT], _offered(rows), _by_seed(seeds, own))
+    table = whole[[*own, "place", "a", "b", "mean_a", "mean_b", *_RESULTS]]
+    return Drawing(picture, caption, table, [*found.notes, _EFFECT], _offered(rows), _by_seed(seeds, own))
 
 
 @chart("cost-difference", "Comparison", needs=[BACKWARDS, LEVELS])
@@ -225,12 +242,14 @@ def cost_difference(view: View, metric: str | None) -> Drawing:
     of_seed = found.differences.seeds.join(found.differences.rows["ln_backward"])
     rows, seeds = (_in_words(view, part, cells) for part in (found.differences.rows, of_seed))
     rows, seeds = (_strongest_pairs(view, part.assign(place=part["ln_backward"])) for part in (rows, seeds))
-    rows, seeds, notes = _strongest_places(rows, seeds)
+    whole = rows
+    rows, seeds, left = _strongest_places(rows, seeds)
     picture = _dots(rows, seeds, title=f"difference of cost in {_named(view, name)}")
-    caption = f"How the cost of each backward in {name} differs between levels of {found.by}: every seed, the mean, its 95% interval."
+    of = f"How the cost of each backward in {name} differs between levels of {found.by}"
+    caption = f"{of}: every seed, the mean, its 95% interval{left}."
     own = [name for name in ("cell", "pair") if name in rows]
-    table = rows[[*own, "place", "mean_a", "mean_b", *_RESULTS]].rename(columns={"place": "backward"})
-    notes = [*notes, *found.differences.notes, _EFFECT]
+    table = whole[[*own, "place", "mean_a", "mean_b", *_RESULTS]].rename(columns={"place": "backward"})
+    notes = [*found.differences.notes, _EFFECT]
     return Drawing(picture, caption, table, notes, _offered(rows), _by_seed(seeds, own))
 
 
@@ -245,7 +264,9 @@ def diverged(view: View, metric: str | None) -> Drawing:
     seeds = seeds.assign(place=seeds["level"] if len(view.levels) > 1 else seeds["cell"])
     rows = seeds.groupby("place", sort=False)["value"].agg(["mean", "size"]).reset_index()
     rows = rows.rename(columns={"size": "n"}).assign(low=np.nan, high=np.nan)
-    caption = f"The update at which each of {len(lost)} diverged runs, of {len(view.runs)}, was stopped: every run, the mean."
+    caption = (
+        f"The update at which each of {len(lost)} diverged runs, of {len(view.runs)}, was stopped: every run, the mean."
+    )
     drawn = rows.head(MOST)
     of_drawn = seeds.loc[seeds["place"].isin(drawn["place"]), ["place", "level", "seed", "value"]]
     picture = marks.dots(of_drawn, drawn.drop(columns="n"), title="updates")
@@ -276,7 +297,9 @@ def heatmap(view: View, metric: str | None) -> Drawing:
     )
     own = [name for name in ("cell", "pair") if name in rows and rows[name].nunique() > 1]
     rows, lost = _capped(rows)
-    cells = rows[[*own, "metric", "site", "shade", "shown", "clear", "difference", "low", "high", "p_adjusted", "effect"]]
+    cells = rows[
+        [*own, "metric", "site", "shade", "shown", "clear", "difference", "low", "high", "p_adjusted", "effect"]
+    ]
     picture = marks.shades(cells, legend="standardized difference", sites=sites, breaks=BREAKS)
     pair = "" if "pair" in own else f" ({rows['pair'].iloc[0]})"
     caption = (
@@ -300,7 +323,9 @@ def seeds(view: View, metric: str | None) -> Drawing:
     title = _named(view, metric or "")
     picture = marks.dots(values, rows.drop(columns="n"), title=title, levels=levels, zero=False, joined=several)
     joined = ", those of one seed joined" * several
-    caption = f"The chosen metric at the chosen norm after the last update: every seed{joined}, the mean, its 95% interval."
+    caption = (
+        f"The chosen metric at the chosen norm after the last update: every seed{joined}, the mean, its 95% interval."
+    )
     table = rows.drop(columns="place")
     return Drawing(picture, caption, table, [*lost, *notes], choices(values), values.drop(columns="place"))
 
@@ -321,7 +346,7 @@ def curves(view: View, metric: str | None) -> Drawing:
         rows.drop(columns="n"), x="step", levels=_levels(view), title=_named(view, metric or ""), references=chance
     )
     caption = "The chosen metric at the chosen norm after so many updates: mean over seeds and its 95% interval."
-    caption += " Dashed: that of a random direction." * (len(chance) > 0)
+    caption += " Dashed: that of a random direction." * (len(chance) > 0) + _few_said(view)
     return Drawing(picture, caption, rows, [*notes, *more, *lost], choices(rows))
 
 
@@ -335,17 +360,26 @@ def depth(view: View, metric: str | None) -> Drawing:
     order = {site: at for at, site in enumerate(view.sites)}
     values = values.sort_values("site", key=lambda sites: sites.map(order), kind="stable")
     rows = view.means(values, ["cell", "metric", "level", "site"])
-    rows = rows.sort_values("metric", key=lambda names: names.map(view.metrics.index), kind="stable") if not metric else rows
+    rows = (
+        rows.sort_values("metric", key=lambda names: names.map(view.metrics.index), kind="stable")
+        if not metric
+        else rows
+    )
     rows, lost = _capped(rows)
     chance = _chance(view, ["cell", "metric", "site"], last=True)
     chance = chance[chance["metric"].isin(rows["metric"])]
     log = (metric or "").startswith("sigma") and bool((rows[["mean", "low"]].min() > 0).all())
     picture = marks.lines(
-        rows.drop(columns="n"), x="site", levels=_levels(view), title=_named(view, metric or ""), log=log, references=chance
+        rows.drop(columns="n"),
+        x="site",
+        levels=_levels(view),
+        title=_named(view, metric or ""),
+        log=log,
+        references=chance,
     )
     of = metric or "The chosen metric"
     caption = f"{of} from the first norm to the last: mean over seeds and its 95% interval, after the last update."
-    caption += " Dashed: that of a random direction." * (len(chance) > 0)
+    caption += " Dashed: that of a random direction." * (len(chance) > 0) + _few_said(view)
     return Drawing(picture, caption, rows, [*lost, *notes], choices(rows, "site"))
 
 
@@ -358,7 +392,7 @@ def losses(view: View, metric: str | None) -> Drawing:
     values, notes = _learning(view, metric)
     rows = view.means(values[values["level"].isin(_few(view))], ["cell", "metric", "step", "level"])
     references = _floors(view, values)
-    return _of_learning(view, rows, references, _levels(view), metric, notes, "")
+    return _of_learning(view, rows, references, _levels(view), notes, "", _few_said(view))
 
 
 @chart("backwards", "Learning", needs=[BACKWARDS, RECORDED])
@@ -375,10 +409,12 @@ def backwards(view: View, metric: str | None) -> Drawing:
     keys = view.runs[["cell", *others]].drop_duplicates()
     rows = rows.merge(keys, on="cell") if "cell" in rows else rows
     rows = view.placed(rows, others).rename(columns={"level": "among", "ln_backward": "level"})
-    rows = rows[[name for name in ("cell", "metric", "among", "step", "level", "mean", "low", "high", "n") if name in rows]]
+    rows = rows[
+        [name for name in ("cell", "metric", "among", "step", "level", "mean", "low", "high", "n") if name in rows]
+    ]
     if rows["among"].nunique() < 2:
         rows = rows.drop(columns="among")
-    return _of_learning(view, rows, None, Levels("ln_backward", names), metric, notes, " with each backward")
+    return _of_learning(view, rows, None, Levels("ln_backward", names), notes, " with each backward")
 
 
 def _learning(view: View, metric: str | None) -> tuple[pd.DataFrame, list[str]]:
@@ -402,9 +438,9 @@ def _of_learning(
     rows: pd.DataFrame,
     references: pd.DataFrame | None,
     levels: Levels,
-    metric: str | None,
     notes: Sequence[str],
     which: str,
+    few: str = "",
 ) -> Drawing:
     rows, lost = _capped(rows)
     of = rows["metric"].iloc[0] if rows["metric"].nunique() == 1 else "The chosen loss"
@@ -413,7 +449,7 @@ def _of_learning(
     caption = f"{of}{which} after so many updates: mean over seeds and its 95% interval."
     if references is not None and len(references):
         caption += f" Dashed: {' and '.join(dict.fromkeys(references['reference']))}."
-    return Drawing(picture, caption, rows, [*notes, *lost], choices(rows))
+    return Drawing(picture, caption + few, rows, [*notes, *lost], choices(rows))
 
 
 def _floors(view: View, values: pd.DataFrame) -> pd.DataFrame:
@@ -425,7 +461,9 @@ def _floors(view: View, values: pd.DataFrame) -> pd.DataFrame:
         others = ["level", *(name for name in view.settings if name != "method")]
         cells = view.runs.loc[view.runs["method"] != FROZEN, ["cell", *others]].drop_duplicates()
         frozen = values[values["run_id"].isin(view.runs.loc[view.runs["method"] == FROZEN, "run_id"])]
-        frozen = frozen[["run_id", "metric", "step", "value"]].merge(view.runs[["run_id", *others]].drop_duplicates("run_id"))
+        frozen = frozen[["run_id", "metric", "step", "value"]].merge(
+            view.runs[["run_id", *others]].drop_duplicates("run_id")
+        )
         rows = cells.merge(frozen, on=others).groupby([*own, "metric", "level", "step"], sort=False)["value"].mean()
         parts.append(rows.reset_index().assign(reference="frozen body"))
     elif "bigram_nats" in view.runs and view.runs["bigram_nats"].notna().any() and (steps["metric"] == LOSS).any():
@@ -460,11 +498,18 @@ def scaling(view: View, metric: str | None, size: str) -> Drawing:
         for names, table in ((of_runs, "runs"), (of_layers, "layers"))
         if names
     ]
-    parts = [[view.placed(arranged(frame, one.cells, view.by), one.cells) for frame in (one.points, one.slopes)] for one in found]
+    parts = [
+        [view.placed(arranged(frame, one.cells, view.by), one.cells) for frame in (one.points, one.slopes)]
+        for one in found
+    ]
     points, fits = (
-        _last_norm_first(pd.concat([part.assign(site=part.get("site", "")) for part in of], ignore_index=True))
-        for of in zip(*parts, strict=True)
-    ) if parts else (pd.DataFrame(), pd.DataFrame())
+        (
+            _last_norm_first(pd.concat([part.assign(site=part.get("site", "")) for part in of], ignore_index=True))
+            for of in zip(*parts, strict=True)
+        )
+        if parts
+        else (pd.DataFrame(), pd.DataFrame())
+    )
     if points.empty:
         raise ConfigError("no run has a number that could scale")
     points, lost = _capped(points.assign(x=points[size]))
@@ -485,8 +530,8 @@ def scaling(view: View, metric: str | None, size: str) -> Drawing:
     )
     of = f"{metric or 'The chosen metric'}{' at the chosen norm' * ('site' in own)}"
     caption = (
-        f"{of} against {size}: mean over seeds and its 95% interval, with the slope of their logarithms. Dashed: slope −1. "
-        "Nothing is drawn beyond the sizes that were run."
+        f"{of} against {size}: mean over seeds and its 95% interval, with the slope of their logarithms and its interval. "
+        f"{'Dashed: slope −1. ' * (log and bool(of_layers))}Nothing is drawn beyond the sizes that were run."
     )
     table = fits[[*own, *(name for name in fits if name not in {*own, "site", "metric", "cell"})]]
     notes = list(dict.fromkeys(note for one in found for note in one.notes))
@@ -505,12 +550,12 @@ def _falling(points: pd.DataFrame, own: Sequence[str]) -> pd.DataFrame:
 
 
 def _slopes_said(fits: pd.DataFrame, own: Sequence[str]) -> pd.DataFrame:
-    """Return for each line `slope −0.92 (95% −1.01 to −0.83), R² 0.99`, or that no line describes the points."""
+    """Return for each line `slope −0.92 (−1.01 to −0.83), R² 0.99`, and whether the points bend away from it."""
 
     def said(row: "pd.Series[Any]") -> str:
-        inside = "" if np.isnan(row["low"]) else f" (95% {row['low']:.2g} to {row['high']:.2g})"
+        inside = "" if np.isnan(row["low"]) else f" ({row['low']:.2g} to {row['high']:.2g})"
         fit = "" if np.isnan(row["r2"]) else f", R² {row['r2']:.2f}"
-        text = f"slope {row['slope']:.2g}{inside}{fit}{', but no straight line' * bool(row['bends'])}"
+        text = f"slope {row['slope']:.2g}{inside}{fit}{', bends' * bool(row['bends'])}"
         return text.replace("-", "−")
 
     keys = [*own, "level"]
@@ -536,6 +581,12 @@ def _few(view: View) -> list[str]:
     return view.levels if len(view.levels) <= MOST_LINES else view.levels[:MOST_LINES]
 
 
+def _few_said(view: View) -> str:
+    """Return a sentence on the levels whose lines are left out."""
+    n, of = len(_few(view)), view.runs["level"].nunique()
+    return f" {n} of {of:,} levels." if n < of else ""
+
+
 def _few_levels(view: View) -> None:
     if (n := view.runs["level"].nunique()) > MOST:
         raise ConfigError(f"{n:,} levels are too many to compare each with each: choose some by --where")
@@ -559,17 +610,20 @@ def _offered(rows: pd.DataFrame) -> dict[str, list[str]]:
     return choices(rows[[name for name in ("cell", "pair", "metric") if name in rows and rows[name].nunique() > 1]])
 
 
-def _strongest_places(rows: pd.DataFrame, seeds: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """Return the rows and seeds of the MOST places with the largest differences, the largest first, if there are more."""
+def _strongest_places(rows: pd.DataFrame, seeds: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """Return the rows and seeds of the MOST places with the largest differences, the largest first, if there are more.
+
+    The text tells of those that are left out.
+    """
     sizes = rows["difference"].abs().groupby(rows["place"], sort=False).max().sort_values(ascending=False)
     if len(sizes) <= MOST:
-        return rows, seeds, []
+        return rows, seeds, ""
     order = {place: at for at, place in enumerate(sizes.index[:MOST])}
     rows, seeds = (
         part[part["place"].isin(order)].sort_values("place", key=lambda names: names.map(order), kind="stable")
         for part in (rows, seeds)
     )
-    return rows, seeds, [f"the {MOST} largest of {len(sizes)} are shown: lnjac compare -o X.csv writes all of them"]
+    return rows, seeds, f"; the {MOST} largest of {len(sizes):,}, the others are in the CSV"
 
 
 def _strongest_pairs(view: View, rows: pd.DataFrame) -> pd.DataFrame:
@@ -593,11 +647,13 @@ def _capped(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _in_words(view: View, rows: pd.DataFrame, cells: Sequence[str]) -> pd.DataFrame:
-    """Return the rows of a comparison in the order of their cells, with `cell`, `a`, `b` and `pair` in words."""
-    rows = arranged(rows, cells)
+    """Return the rows of a comparison once for each cell of the view, with `a`, `b` and `pair` in words."""
+    return view.placed(_paired(arranged(rows, cells)), cells)
+
+
+def _paired(rows: pd.DataFrame) -> pd.DataFrame:
     a, b = rows["a"].map(word), rows["b"].map(word)
-    rows = rows.assign(a=a, b=b, pair=a + " − " + b)
-    return view.placed(rows, cells)
+    return rows.assign(a=a, b=b, pair=a + " − " + b)
 
 
 def _last_norm_first(rows: pd.DataFrame) -> pd.DataFrame:

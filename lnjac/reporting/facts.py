@@ -94,7 +94,9 @@ class Facts:
             counts = f"{self.merge['found']} found, {self.merge['merged']} merged, {len(self.merge['skipped'])} skipped"
             found += [("merge", counts), ("sources", listed(self.merge["sources"]))]
         known = {name: self.runs[name] for name in PROVENANCE if name in self.runs and self.runs[name].notna().any()}
-        found += [(name, _values(column.astype(str).str[:12])) for name, column in known.items()]  # hashes by their beginning
+        found += [
+            (name, _values(column.astype(str).str[:12])) for name, column in known.items()
+        ]  # hashes by their beginning
         if "dirty" in self.runs and self.runs["dirty"].notna().any():
             found.append(("working tree", _values(self.runs["dirty"].map({False: "clean", True: "dirty"}))))
         if "started_at" in self.runs and self.runs["started_at"].notna().any():

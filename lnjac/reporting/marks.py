@@ -111,7 +111,7 @@ def dots(
 
 def _most_places(frame: pd.DataFrame) -> int:
     """Return the most places that are shown at once."""
-    picks = [name for name in choices(frame)]
+    picks = list(choices(frame))
     return int(frame.groupby(picks)["place"].nunique().max()) if picks else frame["place"].nunique()
 
 
@@ -181,7 +181,9 @@ def lines(
     scale = alt.Scale(type="log", nice=False, padding=10) if log else alt.Scale(zero=False)
 
     def at(column: str) -> Any:
-        return alt.Y(f"{column}:Q", scale=scale, title=_axis(frame, title), axis=alt.Axis(labelExpr=NUMBER, tickCount=6))
+        return alt.Y(
+            f"{column}:Q", scale=scale, title=_axis(frame, title), axis=alt.Axis(labelExpr=NUMBER, tickCount=6)
+        )
 
     along = _along(alt, frame[x], size)
     base = _filtered(alt, _drawn(frame), x).encode(along, *level.colour(), tooltip=_numbers(alt, frame))
@@ -203,10 +205,14 @@ def _references(alt: Any, frame: pd.DataFrame, references: pd.DataFrame, x: str,
         ends = [_order(frame[x])[0], _order(frame[x])[-1]] if x == "site" else [frame[x].min(), frame[x].max()]
         references = references.merge(pd.DataFrame({x: ends}), how="cross")
     keys = [name for name in choices(references, x) if name in frame]
-    if keys:  # Vega warns of a scale without a number: what has no reference has a line of one point, which is not drawn
+    if (
+        keys
+    ):  # Vega warns of a scale without a number: what has no reference has a line of one point, which is not drawn
         alone = frame.drop_duplicates(keys)[[*keys, x, "mean"]].rename(columns={"mean": "value"}).assign(reference="")
         known = pd.MultiIndex.from_frame(references[keys])
-        references = pd.concat([references, alone[~pd.MultiIndex.from_frame(alone[keys]).isin(known)]], ignore_index=True)
+        references = pd.concat(
+            [references, alone[~pd.MultiIndex.from_frame(alone[keys]).isin(known)]], ignore_index=True
+        )
     names = [name for name in ("reference", "level") if name in references]
     detail = [f"{name}:N" for name in names]
     last = references.drop_duplicates([*choices(references, x), *names], keep="last")
@@ -353,7 +359,9 @@ def _along(alt: Any, values: "pd.Series[Any]", size: str) -> Any:
 
 def choices(frame: pd.DataFrame, *axes: str) -> dict[str, list[str]]:
     """Return the values that a reader may choose among, by their column; those of `axes` are all shown."""
-    found = {name: [one for one in dict.fromkeys(frame[name]) if one] for name in PICKS if name in frame and name not in axes}
+    found = {
+        name: [one for one in dict.fromkeys(frame[name]) if one] for name in PICKS if name in frame and name not in axes
+    }
     return {name: values for name, values in found.items() if values}
 
 

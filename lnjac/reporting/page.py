@@ -127,7 +127,9 @@ def narrow(frame: pd.DataFrame, chosen: Mapping[str, Sequence[str]]) -> Narrow:
         frame = frame[frame[name].isin(["", chosen[name][0]])]
     frame = frame.rename(columns=str)
     if {"low", "high"} <= {*frame}:
-        frame = frame.assign(**{INTERVAL: [_interval(low, high) for low, high in zip(frame["low"], frame["high"], strict=True)]})
+        frame = frame.assign(
+            **{INTERVAL: [_interval(low, high) for low, high in zip(frame["low"], frame["high"], strict=True)]}
+        )
     results = [name for name in NARROW if name in frame]
     keys = list(frame)
     if results:

@@ -6,7 +6,6 @@ Of more than MOST levels or cells the strongest are shown, and the others counte
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pandas as pd
