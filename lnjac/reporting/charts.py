@@ -22,7 +22,7 @@ from lnjac.runs.folder import DIVERGED
 from lnjac.text import word
 
 MOST_STEPS = 40
-MOST_ROWS = 16_000
+MOST_ROWS = 8_000
 """Rows of one chart, so that a page stays small whatever the number of runs."""
 MOST_LINES = 7
 """Levels whose lines are drawn: as many as differ in colour."""
@@ -321,13 +321,12 @@ def seeds(view: View, metric: str | None) -> Drawing:
     several = rows["place"].nunique() > 1
     levels = _levels(view) if several else marks.ONE
     title = _named(view, metric or "")
-    picture = marks.dots(values, rows.drop(columns="n"), title=title, levels=levels, zero=False, joined=several)
+    picture = marks.dots(values, rows, title=title, levels=levels, zero=False, joined=several)
     joined = ", those of one seed joined" * several
     caption = (
         f"The chosen metric at the chosen norm after the last update: every seed{joined}, the mean, its 95% interval."
     )
-    table = rows.drop(columns="place")
-    return Drawing(picture, caption, table, [*lost, *notes], choices(values), values.drop(columns="place"))
+    return Drawing(picture, caption, rows, [*lost, *notes], choices(values), values)
 
 
 @chart("curves", "Layers", needs=[NORMS])
@@ -342,9 +341,7 @@ def curves(view: View, metric: str | None) -> Drawing:
     values, notes = thinned(values, max(3, min(MOST_STEPS, MOST_ROWS // per_step)))
     rows, more = _capped(view.means(_last_norm_first(values), ["cell", "metric", "site", "step", "level"]))
     chance = _chance(view, ["cell", "metric", "site"], last=False)
-    picture = marks.lines(
-        rows.drop(columns="n"), x="step", levels=_levels(view), title=_named(view, metric or ""), references=chance
-    )
+    picture = marks.lines(rows, x="step", levels=_levels(view), title=_named(view, metric or ""), references=chance)
     caption = "The chosen metric at the chosen norm after so many updates: mean over seeds and its 95% interval."
     caption += " Dashed: that of a random direction." * (len(chance) > 0) + _few_said(view)
     return Drawing(picture, caption, rows, [*notes, *more, *lost], choices(rows))
@@ -370,7 +367,7 @@ def depth(view: View, metric: str | None) -> Drawing:
     chance = chance[chance["metric"].isin(rows["metric"])]
     log = (metric or "").startswith("sigma") and bool((rows[["mean", "low"]].min() > 0).all())
     picture = marks.lines(
-        rows.drop(columns="n"),
+        rows,
         x="site",
         levels=_levels(view),
         title=_named(view, metric or ""),
@@ -445,7 +442,7 @@ def _of_learning(
     rows, lost = _capped(rows)
     of = rows["metric"].iloc[0] if rows["metric"].nunique() == 1 else "The chosen loss"
     title = _named(view, rows["metric"].iloc[0])
-    picture = marks.lines(rows.drop(columns="n"), x="step", levels=levels, title=title, references=references)
+    picture = marks.lines(rows, x="step", levels=levels, title=title, references=references)
     caption = f"{of}{which} after so many updates: mean over seeds and its 95% interval."
     if references is not None and len(references):
         caption += f" Dashed: {' and '.join(dict.fromkeys(references['reference']))}."
@@ -540,13 +537,16 @@ def scaling(view: View, metric: str | None, size: str) -> Drawing:
 
 def _falling(points: pd.DataFrame, own: Sequence[str]) -> pd.DataFrame:
     """Return a line of slope −1 through the mean of the first points' logarithms in each panel."""
-    parts = []
-    for _, part in points.groupby(list(own), sort=False):
-        xs = np.sort(part["x"].unique()).astype(float)
-        start = float(np.exp(np.log(part.loc[part["x"] == xs[0], "mean"]).mean()))
-        line = pd.DataFrame({"x": xs, "value": start * xs[0] / xs, "reference": "slope −1"})
-        parts.append(line.assign(**{name: part[name].iloc[0] for name in own}))
-    return pd.concat(parts, ignore_index=True)
+    panels = points.groupby(list(own), sort=False)
+    first = panels["x"].transform("min")
+    at_first = points[points["x"] == first].assign(start=lambda frame: np.log(frame["mean"]))
+    start = np.exp(at_first.groupby(list(own), sort=False)["start"].mean()).reset_index()
+    found = (
+        points.assign(first=first)[[*own, "x", "first"]].drop_duplicates().merge(start, on=list(own)).sort_values("x")
+    )
+    return found.assign(value=found["start"] * found["first"] / found["x"], reference="slope −1")[
+        [*own, "x", "value", "reference"]
+    ]
 
 
 def _slopes_said(fits: pd.DataFrame, own: Sequence[str]) -> pd.DataFrame:

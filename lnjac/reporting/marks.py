@@ -97,7 +97,7 @@ def dots(
         axis = alt.Axis(tickCount=7, labelExpr=NUMBER)
         return alt.X(f"{column}:Q", title=_axis(intervals, title), scale=alt.Scale(zero=zero), axis=axis)
 
-    bars = _filtered(alt, _drawn(intervals)).encode(*rows, *level.colour(), tooltip=_numbers(alt, intervals))
+    bars = _bounded(_filtered(alt, intervals)).encode(*rows, *level.colour(), tooltip=_numbers(alt, intervals))
     base = _filtered(alt, seeds).encode(*rows, at("value"))
     drawn = [base.mark_point(style="seed").encode(*level.colour(shape=True), tooltip=_numbers(alt, seeds))]
     drawn.append(bars.mark_tick(style="middle", orient="vertical").encode(at("mean")))
@@ -186,7 +186,7 @@ def lines(
         )
 
     along = _along(alt, frame[x], size)
-    base = _filtered(alt, _drawn(frame), x).encode(along, *level.colour(), tooltip=_numbers(alt, frame))
+    base = _bounded(_filtered(alt, frame, x)).encode(along, *level.colour(), tooltip=_numbers(alt, frame))
     band = base.mark_area(style="band").encode(at("from"), alt.Y2("to:Q"))
     drawn = [band, base.mark_line().encode(at("mean"), *level.dashes())]
     if not many:
@@ -377,12 +377,15 @@ def _filtered(alt: Any, frame: pd.DataFrame, *axes: str) -> Any:
     return alt.Chart(frame).transform_filter(_picked(names, whatever)) if names else alt.Chart(frame)
 
 
-def _drawn(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with the ends of their bars, `from` and `to`; one without an interval has a bar of no length.
+def _bounded(chart: Any) -> Any:
+    """Return the chart with the ends of its bars, `from` and `to`; a row without an interval has a bar of no length.
 
     Vega warns of a scale without a number, which a choice of nothing but single seeds would have.
     """
-    return frame.assign(**{"from": frame["low"].fillna(frame["mean"]), "to": frame["high"].fillna(frame["mean"])})
+    ends = {"from": "low", "to": "high"}
+    return chart.transform_calculate(
+        **{end: f"datum.{of} === null ? datum.mean : datum.{of}" for end, of in ends.items()}
+    )
 
 
 def _picked(names: Iterable[str], whatever: Collection[str] = ()) -> str:

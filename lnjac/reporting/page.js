@@ -36,7 +36,7 @@
   const drawn = [];
   for (const [id, chart] of Object.entries(charts)) {
     const place = document.getElementById(id);
-    const own = Object.fromEntries(chart.uses.map((name) => [name, rows[name]]));
+    const own = Object.fromEntries(Object.entries(chart.uses).map(([name, of]) => [name, rows[of]]));
     const { view } = await vegaEmbed(place, { ...chart.spec, datasets: own }, options);
     place.querySelector("svg").setAttribute("aria-hidden", "true"); // the caption and the table are read, not each mark
     const shown = Object.fromEntries(Object.entries(chart.choices).map(([name, values]) => [name, values[0]]));

@@ -81,34 +81,25 @@ class Charts:
         """Add a drawing's chart and tables."""
         place = f"chart-{len(self.specs)}"
         spec = marks.spec(drawing.picture, width="container")
-        data = spec.pop("datasets")
-        self.specs[place] = {"spec": spec, "uses": list(data), "choices": drawing.choices}
-        self.datasets |= {key: columns(rows) for key, rows in data.items()}
-        table, seeds = (self._added(frame) for frame in (drawing.table, drawing.seeds))
+        data = {name: self._added(rows) for name, rows in spec.pop("datasets").items()}
+        self.specs[place] = {"spec": spec, "uses": data, "choices": visible_within(dict(drawing.choices))}
+        table, seeds = (
+            self._added(frame.to_dict("records")) if frame is not None else ""
+            for frame in (drawing.table, drawing.seeds)
+        )
         return Figure(name, place, drawing, table, seeds)
 
-    def _added(self, frame: pd.DataFrame | None) -> str:
-        """Add a table's columns, and return their name; an empty text if there is no table."""
-        if frame is None:
-            return ""
-        found = columns([{str(name): _plain(value) for name, value in row.items()} for row in frame.to_dict("records")])
+    def _added(self, rows: Sequence[Mapping[Any, Any]]) -> str:
+        """Add rows as columns, and return the name of their dataset, the same for the same rows."""
+        found = visible_within(columns(rows))
         name = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
-        self.datasets[name] = visible_within(found)
+        self.datasets[name] = found
         return name
 
     def packed(self) -> str:
         """Return all charts and their data as base64."""
         text = json.dumps({"charts": self.specs, "datasets": self.datasets}, separators=(",", ":"), allow_nan=False)
         return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON has it: null for a number that is missing or infinite."""
-    if isinstance(value, str) or value is None:
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value.item() if hasattr(value, "item") else value
 
 
 class Narrow(NamedTuple):
@@ -148,13 +139,16 @@ def _interval(low: float, high: float) -> str | None:
     return None if math.isnan(low) else f"{number(low)} to {number(high)}"
 
 
-def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return rows as columns, which compress far better, with as many digits as a chart can show."""
+def columns(rows: Sequence[Mapping[Any, Any]]) -> dict[str, list[Any]]:
+    """Return rows as columns, which compress far better, with as many digits as a chart can show and null for no number."""
 
     def short(value: Any) -> Any:
-        return float(f"{value:.{DIGITS}g}") if isinstance(value, float) and math.isfinite(value) else value
+        value = value.item() if hasattr(value, "item") else value
+        if not isinstance(value, float):
+            return value
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
-    return {name: [short(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+    return {str(name): [short(row[name]) for row in rows] for name in (rows[0] if rows else ())}
 
 
 def render(charts: Charts, **parts: Any) -> str:
