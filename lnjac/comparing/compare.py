@@ -95,8 +95,9 @@ def compare(
 ) -> Differences:
     """Compare the levels of a column with each other, within each cell of all other columns that vary.
 
-    All pairs of levels are compared, the later in order minus the earlier; of more than 30 levels each with the first. The p values of one metric in one cell, of all
-    norms and all pairs, are one family, adjusted by Holm's method; nothing is adjusted over metrics or cells.
+    All pairs of levels are compared, the later in order minus the earlier; of more than MOST_LEVELS each with the first. The
+    p values of one metric in one cell, of all norms and all pairs, are one family, adjusted by Holm's method; nothing is
+    adjusted over metrics or cells.
 
     Args:
         sources: A path, or several: of merged tables, sweeps and runs; or tables opened by `open_tables`.
@@ -256,8 +257,8 @@ def _of_many(levels: Sequence[Any], by: str, reference: str | None) -> list[str]
     if reference is not None or len(levels) <= MOST_LEVELS or (by == "ln_backward" and EXACT in levels):
         return []
     return [
-        f"{len(levels)} levels of {by} make too many pairs: each is compared with the first, {word(levels[0])}; choose another "
-        "by --reference, or fewer levels by --where"
+        f"{len(levels)} levels of {by} make too many pairs: each is compared with the first, {word(levels[0])}; choose "
+        "another by --reference, or fewer levels by --where"
     ]
 
 

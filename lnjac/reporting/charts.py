@@ -1,115 +1,43 @@
 """The charts of a report: each is one function that makes a frame of a view and draws it, registered in `CHARTS`."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 
-from lnjac.comparing import compare
 from lnjac.comparing import cost as costs
 from lnjac.comparing import scaling as slopes
 from lnjac.comparing.compare import EXACT, LOSS, RUN_METRICS
-from lnjac.comparing.experiment import LAST_NORM
-from lnjac.comparing.floor import FROZEN
 from lnjac.comparing.intervals import STUDENT
 from lnjac.errors import ConfigError
-from lnjac.reporting import marks
+from lnjac.reporting import frames, marks
+from lnjac.reporting.frames import (
+    by_seed,
+    capped,
+    chance,
+    falling,
+    few,
+    few_levels,
+    few_said,
+    floors,
+    in_words,
+    last_norm_first,
+    named,
+    paired,
+    require_known,
+    slopes_said,
+    strongest_pairs,
+    strongest_places,
+)
 from lnjac.reporting.marks import Levels, choices
-from lnjac.reporting.view import ENRICHMENTS, MOST, SAME, View, arranged, finite, thinned
+from lnjac.reporting.registry import CHARTS as CHARTS
+from lnjac.reporting.registry import Drawing, Function, Need, chart
+from lnjac.reporting.view import MOST, View, arranged, finite, thinned
 from lnjac.runs.folder import DIVERGED
-from lnjac.text import word
 
 MOST_STEPS = 40
-MOST_ROWS = 8_000
-"""Rows of one chart, so that a page stays small whatever the number of runs."""
-MOST_LINES = 7
-"""Levels whose lines are drawn: as many as differ in colour."""
 BREAKS = (-4, -3, -2, -1, 1, 2, 3, 4)
 """Standard deviations at which the shades of a map change."""
-
-
-class Drawing(NamedTuple):
-    """A chart with its caption, its numbers and notes.
-
-    `table` holds the numbers, of which a page shows the first of those that are chosen; `seeds` those of every seed. The
-    values in `choices` are what a reader may choose among, by the parameter of their name.
-    """
-
-    picture: marks.Picture
-    caption: str
-    table: pd.DataFrame
-    notes: Sequence[str] = ()
-    choices: Mapping[str, Sequence[str]] = {}
-    seeds: pd.DataFrame | None = None
-
-
-class Need(NamedTuple):
-    """Columns of a table of which a chart needs one, with at least so many different values.
-
-    `level` is, of runs, the level of the compared column. `otherwise` names what is lacking and the command that gives it.
-    """
-
-    table: str
-    columns: Sequence[str]
-    least: int
-    otherwise: str
-
-    def met(self, view: View) -> bool:
-        """Return whether the view has such a column."""
-        held = list(view.runs) if self.table == "runs" else view.merged.columns(self.table)
-        known = [name for name in self.columns if name in held]
-        frame = view.runs if self.table == "runs" else view.merged.frame(self.table, known)
-        return any(frame[name].nunique() >= self.least for name in known)
-
-    def lacking(self, view: View) -> str:
-        """Return what is lacking; the command that gives it is one of lnjac's own trainer."""
-        held = list(view.runs) if self.table == "runs" else view.merged.columns(self.table)
-        if not {*self.columns} & {*held}:
-            return f"these runs have no column {' or '.join(self.columns)}"
-        return self.otherwise if view.ours else self.otherwise.partition(": ")[0]
-
-
-class Chart(NamedTuple):
-    """A kind of chart that merged tables may have.
-
-    `title` heads the section of a page, which charts of one title share; `summary` tells one line of what is drawn.
-    """
-
-    name: str
-    title: str
-    summary: str
-    needs: Sequence[Need]
-    function: Callable[..., Drawing]
-
-    def draw(self, view: View, metric: str | None = None) -> Drawing:
-        """Draw one metric, or all that belong together, among which a reader may choose.
-
-        Raises:
-            ConfigError: If the view has not all that the chart needs.
-        """
-        for need in self.needs:
-            if not need.met(view):
-                raise ConfigError(need.lacking(view))
-        return self.function(view, metric)
-
-
-CHARTS: dict[str, Chart] = {}
-"""Every chart by its name, in the order of a page."""
-
-Function = Callable[..., Drawing]
-
-
-def chart(name: str, title: str, *, needs: Sequence[Need] = (), **options: Any) -> Callable[[Function], Function]:
-    """Register a function of a view and a metric, or None, as a chart; further options are passed to it."""
-
-    def register(function: Function) -> Function:
-        summary = (function.__doc__ or "").partition("\n")[0]
-        CHARTS[name] = Chart(name, title, summary, needs, partial(function, **options))
-        return function
-
-    return register
 
 
 def lead(view: View, drawn: Sequence[str]) -> str | None:
@@ -155,8 +83,8 @@ def cost(view: View, metric: str | None) -> Drawing:
         raise ConfigError("no backward has a seed in common with exact: there is no cost to pair")
     levels = _levels(view) if rows["level"].nunique() > 1 else marks.ONE
     whole = rows
-    rows, seeds, left = _strongest_places(rows, seeds)
-    picture = _dots(rows, seeds, title=f"{_named(view, name)}, minus exact's", levels=levels)
+    rows, seeds, left = strongest_places(rows, seeds)
+    picture = _dots(rows, seeds, title=f"{named(view, name)}, minus exact's", levels=levels)
     caption = f"What training with each backward costs in {name}: every seed, the mean, its 95% interval{left}."
     table = whole.rename(
         columns={"place": "backward", "mean_a": "loss", "mean_b": "exact's loss", "difference": "cost"}
@@ -164,7 +92,7 @@ def cost(view: View, metric: str | None) -> Drawing:
     own = [column for column in ("cell", "level") if column in rows]
     columns = [*own, "backward", "loss", "exact's loss", "cost", *_RESULTS[1:]]
     notes = [*found.costs.notes, _EFFECT]
-    return Drawing(picture, caption, table[columns], notes, _offered(rows), _by_seed(seeds, own))
+    return Drawing(picture, caption, table[columns], notes, _offered(rows), by_seed(seeds, own))
 
 
 @chart("ranking", "Comparison", needs=[MANY])
@@ -182,19 +110,21 @@ def ranking(view: View, metric: str | None) -> Drawing:
         seeds = seeds.drop(columns="cell")
     total = view.runs["level"].nunique()
     left = f"; the other {total - len(view.levels):,} are in the CSV" * (total > len(view.levels))
-    caption = f"The {len(view.levels)} of {total:,} levels of {view.by} with the lowest {name}: every seed, the mean, its 95% interval{left}."
+    of = f"The {len(view.levels)} of {total:,} levels of {view.by} with the lowest {name}"
+    caption = f"{of}: every seed, the mean, its 95% interval{left}."
     notes = [
         "the lowest are chosen by their mean: chance is part of why they are the lowest, and no interval allows for that"
     ]
     shown = seeds[seeds["place"].isin(view.levels)]
-    picture = marks.dots(shown, drawn.drop(columns="n"), title=_named(view, name), zero=False)
+    picture = marks.dots(shown, drawn.drop(columns="n"), title=named(view, name), zero=False)
     return Drawing(picture, caption, rows.rename(columns={"place": view.by}), notes, choices(drawn), seeds)
 
 
 @chart("headline", "Comparison", needs=[LEVELS])
 def headline(view: View, metric: str | None) -> Drawing:
     """Differences between levels in the loss, every seed of them; of a metric of norms, at each norm."""
-    _few_levels(view)
+    few_levels(view)
+    require_known(view, metric)
     losses = [name for name in RUN_METRICS if name in view.runs and view.runs[name].notna().any()]
     names = [metric] if metric else losses or view.tested[:1]
     of_norms = names[0] in view.merged.columns("layers")
@@ -206,22 +136,22 @@ def headline(view: View, metric: str | None) -> Drawing:
     if parts[0]["difference"].isna().all():
         raise ConfigError(_NO_PAIRS)
     if of_norms:
-        whole, seeds = (_in_words(view, part, found.cells).assign(place=lambda frame: frame["site"]) for part in parts)
-        rows, left = _strongest_pairs(view, whole), ""
+        whole, seeds = (in_words(view, part, found.cells).assign(place=lambda frame: frame["site"]) for part in parts)
+        rows, left = strongest_pairs(view, whole), ""
         seeds = seeds[seeds["pair"].isin(rows["pair"])]
     else:  # a row for each cell, or for each pair of levels if there is one cell: no cell is to choose
-        whole, seeds = (_paired(arranged(part, found.cells)) for part in parts)
+        whole, seeds = (paired(arranged(part, found.cells)) for part in parts)
         place = "cell" if whole["cell"].nunique() > 1 else "pair"
         whole, seeds = (part.assign(place=part[place]) for part in (whole, seeds))
         if place == "cell":
-            pairs = _strongest_pairs(view, whole)
-            rows, seeds, left = _strongest_places(pairs, seeds[seeds["pair"].isin(pairs["pair"])])
+            pairs = strongest_pairs(view, whole)
+            rows, seeds, left = strongest_places(pairs, seeds[seeds["pair"].isin(pairs["pair"])])
         else:
-            rows, seeds, left = _strongest_places(whole, seeds)
+            rows, seeds, left = strongest_places(whole, seeds)
         rows, seeds, whole = (
             part.drop(columns=["cell", *["pair"] * (place == "pair")]) for part in (rows, seeds, whole)
         )
-    picture = _dots(rows, seeds, title=f"difference of {_named(view, names[0])}")
+    picture = _dots(rows, seeds, title=f"difference of {named(view, names[0])}")
     of, where = (names[0] if len(names) == 1 else "the chosen loss"), " at each norm" * of_norms
     which = f" ({whole['pair'].iloc[0]})" if "pair" in whole and whole["pair"].nunique() == 1 else ""
     caption = (
@@ -229,7 +159,7 @@ def headline(view: View, metric: str | None) -> Drawing:
     )
     own = [name for name in ("cell", "pair", "metric") if name in rows]
     table = whole[[*own, "place", "a", "b", "mean_a", "mean_b", *_RESULTS]]
-    return Drawing(picture, caption, table, [*found.notes, _EFFECT], _offered(rows), _by_seed(seeds, own))
+    return Drawing(picture, caption, table, [*found.notes, _EFFECT], _offered(rows), by_seed(seeds, own))
 
 
 @chart("cost-difference", "Comparison", needs=[BACKWARDS, LEVELS])
@@ -240,17 +170,17 @@ def cost_difference(view: View, metric: str | None) -> Drawing:
         raise ConfigError("no backward has a cost at two levels to compare")
     cells = found.differences.cells
     of_seed = found.differences.seeds.join(found.differences.rows["ln_backward"])
-    rows, seeds = (_in_words(view, part, cells) for part in (found.differences.rows, of_seed))
-    rows, seeds = (_strongest_pairs(view, part.assign(place=part["ln_backward"])) for part in (rows, seeds))
+    rows, seeds = (in_words(view, part, cells) for part in (found.differences.rows, of_seed))
+    rows, seeds = (strongest_pairs(view, part.assign(place=part["ln_backward"])) for part in (rows, seeds))
     whole = rows
-    rows, seeds, left = _strongest_places(rows, seeds)
-    picture = _dots(rows, seeds, title=f"difference of cost in {_named(view, name)}")
+    rows, seeds, left = strongest_places(rows, seeds)
+    picture = _dots(rows, seeds, title=f"difference of cost in {named(view, name)}")
     of = f"How the cost of each backward in {name} differs between levels of {found.by}"
     caption = f"{of}: every seed, the mean, its 95% interval{left}."
     own = [name for name in ("cell", "pair") if name in rows]
     table = whole[[*own, "place", "mean_a", "mean_b", *_RESULTS]].rename(columns={"place": "backward"})
     notes = [*found.differences.notes, _EFFECT]
-    return Drawing(picture, caption, table, notes, _offered(rows), _by_seed(seeds, own))
+    return Drawing(picture, caption, table, notes, _offered(rows), by_seed(seeds, own))
 
 
 @chart("diverged", "Comparison", needs=[Need("runs", ["diverged_step"], 1, "no run diverged, which is good")])
@@ -279,9 +209,9 @@ def diverged(view: View, metric: str | None) -> Drawing:
 @chart("heatmap", "Layers", needs=[NORMS, LEVELS])
 def heatmap(view: View, metric: str | None) -> Drawing:
     """The standardized difference of every metric at every norm, in depth order."""
-    _few_levels(view)
+    few_levels(view)
     found = view.compared([metric]) if metric else view.norms_compared
-    rows = _strongest_pairs(view, _in_words(view, found.rows, found.cells)).dropna(subset="difference")
+    rows = strongest_pairs(view, in_words(view, found.rows, found.cells)).dropna(subset="difference")
     if rows.empty:
         raise ConfigError(_NO_PAIRS)
     of_block = view.merged.frame("layers", ["site", "block"]).drop_duplicates("site").set_index("site")["block"]
@@ -296,7 +226,7 @@ def heatmap(view: View, metric: str | None) -> Drawing:
         clear=clear,
     )
     own = [name for name in ("cell", "pair") if name in rows and rows[name].nunique() > 1]
-    rows, lost = _capped(rows)
+    rows, lost = capped(rows)
     cells = rows[
         [*own, "metric", "site", "shade", "shown", "clear", "difference", "low", "high", "p_adjusted", "effect"]
     ]
@@ -314,13 +244,13 @@ def heatmap(view: View, metric: str | None) -> Drawing:
 def seeds(view: View, metric: str | None) -> Drawing:
     """A metric at a norm after the last update, every seed of it."""
     values, notes = finite(view.layers([metric] if metric else view.metrics, last=True))
-    values = values[values["level"].isin(_few(view))].rename(columns={"level": "place"})
-    values = _last_norm_first(values).drop(columns=["step", *["cell"] * (len(view.cells) < 2)])
-    values, lost = _capped(values.assign(level=values["place"]))
+    values = values[values["level"].isin(few(view))].rename(columns={"level": "place"})
+    values = last_norm_first(values).drop(columns=["step", *["cell"] * (len(view.cells) < 2)])
+    values, lost = capped(values.assign(level=values["place"]))
     rows = view.means(values.assign(cell=values.get("cell", "")), ["cell", "metric", "site", "level", "place"])
     several = rows["place"].nunique() > 1
     levels = _levels(view) if several else marks.ONE
-    title = _named(view, metric or "")
+    title = named(view, metric or "")
     picture = marks.dots(values, rows, title=title, levels=levels, zero=False, joined=several)
     joined = ", those of one seed joined" * several
     caption = (
@@ -336,14 +266,14 @@ def curves(view: View, metric: str | None) -> Drawing:
     if values["step"].nunique() < 2:
         remedy = "python run.py diagnostics=trajectory measures them along the way"
         raise ConfigError("norms were measured at one step alone" + f": {remedy}" * view.ours)
-    values = values[values["level"].isin(_few(view))]
+    values = values[values["level"].isin(few(view))]
     per_step = max(1, len(values[["cell", "site", "metric", "level"]].drop_duplicates()))
-    values, notes = thinned(values, max(3, min(MOST_STEPS, MOST_ROWS // per_step)))
-    rows, more = _capped(view.means(_last_norm_first(values), ["cell", "metric", "site", "step", "level"]))
-    chance = _chance(view, ["cell", "metric", "site"], last=False)
-    picture = marks.lines(rows, x="step", levels=_levels(view), title=_named(view, metric or ""), references=chance)
+    values, notes = thinned(values, max(3, min(MOST_STEPS, frames.MOST_ROWS // per_step)))
+    rows, more = capped(view.means(last_norm_first(values), ["cell", "metric", "site", "step", "level"]))
+    by_chance = chance(view, ["cell", "metric", "site"], last=False)
+    picture = marks.lines(rows, x="step", levels=_levels(view), title=named(view, metric or ""), references=by_chance)
     caption = "The chosen metric at the chosen norm after so many updates: mean over seeds and its 95% interval."
-    caption += " Dashed: that of a random direction." * (len(chance) > 0) + _few_said(view)
+    caption += " Dashed: that of a random direction." * (len(by_chance) > 0) + few_said(view)
     return Drawing(picture, caption, rows, [*notes, *more, *lost], choices(rows))
 
 
@@ -353,7 +283,7 @@ def depth(view: View, metric: str | None) -> Drawing:
     values, notes = finite(view.layers([metric] if metric else view.metrics, last=True))
     if values.empty:
         raise ConfigError("no norm of these runs has a finite number")
-    values = values[values["level"].isin(_few(view))]
+    values = values[values["level"].isin(few(view))]
     order = {site: at for at, site in enumerate(view.sites)}
     values = values.sort_values("site", key=lambda sites: sites.map(order), kind="stable")
     rows = view.means(values, ["cell", "metric", "level", "site"])
@@ -362,21 +292,21 @@ def depth(view: View, metric: str | None) -> Drawing:
         if not metric
         else rows
     )
-    rows, lost = _capped(rows)
-    chance = _chance(view, ["cell", "metric", "site"], last=True)
-    chance = chance[chance["metric"].isin(rows["metric"])]
+    rows, lost = capped(rows)
+    by_chance = chance(view, ["cell", "metric", "site"], last=True)
+    by_chance = by_chance[by_chance["metric"].isin(rows["metric"])]
     log = (metric or "").startswith("sigma") and bool((rows[["mean", "low"]].min() > 0).all())
     picture = marks.lines(
         rows,
         x="site",
         levels=_levels(view),
-        title=_named(view, metric or ""),
+        title=named(view, metric or ""),
         log=log,
-        references=chance,
+        references=by_chance,
     )
     of = metric or "The chosen metric"
     caption = f"{of} from the first norm to the last: mean over seeds and its 95% interval, after the last update."
-    caption += " Dashed: that of a random direction." * (len(chance) > 0) + _few_said(view)
+    caption += " Dashed: that of a random direction." * (len(by_chance) > 0) + few_said(view)
     return Drawing(picture, caption, rows, [*lost, *notes], choices(rows, "site"))
 
 
@@ -387,9 +317,9 @@ def depth(view: View, metric: str | None) -> Drawing:
 def losses(view: View, metric: str | None) -> Drawing:
     """A loss over the updates, beside those of a frozen body and of a bigram model."""
     values, notes = _learning(view, metric)
-    rows = view.means(values[values["level"].isin(_few(view))], ["cell", "metric", "step", "level"])
-    references = _floors(view, values)
-    return _of_learning(view, rows, references, _levels(view), notes, "", _few_said(view))
+    rows = view.means(values[values["level"].isin(few(view))], ["cell", "metric", "step", "level"])
+    references = floors(view, values)
+    return _of_learning(view, rows, references, _levels(view), notes, "", few_said(view))
 
 
 @chart("backwards", "Learning", needs=[BACKWARDS, RECORDED])
@@ -439,35 +369,14 @@ def _of_learning(
     which: str,
     few: str = "",
 ) -> Drawing:
-    rows, lost = _capped(rows)
+    rows, lost = capped(rows)
     of = rows["metric"].iloc[0] if rows["metric"].nunique() == 1 else "The chosen loss"
-    title = _named(view, rows["metric"].iloc[0])
+    title = named(view, rows["metric"].iloc[0])
     picture = marks.lines(rows, x="step", levels=levels, title=title, references=references)
     caption = f"{of}{which} after so many updates: mean over seeds and its 95% interval."
     if references is not None and len(references):
         caption += f" Dashed: {' and '.join(dict.fromkeys(references['reference']))}."
     return Drawing(picture, caption + few, rows, [*notes, *lost], choices(rows))
-
-
-def _floors(view: View, values: pd.DataFrame) -> pd.DataFrame:
-    """Return the loss of a frozen body in the same cell and level, or else the validation loss of a bigram model."""
-    own = ["cell"] * (len(view.cells) > 1)
-    steps = values[["cell", "metric", "step"]].drop_duplicates()
-    parts = []
-    if "method" in view.settings and (view.runs["method"] == FROZEN).any():
-        others = ["level", *(name for name in view.settings if name != "method")]
-        cells = view.runs.loc[view.runs["method"] != FROZEN, ["cell", *others]].drop_duplicates()
-        frozen = values[values["run_id"].isin(view.runs.loc[view.runs["method"] == FROZEN, "run_id"])]
-        frozen = frozen[["run_id", "metric", "step", "value"]].merge(
-            view.runs[["run_id", *others]].drop_duplicates("run_id")
-        )
-        rows = cells.merge(frozen, on=others).groupby([*own, "metric", "level", "step"], sort=False)["value"].mean()
-        parts.append(rows.reset_index().assign(reference="frozen body"))
-    elif "bigram_nats" in view.runs and view.runs["bigram_nats"].notna().any() and (steps["metric"] == LOSS).any():
-        bigram = view.runs.groupby("cell", sort=False)["bigram_nats"].mean().rename("value").reset_index()
-        rows = steps[steps["metric"] == LOSS].merge(bigram, on="cell")
-        parts.append(rows[[*own, "metric", "step", "value"]].assign(reference="bigram model"))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 # Sizes
@@ -487,6 +396,7 @@ def _of_size(name: str, example: str) -> Callable[[Function], Function]:
 @_of_size("scaling-width", "32,64,128")
 def scaling(view: View, metric: str | None, size: str) -> Drawing:
     """A metric against a size, with the slope of their logarithms and a line of slope −1."""
+    require_known(view, metric)
     of_layers = [name for name in ([metric] if metric else view.tested) if name in view.merged.columns("layers")]
     of_runs = [name for name in ([metric] if metric else RUN_METRICS) if name not in of_layers and name in view.runs]
     of_runs = [name for name in of_runs if view.runs[name].notna().any()]
@@ -501,7 +411,7 @@ def scaling(view: View, metric: str | None, size: str) -> Drawing:
     ]
     points, fits = (
         (
-            _last_norm_first(pd.concat([part.assign(site=part.get("site", "")) for part in of], ignore_index=True))
+            last_norm_first(pd.concat([part.assign(site=part.get("site", "")) for part in of], ignore_index=True))
             for of in zip(*parts, strict=True)
         )
         if parts
@@ -509,21 +419,21 @@ def scaling(view: View, metric: str | None, size: str) -> Drawing:
     )
     if points.empty:
         raise ConfigError("no run has a number that could scale")
-    points, lost = _capped(points.assign(x=points[size]))
+    points, lost = capped(points.assign(x=points[size]))
     own = [name for name in ("cell", "metric", "site") if name in points and (points[name] != "").any()]
     points = points[[*own, "level", "x", "mean", "low", "high"]]
     log = bool((points["mean"] > 0).all())
-    points["low"] = points["low"].where(~log | (points["low"] > 0))
+    points["low"] = points["low"].where((points["low"] > 0) | (not log))
     levels = _levels(view) if points["level"].nunique() > 1 else Levels("", points["level"].unique().tolist())
     picture = marks.lines(
         points,
         x="x",
         levels=levels,
-        title=_named(view, points["metric"].iloc[0]),
+        title=named(view, points["metric"].iloc[0]),
         log=log,
         size=size,
-        references=_falling(points[points["metric"].isin(of_layers)], own) if log and of_layers else None,
-        said=_slopes_said(fits, own),
+        references=falling(points[points["metric"].isin(of_layers)], own) if log and of_layers else None,
+        said=slopes_said(fits, own),
     )
     of = f"{metric or 'The chosen metric'}{' at the chosen norm' * ('site' in own)}"
     caption = (
@@ -533,35 +443,6 @@ def scaling(view: View, metric: str | None, size: str) -> Drawing:
     table = fits[[*own, *(name for name in fits if name not in {*own, "site", "metric", "cell"})]]
     notes = list(dict.fromkeys(note for one in found for note in one.notes))
     return Drawing(picture, caption, table.drop(columns=size, errors="ignore"), [*lost, *notes], choices(points))
-
-
-def _falling(points: pd.DataFrame, own: Sequence[str]) -> pd.DataFrame:
-    """Return a line of slope −1 through the mean of the first points' logarithms in each panel."""
-    panels = points.groupby(list(own), sort=False)
-    first = panels["x"].transform("min")
-    at_first = points[points["x"] == first].assign(start=lambda frame: np.log(frame["mean"]))
-    start = np.exp(at_first.groupby(list(own), sort=False)["start"].mean()).reset_index()
-    found = (
-        points.assign(first=first)[[*own, "x", "first"]].drop_duplicates().merge(start, on=list(own)).sort_values("x")
-    )
-    return found.assign(value=found["start"] * found["first"] / found["x"], reference="slope −1")[
-        [*own, "x", "value", "reference"]
-    ]
-
-
-def _slopes_said(fits: pd.DataFrame, own: Sequence[str]) -> pd.DataFrame:
-    """Return for each line `slope −0.92 (−1.01 to −0.83), R² 0.99`, and whether the points bend away from it."""
-
-    def said(row: "pd.Series[Any]") -> str:
-        inside = "" if np.isnan(row["low"]) else f" ({row['low']:.2g} to {row['high']:.2g})"
-        fit = "" if np.isnan(row["r2"]) else f", R² {row['r2']:.2f}"
-        text = f"slope {row['slope']:.2g}{inside}{fit}{', bends' * bool(row['bends'])}"
-        return text.replace("-", "−")
-
-    keys = [*own, "level"]
-    found = fits.drop_duplicates(keys)[[*keys, "slope", "low", "high", "r2", "bends"]]
-    said_of = found.apply(said, axis=1)
-    return found[keys].assign(said=said_of, line=found.groupby(list(own), sort=False).cumcount())
 
 
 # What charts share
@@ -574,22 +455,6 @@ def _costs(view: View, metric: str | None) -> costs.Costs:
 
 def _levels(view: View) -> Levels:
     return Levels(view.by, view.levels)
-
-
-def _few(view: View) -> list[str]:
-    """Return the levels whose lines are drawn."""
-    return view.levels if len(view.levels) <= MOST_LINES else view.levels[:MOST_LINES]
-
-
-def _few_said(view: View) -> str:
-    """Return a sentence on the levels whose lines are left out."""
-    n, of = len(_few(view)), view.runs["level"].nunique()
-    return f" {n} of {of:,} levels." if n < of else ""
-
-
-def _few_levels(view: View) -> None:
-    if (n := view.runs["level"].nunique()) > MOST:
-        raise ConfigError(f"{n:,} levels are too many to compare each with each: choose some by --where")
 
 
 def _dots(rows: pd.DataFrame, seeds: pd.DataFrame, *, title: str, levels: Levels = marks.ONE) -> marks.Picture:
@@ -608,87 +473,3 @@ def _dots(rows: pd.DataFrame, seeds: pd.DataFrame, *, title: str, levels: Levels
 def _offered(rows: pd.DataFrame) -> dict[str, list[str]]:
     """Return what `_dots` lets a reader choose of these rows."""
     return choices(rows[[name for name in ("cell", "pair", "metric") if name in rows and rows[name].nunique() > 1]])
-
-
-def _strongest_places(rows: pd.DataFrame, seeds: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, str]:
-    """Return the rows and seeds of the MOST places with the largest differences, the largest first, if there are more.
-
-    The text tells of those that are left out.
-    """
-    sizes = rows["difference"].abs().groupby(rows["place"], sort=False).max().sort_values(ascending=False)
-    if len(sizes) <= MOST:
-        return rows, seeds, ""
-    order = {place: at for at, place in enumerate(sizes.index[:MOST])}
-    rows, seeds = (
-        part[part["place"].isin(order)].sort_values("place", key=lambda names: names.map(order), kind="stable")
-        for part in (rows, seeds)
-    )
-    return rows, seeds, f"; the {MOST} largest of {len(sizes):,}, the others are in the CSV"
-
-
-def _strongest_pairs(view: View, rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of the MOST pairs of levels whose losses differ most."""
-    pairs = rows[["pair", "a", "b"]].drop_duplicates("pair")
-    if len(pairs) <= MOST or LOSS not in view.runs:
-        return rows[rows["pair"].isin(pairs["pair"][:MOST])]
-    mean = view.runs.groupby("level")[LOSS].mean()
-    sizes = (pairs["a"].map(mean) - pairs["b"].map(mean)).abs().sort_values(ascending=False, kind="stable")
-    return rows[rows["pair"].isin(pairs.loc[sizes.index[:MOST], "pair"])]
-
-
-def _capped(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Return at most MOST_ROWS rows, those of the first cells, and a note if that leaves out any."""
-    if len(rows) <= MOST_ROWS or "cell" not in rows:
-        return rows, []
-    sizes = rows["cell"].value_counts(sort=False).cumsum()
-    kept = sizes.index[: max(1, int((sizes <= MOST_ROWS).sum()))]
-    note = f"{len(kept)} of {len(sizes)} cells are shown: choose others by --where"
-    return rows[rows["cell"].isin(kept)], [note]
-
-
-def _in_words(view: View, rows: pd.DataFrame, cells: Sequence[str]) -> pd.DataFrame:
-    """Return the rows of a comparison once for each cell of the view, with `a`, `b` and `pair` in words."""
-    return view.placed(_paired(arranged(rows, cells)), cells)
-
-
-def _paired(rows: pd.DataFrame) -> pd.DataFrame:
-    a, b = rows["a"].map(word), rows["b"].map(word)
-    return rows.assign(a=a, b=b, pair=a + " − " + b)
-
-
-def _last_norm_first(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows, those of the last norm first: a chart opens at the norm of its first row."""
-    return rows.assign(later=rows["site"] != LAST_NORM).sort_values("later", kind="stable").drop(columns="later")
-
-
-def _chance(view: View, keys: Sequence[str], *, last: bool) -> pd.DataFrame:
-    """Return the values that metrics would have in a random direction: those known from an enrichment, which is then 1."""
-    held, parts = view.merged.columns("layers"), []
-    keys = [name for name in keys if name != "cell" or len(view.cells) > 1]
-    for enriched in [name for name in ENRICHMENTS if name in held]:
-        share = SAME.get(enriched)
-        both = view.layers([*[share] * (share is not None and share in held), enriched], last=last)
-        wide = both.pivot_table("value", [name for name in keys if name != "metric"], "metric", observed=True)
-        for name in wide:
-            value = wide[name] / wide[enriched]
-            parts.append(value.rename("value").dropna().reset_index().assign(metric=name))
-    if not parts:
-        return pd.DataFrame(columns=["metric"])
-    return pd.concat(parts, ignore_index=True)[[*keys, "value"]].assign(reference="chance")
-
-
-def _by_seed(seeds: pd.DataFrame, own: Sequence[str]) -> pd.DataFrame:
-    """Return the values behind differences, a row for each seed."""
-    return seeds[[*own, "place", "seed", "value_a", "value_b", "difference"]]
-
-
-NAMES = {LOSS: "validation loss", "train_loss_nats": "training loss", "sigma_mean": "mean σ"}
-
-
-def _named(view: View, metric: str) -> str:
-    """Return a metric in words with its unit, for the title of an axis."""
-    if not metric:
-        return "value"
-    table = "layers" if metric in view.merged.columns("layers") else "runs"
-    unit = view.merged.units(table, [metric])[metric]
-    return f"{NAMES.get(metric, metric)}{f' ({unit})' if unit not in ('', '1') else ''}"

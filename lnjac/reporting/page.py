@@ -17,7 +17,7 @@ import pandas as pd
 
 from lnjac.escape import visible, visible_within
 from lnjac.reporting import marks
-from lnjac.reporting.charts import Drawing
+from lnjac.reporting.registry import Drawing
 
 HERE = Path(__file__).parent
 DIGITS = 6
@@ -116,23 +116,20 @@ def narrow(frame: pd.DataFrame, chosen: Mapping[str, Sequence[str]]) -> Narrow:
     """Return the rows of the first choice, as many as a page shows, with their most important columns first."""
     for name in [name for name in chosen if name in frame]:
         frame = frame[frame[name].isin(["", chosen[name][0]])]
-    frame = frame.rename(columns=str)
     if {"low", "high"} <= {*frame}:
+        ends = zip(frame["low"], frame["high"], strict=True)
         frame = frame.assign(
-            **{INTERVAL: [_interval(low, high) for low, high in zip(frame["low"], frame["high"], strict=True)]}
+            interval=pd.Series([_interval(low, high) for low, high in ends], frame.index, dtype=object)
         )
-    results = [name for name in NARROW if name in frame]
-    keys = list(frame)
-    if results:
-        at = min(keys.index(name) for name in results)
-        keys = [name for name in keys[:at] if name not in chosen]
-    first = [*keys, *results]
-    rest = [name for name in frame if name not in first]
-    numbers = {name for name in frame if frame[name].dtype.kind in "if"} | {INTERVAL}
-    shown = frame[[*first, *rest]]
+    names = list(map(str, frame))
+    results = [name for name in NARROW if name in names]
+    keys = names[: min((names.index(name) for name in results), default=0)]
+    first = [*(name for name in keys if name not in chosen), *results] or names
+    shown = frame[[*first, *(name for name in names if name not in first)]]
+    numbers = {name for name in names if frame[name].dtype.kind in "if"} | {INTERVAL}
     most = MOST_TABLE_ROWS if results else len(shown)
     rows = list(shown.head(most).astype(object).itertuples(index=False, name=None))
-    return Narrow(list(shown), min(len(first), 8), numbers, rows, max(0, len(shown) - most))
+    return Narrow(list(map(str, shown)), min(len(first), 8), numbers, rows, max(0, len(shown) - most))
 
 
 def _interval(low: float, high: float) -> str | None:

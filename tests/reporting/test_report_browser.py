@@ -237,7 +237,10 @@ def test_one_bar_drives_every_chart_from_the_keyboard(browser: Any, file: Path):
     from selenium.webdriver.common.by import By
 
     opened(browser, file)
-    assert [one.get_property("name") for one in browser.find_elements(By.CSS_SELECTOR, ".bar select")] == ["cell", "metric"]
+    assert [one.get_property("name") for one in browser.find_elements(By.CSS_SELECTOR, ".bar select")] == [
+        "cell",
+        "metric",
+    ]
     assert browser.execute_script("return getComputedStyle(document.querySelector('.bar')).position") == "sticky"
     charts = (".cost", ".losses", ".curves", ".depth")
     before = [curve(browser, chart) if chart != ".cost" else table(browser, chart) for chart in charts]
@@ -276,9 +279,21 @@ def test_numbers_and_pictures_are_saved(browser: Any, file: Path, tmp_path: Path
 
 def test_all_columns_of_a_table_are_shown_when_asked_for(browser: Any, file: Path):
     opened(browser, file)
-    heads = "return [...document.querySelectorAll('.cost th')].filter((one) => one.checkVisibility()).map((one) => one.textContent)"
+    heads = (
+        "return [...document.querySelectorAll('.cost th')].filter((one) => one.checkVisibility())"
+        ".map((one) => one.textContent)"
+    )
     browser.execute_script("document.querySelector('.cost details').open = true")
-    assert browser.execute_script(heads) == ["level", "backward", "loss", "exact's loss", "cost", "interval", "p_adjusted", "n"]
+    assert browser.execute_script(heads) == [
+        "level",
+        "backward",
+        "loss",
+        "exact's loss",
+        "cost",
+        "interval",
+        "p_adjusted",
+        "n",
+    ]
     browser.execute_script("document.querySelector('.cost input').click()")
     assert {"effect", "p", "family"} < set(browser.execute_script(heads))
 
