@@ -345,7 +345,7 @@ def test_differences_of_cost_are_those_of_the_costs(tmp_path: Path):
     shown = of(write_study(tmp_path, TWO | {"ln_backward": ["exact", "ste"]}))
     costs, found = table("cost", shown).set_index("level")["cost"], table("cost-difference", shown)
     assert found["difference"].tolist() == pytest.approx([costs["softmax"] - costs["sigmoid"]])
-    with pytest.raises(ConfigError, match="one level alone"):
+    with pytest.raises(ConfigError, match="no backward has a cost at two levels"):
         drawn("cost-difference", of(shown.merged.path, where="attn_mode == 'softmax'"))
 
 
@@ -396,9 +396,17 @@ def test_curves_stay_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rows = table("curves", shown)
     assert 1000 < len(rows) <= 2000
     assert set(rows["step"]) >= {0, 99}
-    thinned, left_out = drawn("curves", shown).notes
-    assert thinned.startswith("8 of the 100 measured steps are shown")
-    assert left_out == "1 of 3 cells are shown: choose others by --where"
+    (thinned,) = drawn("curves", shown).notes
+    assert " of the 100 measured steps are shown" in thinned
+
+
+def test_rows_are_left_out_by_whole_cells(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(frames, "MOST_ROWS", 5)
+    rows = pd.DataFrame({"cell": ["a"] * 2 + ["b"] * 2 + ["c"] * 2, "value": range(6)})
+    kept, notes = frames.capped(rows)
+    assert kept["cell"].tolist() == ["a", "a", "b", "b"]
+    assert notes == ["2 of 3 cells are shown: choose others by --where"]
+    assert frames.capped(rows[:4])[1] == []
 
 
 def test_a_trajectory_says_how_many_steps_it_leaves_out(tmp_path: Path):
