@@ -47,9 +47,10 @@ class Need(NamedTuple):
     def lacking(self, view: View) -> str:
         """Return what is lacking; the command that gives it is one of lnjac's own trainer."""
         held = list(view.runs) if self.table == "runs" else view.merged.columns(self.table)
-        if not {*self.columns} & {*held}:
-            return f"these runs have no column {' or '.join(self.columns)}"
-        return self.otherwise if view.ours else self.otherwise.partition(": ")[0]
+        if view.ours:
+            return self.otherwise
+        there = {*self.columns} & {*held}
+        return self.otherwise.partition(": ")[0] if there else f"these runs have no column {' or '.join(self.columns)}"
 
 
 class Chart(NamedTuple):

@@ -81,7 +81,7 @@ def make(merged: MergedTables, title: str, by: str | None = None, where: str | N
     html = render(
         charts,
         title=title,
-        verdict=_verdict(merged, shown.by, where),
+        verdict=_verdict(shown),
         lead=next((figure for figure in figures if figure.name == first), None),
         bar={name: values for name, values in offered(figures).items() if name in BAR},
         facts=facts.line(),
@@ -100,10 +100,11 @@ def make(merged: MergedTables, title: str, by: str | None = None, where: str | N
     return Report(html, contents)
 
 
-def _verdict(merged: MergedTables, by: str, where: str | None) -> list[str]:
+def _verdict(shown: View) -> list[str]:
     """Return the answer in sentences; the reason if runs cannot be compared, for which no page is refused."""
+    by = shown.by if shown.runs["level"].nunique() > 1 else None
     try:
-        return verdict(merged, by or None, where=where).sentences
+        return verdict(shown.merged, by, where=shown.where).sentences
     except ConfigError as error:
         return [f"These runs cannot be compared: {error}."]
 

@@ -120,7 +120,7 @@ def test_a_new_chart_is_one_function(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return Drawing(None, f"flavour {metric}.", pd.DataFrame())
 
     shown = of(write_study(tmp_path, TWO, blocks=0, steps=(100,)))
-    with pytest.raises(ConfigError, match="these runs have no column flavour"):
+    with pytest.raises(ConfigError, match="no flavour"):
         registry.CHARTS["flavours"].draw(shown)
     shown = replace(shown, runs=shown.runs.assign(flavour="sweet"))
     assert registry.CHARTS["flavours"].draw(shown, "a").caption == "flavour a."

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from support.studies import write_study
 
 from lnjac.comparing.tables import open_tables
 from lnjac.errors import ConfigError
+from lnjac.escape import visible
 from lnjac.reporting import facts, page, report
 from lnjac.reporting.charts import CHARTS
+from lnjac.reporting.verdict import verdict
 from lnjac.runs import folder as runs
 from lnjac.runs import merge
 from lnjac.runs.merged import companion
@@ -130,6 +133,30 @@ def test_the_answer_comes_first_and_configuration_is_folded(whole: report.Report
     unfolded = re.sub(r"<details.*?</details>", "", whole.html, flags=re.DOTALL)
     assert "torch_version" not in unfolded
     assert "torch_version" in whole.html
+
+
+@pytest.mark.usefixtures("light")
+def test_the_page_is_headed_by_the_answer_and_then_the_title(tmp_path: Path):
+    path = write_study(tmp_path, {"attn_mode": ["softmax", EVIL]})
+    said = verdict(path, "attn_mode").sentences
+    html = made(path, title="a study").html
+    assert f'<h1 id="answer-title">{escape(said[0], quote=False)}</h1>' in html
+    seen = Page(html)
+    assert "under </script>" in said[0]
+    places = [seen.text.index(visible(text)) for text in (*said[:2], "a study:", *said[2:], "What varies")]
+    assert places == sorted(places)
+
+
+@pytest.mark.usefixtures("light")
+def test_runs_that_cannot_be_compared_have_a_page_that_names_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConfigError("several runs have one config and seed")
+
+    monkeypatch.setattr(report, "verdict", refuse)
+    html = made(write_study(tmp_path, {"attn_mode": ["a", "b"]})).html
+    assert ">These runs cannot be compared: several runs have one config and seed.</h1>" in html
 
 
 @pytest.mark.usefixtures("light")
