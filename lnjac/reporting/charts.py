@@ -234,7 +234,7 @@ def heatmap(view: View, metric: str | None) -> Drawing:
     pair = "" if "pair" in own else f" ({rows['pair'].iloc[0]})"
     caption = (
         f"Difference of each metric at each norm between levels of {view.by}{pair}, coloured by its size in standard "
-        "deviations over seeds: blue below 0, orange above. Faded: not clear of zero. Click a cell for its norm and metric."
+        "deviations over seeds: blue below 0, orange above. Faded: not clear of zero."
     )
     table = rows[[*own, "metric", "site", "mean_a", "mean_b", *_RESULTS]]
     return Drawing(picture, caption, table, [*lost, *found.notes, _EFFECT], choices(cells, "site", "metric"))
@@ -400,25 +400,23 @@ def scaling(view: View, metric: str | None, size: str) -> Drawing:
     of_layers = [name for name in ([metric] if metric else view.tested) if name in view.merged.columns("layers")]
     of_runs = [name for name in ([metric] if metric else RUN_METRICS) if name not in of_layers and name in view.runs]
     of_runs = [name for name in of_runs if view.runs[name].notna().any()]
-    found = [
-        slopes.scaling(view.merged, size, metrics=names, table=table, where=view.where)
-        for names, table in ((of_runs, "runs"), (of_layers, "layers"))
-        if names
-    ]
-    parts = [
-        [view.placed(arranged(frame, one.cells, view.by), one.cells) for frame in (one.points, one.slopes)]
-        for one in found
-    ]
-    points, fits = (
-        (
-            last_norm_first(pd.concat([part.assign(site=part.get("site", "")) for part in of], ignore_index=True))
-            for of in zip(*parts, strict=True)
-        )
-        if parts
-        else (pd.DataFrame(), pd.DataFrame())
-    )
+    points, fits, notes = pd.DataFrame(), pd.DataFrame(), []
+    for names, table in ((of_runs, "runs"), (of_layers, "layers")):
+        if names:
+            found = slopes.scaling(view.merged, size, metrics=names, table=table, where=view.where)
+            both = (
+                view.placed(arranged(part, found.cells, view.by), found.cells) for part in (found.points, found.slopes)
+            )
+            more_points, more_fits = (part.assign(site=part.get("site", "")) for part in both)
+            points, fits = pd.concat([points, more_points]), pd.concat([fits, more_fits])
+            notes += [note for note in found.notes if note not in notes]
+    if metric is None and len(points):  # all share one axis, on which only a positive number has a place
+        positive = points.groupby("metric", sort=False)["mean"].transform("min") > 0
+        points = points[positive]
+        fits = fits[fits["metric"].isin(points["metric"])]
     if points.empty:
         raise ConfigError("no run has a number that could scale")
+    points, fits = (last_norm_first(part.reset_index(drop=True)) for part in (points, fits))
     points, lost = capped(points.assign(x=points[size]))
     own = [name for name in ("cell", "metric", "site") if name in points and (points[name] != "").any()]
     points = points[[*own, "level", "x", "mean", "low", "high"]]
@@ -440,9 +438,8 @@ def scaling(view: View, metric: str | None, size: str) -> Drawing:
         f"{of} against {size}: mean over seeds and its 95% interval, with the slope of their logarithms and its interval. "
         f"{'Dashed: slope −1. ' * (log and bool(of_layers))}Nothing is drawn beyond the sizes that were run."
     )
-    table = fits[[*own, *(name for name in fits if name not in {*own, "site", "metric", "cell"})]]
-    notes = list(dict.fromkeys(note for one in found for note in one.notes))
-    return Drawing(picture, caption, table.drop(columns=size, errors="ignore"), [*lost, *notes], choices(points))
+    columns = [*own, *(name for name in fits if name not in {*own, "site", "metric", "cell"})]
+    return Drawing(picture, caption, fits[columns], [*lost, *notes], choices(points))
 
 
 # What charts share
