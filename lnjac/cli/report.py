@@ -46,7 +46,7 @@ def report(
     if as_json:
         print(ascii_json({"output": str(output), "bytes": size, "sections": made.sections}))
         return
-    charts = sum(section["charts"] for section in made.sections.values())
+    charts = sum(map(len, made.sections.values()))
     print(f"{visible(str(output))}: {size / 1e6:.2f} MB, {charts} charts")
 
 
@@ -97,12 +97,15 @@ def plot(
 
 def _list(shown: "View", as_json: bool) -> None:
     """Print each chart: its metrics, or the reason for which it cannot be drawn."""
-    from lnjac.reporting.charts import CHARTS, Drawing
+    from lnjac.reporting.charts import CHARTS
 
-    lacking = {}
+    lacking: dict[str, str | None] = {}
     for name, chart in CHARTS.items():
-        drawn = list(chart.drawings(shown))
-        lacking[name] = None if any(isinstance(one, Drawing) for one in drawn) else str(drawn[0])
+        try:
+            chart.draw(shown)
+            lacking[name] = None
+        except ConfigError as error:
+            lacking[name] = str(error)
     if as_json:
         print(
             ascii_json({name: {"summary": CHARTS[name].summary, "lacking": reason} for name, reason in lacking.items()})

@@ -30,6 +30,8 @@ from lnjac.text import listed, word
 LAYER_METRICS = ("radial_share", "cos_center_vs_true", "flat_cos_ste", "sigma_mean")
 RUN_METRICS = ("val_loss_nats", "train_loss_nats")
 EXACT = "exact"
+MOST_LEVELS = 30
+"""Levels beyond which each is compared with the first alone, unless a reference is given."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ def compare(
 ) -> Differences:
     """Compare the levels of a column with each other, within each cell of all other columns that vary.
 
-    All pairs of levels are compared, the later in order minus the earlier. The p values of one metric in one cell, of all
-    norms and all pairs, are one family, adjusted by Holm's method; nothing is adjusted over metrics or cells.
+    All pairs of levels are compared, the later in order minus the earlier; of more than MOST_LEVELS each with the first. The
+    p values of one metric in one cell, of all norms and all pairs, are one family, adjusted by Holm's method; nothing is
+    adjusted over metrics or cells.
 
     Args:
         sources: A path, or several: of merged tables, sweeps and runs; or tables opened by `open_tables`.
@@ -134,7 +137,9 @@ def compare(
     levels = found.levels[by]
     pairs = pairs_of(levels, by, reference)
     contrasts = [Contrast(levels[a], levels[b], [(a,), (b,)], {}) for a, b in pairs]
-    return replace(differences(found, contrasts, how, margin), choices=tables.choices)
+    compared = differences(found, contrasts, how, margin)
+    notes = [*_of_many(levels, by, reference), *compared.notes]
+    return replace(compared, choices=tables.choices, notes=notes)
 
 
 def require_margin(margin: float | None) -> None:
@@ -146,10 +151,15 @@ def require_margin(margin: float | None) -> None:
 
 
 def pairs_of(levels: Sequence[Any], by: str, reference: str | None) -> list[tuple[int, int]]:
-    """Return the numbers of the levels to compare: all pairs, later minus earlier; or each minus the reference."""
+    """Return the numbers of the levels to compare: all pairs, later minus earlier; or each minus the reference.
+
+    Of more than MOST_LEVELS the first is the reference unless another is given.
+    """
     names = [word(level) for level in levels]
     if reference is None and by == "ln_backward" and EXACT in names:
         reference = EXACT
+    if reference is None and len(names) > MOST_LEVELS:
+        return [(i, 0) for i in range(1, len(names))]
     if reference is None:
         return [(later, earlier) for earlier, later in combinations(range(len(names)), 2)]
     if reference not in names:
@@ -252,6 +262,16 @@ def _moving(found: Measurements, arms: Sequence[int]) -> Moving:
 
 
 # Notes
+
+
+def _of_many(levels: Sequence[Any], by: str, reference: str | None) -> list[str]:
+    """Return a note that there are too many levels to compare each with each, if there are."""
+    if reference is not None or len(levels) <= MOST_LEVELS or (by == "ln_backward" and EXACT in levels):
+        return []
+    return [
+        f"{len(levels)} levels of {by} make too many pairs: each is compared with the first, {word(levels[0])}; choose "
+        "another by --reference, or fewer levels by --where"
+    ]
 
 
 def _tests(found: Measurements, rows: pd.DataFrame, how: Inference) -> list[str]:

@@ -1,140 +1,57 @@
 """The charts of a report: each is one function that makes a frame of a view and draws it, registered in `CHARTS`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from operator import itemgetter
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 
-from lnjac.comparing import compare
 from lnjac.comparing import cost as costs
 from lnjac.comparing import scaling as slopes
-from lnjac.comparing.compare import LOSS
-from lnjac.comparing.experiment import LAST_NORM
+from lnjac.comparing.compare import EXACT, LOSS, RUN_METRICS
+from lnjac.comparing.intervals import STUDENT
 from lnjac.errors import ConfigError
-from lnjac.reporting import marks
-from lnjac.reporting.marks import choices
-from lnjac.reporting.view import ENRICHMENTS, SAME, View, arranged, beside, finite, thinned
-from lnjac.text import word
+from lnjac.reporting import frames, marks
+from lnjac.reporting.frames import (
+    by_seed,
+    capped,
+    chance,
+    falling,
+    few,
+    few_levels,
+    few_said,
+    floors,
+    in_words,
+    last_norm_first,
+    named,
+    paired,
+    require_known,
+    slopes_said,
+    strongest_pairs,
+    strongest_places,
+)
+from lnjac.reporting.marks import Levels, choices
+from lnjac.reporting.registry import CHARTS as CHARTS
+from lnjac.reporting.registry import Drawing, Function, Need, chart
+from lnjac.reporting.view import MOST, View, arranged, finite, thinned
+from lnjac.runs.folder import DIVERGED
 
-MOST_LINES = 4
-"""Comparisons up to which every norm is drawn; beyond, only those of a comparison's headline."""
 MOST_STEPS = 40
-MOST_ROWS = 16_000
-"""Rows of the curves behind a map, so that a page stays small whatever the number of runs."""
+BREAKS = (-4, -3, -2, -1, 1, 2, 3, 4)
+"""Standard deviations at which the shades of a map change."""
 
 
-class Answer(NamedTuple):
-    """A table that stays in sight below a chart, with its title and notes."""
-
-    title: str
-    table: pd.DataFrame
-    notes: Sequence[str]
-
-
-class Drawing(NamedTuple):
-    """A chart with its caption, notes and folded tables of the same numbers.
-
-    `choices` holds the values that a reader may choose among by the parameter of their name. If a drawing `follows`, its
-    table has only the rows that are chosen. A `wide` one is scrolled on a narrow page.
-    """
-
-    picture: marks.Picture
-    caption: str
-    tables: Mapping[str, pd.DataFrame]
-    notes: Sequence[str] = ()
-    choices: Mapping[str, Sequence[str]] = {}
-    answer: Answer | None = None
-    wide: bool = False
-    follows: bool = False
-
-
-class Need(NamedTuple):
-    """Columns of a table of which a chart needs one, with at least so many different values.
-
-    `level` is, of runs, the level of the compared column. `otherwise` names what is lacking and the command that gives it.
-    """
-
-    table: str
-    columns: Sequence[str]
-    least: int
-    otherwise: str
-
-    def met(self, view: View) -> bool:
-        """Return whether the view has such a column."""
-        held = list(view.runs) if self.table == "runs" else view.merged.columns(self.table)
-        known = [name for name in self.columns if name in held]
-        frame = view.runs if self.table == "runs" else view.merged.frame(self.table, known)
-        return any(frame[name].nunique() >= self.least for name in known)
-
-    def lacking(self, view: View) -> str:
-        """Return what is lacking; the command that gives it is one of lnjac's own trainer."""
-        held = list(view.runs) if self.table == "runs" else view.merged.columns(self.table)
-        if view.ours:
-            return self.otherwise
-        there = {*self.columns} & {*held}
-        return self.otherwise.partition(": ")[0] if there else f"these runs have no column {' or '.join(self.columns)}"
-
-
-class Chart(NamedTuple):
-    """A kind of chart that merged tables may have.
-
-    `title` heads the section of a page, which charts of one title share; `summary` tells one line of what is drawn. A page
-    draws each of `metrics`, where None stands for all that belong together.
-    """
-
-    name: str
-    title: str
-    summary: str
-    needs: Sequence[Need]
-    metrics: Sequence[str | None]
-    function: Callable[..., Drawing]
-
-    def draw(self, view: View, metric: str | None = None) -> Drawing:
-        """Draw a metric, or the first of the chart's own.
-
-        Raises:
-            ConfigError: If the view has not all that the chart needs.
-        """
-        for need in self.needs:
-            if not need.met(view):
-                raise ConfigError(need.lacking(view))
-        return self.function(view, metric or self.metrics[0])
-
-    def drawings(self, view: View) -> "Iterator[Drawing | str]":
-        """Draw each metric; a drawing that cannot be made is a line that names the reason."""
-        for metric in self.metrics:
-            try:
-                yield self.draw(view, metric)
-            except ConfigError as error:
-                yield str(error)
-
-
-CHARTS: dict[str, Chart] = {}
-"""Every chart by its name, in the order of a page."""
-
-Function = Callable[..., Drawing]
-
-
-def chart(
-    name: str, title: str, *, needs: Sequence[Need], metrics: Sequence[str | None] = (None,), **options: Any
-) -> Callable[[Function], Function]:
-    """Register a function of a view and a metric as a chart; further options are passed to it."""
-
-    def register(function: Function) -> Function:
-        summary = (function.__doc__ or "").partition("\n")[0]
-        CHARTS[name] = Chart(name, title, summary, needs, metrics, partial(function, **options))
-        return function
-
-    return register
+def lead(view: View, drawn: Sequence[str]) -> str | None:
+    """Return the name of the chart that shows the answer, of those that can be drawn; None if there is none."""
+    of_size = [name for name, size in SIZES.items() if size == view.by and view.runs[size].nunique() > 2]
+    order = [*of_size, "cost", "ranking", "headline", "depth", "losses", "diverged"]
+    return next((name for name in order if name in drawn), None)
 
 
 NORMS = Need("layers", ["site"], 1, "no norm of these runs was measured: leave diagnostics=off out")
 LEVELS = Need(
     "runs", ["level"], 2, "one level alone was run: python run.py -m attn_mode=softmax,sigmoid seed=1,2,3 runs two"
 )
+MANY = Need("runs", ["level"], MOST + 1, f"no more than {MOST} levels were run, which are compared in pairs")
 BACKWARDS = Need(
     "runs",
     ["ln_backward"],
@@ -144,274 +61,412 @@ BACKWARDS = Need(
 RECORDED = Need(
     "curves", ["step"], 2, "losses were recorded at one step alone: python run.py eval.every=50 records more"
 )
-ENRICHED = Need("layers", ENRICHMENTS, 1, "no enrichment was measured in these runs: leave diagnostics=off out")
 
 _RESULTS = ["difference", "low", "high", "p", "p_adjusted", "family", "effect", "agreement", "n"]
 _EFFECT = "effect: d_z, the mean difference in its standard deviations over seeds; Hedges' g where unpaired"
 _NO_PAIRS = "no two levels have a number to compare: did all runs of one diverge?"
 
 
-@chart("headline", "Comparison", needs=[LEVELS], metrics=(LOSS, "radial_share", "cos_center_vs_true"))
-def headline(view: View, metric: str) -> Drawing:
-    """Differences between levels, every seed of them, at each norm or at the norms that differ most."""
-    if metric == LOSS and view.runs[LOSS].isna().all():
-        metric = "train_loss_nats"
-    found = _compared(view, metric)
-    rows = found.rows.assign(headline=found.headline())
-    rows, seeds = (_in_words(part[part["metric"] == metric], found.cells) for part in (rows, found.seeds))
-    if rows["difference"].isna().all():
-        raise ConfigError(_NO_PAIRS)
-    own, site, pairs = ["cell"] * bool(found.cells), ["site"] * ("site" in rows), rows["pair"].unique()
-    few = len(rows[["cell", "pair"]].drop_duplicates()) <= MOST_LINES
-    place, level = (site, ["pair"] * (len(pairs) > 1) + own) if few and site else (own + site, [])
-    for frame in (rows, seeds):
-        frame["place"], frame["level"] = _joined(frame, place or ["cell"]), _joined(frame, level or ["pair"])
-    shown = rows if few else rows[rows["headline"]]
-    at, notes = "", [*found.notes, _EFFECT]
-    if len(shown) < len(rows):
-        last = f"at {LAST_NORM} and " if (shown["site"] == LAST_NORM).any() else ""
-        at = f" {last}at the norm where it is largest"
-        notes.append(
-            "the largest is chosen by its size: its adjusted p, over all norms, allows for that, its interval does not"
-        )
-    picture = marks.dots(
-        seeds.merge(shown[["place", "level"]]).dropna(subset="difference")[["place", "level", "seed", "difference"]],
-        shown.rename(columns={"difference": "mean"})[["place", "level", "mean", "low", "high"]],
-        by="difference",
-        title=f"{metric}: {pairs[0]}" if len(pairs) == 1 else f"difference of {metric}",
-    )
-    caption = f"Difference of {metric}{at} between levels of {view.by}: every seed, the mean, its 95% interval."
-    tables = {
-        "Table": rows[[*own, *site, "a", "b", "mean_a", "mean_b", *_RESULTS]],
-        "Every seed's value": _by_seed(seeds, [*own, *site], view.by),
-    }
-    return Drawing(picture, caption, tables, notes)
+# The answer
 
 
-@chart("heatmap", "Norms and metrics", needs=[NORMS, LEVELS])
-def heatmap(view: View, metric: str | None) -> Drawing:
-    """The difference of every metric at every norm, shaded against the metric's largest."""
-    found = view.compared([metric]) if metric else view.norms_compared
-    rows = _in_words(found.rows, found.cells)
-    rows = rows.dropna(subset="difference")
-    if rows.empty:
-        raise ConfigError(_NO_PAIRS)
-    largest = rows["difference"].abs().groupby([rows["metric"], rows["pair"], rows["cell"]]).transform("max")
-    rows = rows.assign(
-        column=rows["metric"],
-        shade=(rows["difference"] / largest).fillna(0.0),
-        shown=rows["difference"].map("{:.2g}".format) + np.where(rows["p_adjusted"] < 0.05, "*", ""),
-    )
-    own = [name for name in ("cell", "pair") if rows[name].nunique() > 1]
-    cells = rows[[*own, "site", "column", "metric", "shade", "shown", "difference", "low", "high", "p_adjusted"]]
-    pair = "" if "pair" in own else f" ({rows['pair'].iloc[0]})"
-    caption = (
-        f"Difference of each metric at each norm between levels of {view.by}{pair}: blue below 0, orange above, full colour "
-        "for the largest of its metric. A star: adjusted p < 0.05, by Holm's method over all norms and pairs of levels of "
-        "one metric in one cell."
-    )
-    table = cells.pivot_table("difference", [*own, "site"], "metric", sort=False).reset_index()
-    picture = marks.shades(cells, legend="difference / the largest of its metric")
-    return Drawing(picture, caption, {"Table": table}, found.notes, choices(cells, "site", "metric"), wide=True)
-
-
-@chart("enrichment", "Norms and metrics", needs=[NORMS, ENRICHED])
-def enrichment(view: View, metric: str | None) -> Drawing:
-    """Shares of the gradient's energy against chance, 1, at every norm and level."""
-    metrics = [metric] if metric else [name for name in ENRICHMENTS if name in view.metrics]
-    values, notes = finite(view.layers(metrics, last=True))
-    if values.empty:
-        raise ConfigError(ENRICHED.otherwise)
-    lines = view.means(values, ["cell", "level", "site", "metric"])
-    one = lines["level"].nunique() == 1
-    cells = lines.assign(
-        column=lines["metric"] if one else lines["level"] + " " + lines["metric"].str.removeprefix("enrichment_"),
-        shade=(np.log2(lines["mean"]) / 4).clip(-1, 1),
-        shown=lines["mean"].map("{:.2g}".format),
-    )
-    caption = (
-        "Enrichment at each norm: a share of the gradient's energy against that of a random direction. Neutral at "
-        "chance (1), blue below, orange above, full colour from 16 times."
-    )
-    own = ["cell"] * ("cell" in cells)
-    table = cells.pivot_table("mean", [*own, "site"], "column", sort=False).reset_index()
-    cells = cells[[*own, "site", "column", "metric", "shade", "shown", "mean", "low", "high"]]
-    picture = marks.shades(cells, legend="enrichment", label="format(pow(2, 4 * datum.value), '.2~r') + '×'")
-    return Drawing(picture, caption, {"Table": table}, notes, choices(cells, "site", "metric"), wide=True)
-
-
-@chart("curves", "Norms and metrics", needs=[NORMS])
-def curves(view: View, metric: str | None) -> Drawing:
-    """Every metric at every norm over the updates, of which one is chosen."""
-    values, lost = finite(view.layers([metric] if metric else view.metrics, last=False))
-    per_step = max(1, len(values[["site", "metric", "level"]].drop_duplicates()))
-    values, notes = thinned(values, max(2, min(MOST_STEPS, MOST_ROWS // per_step)))
-    notes += lost
-    lines = view.means(values, ["cell", "site", "metric", "step", "level"]).drop(columns="n")
-    later = lines["site"] != LAST_NORM  # the chart opens at the norm of the first row
-    lines = lines.assign(later=later).sort_values(["later", "step"], kind="stable").drop(columns="later")
-    if len(lines) > MOST_ROWS:
-        kept = view.cells[: max(1, int(MOST_ROWS / (len(lines) / len(view.cells))))]
-        lines = lines[lines["cell"].isin(kept)]
-        notes.append(f"curves of the first {len(kept)} of {len(view.cells)} cells: choose others by --where")
-    picture = marks.lines(lines, x="step", by=view.by, title="value")
-    caption = "The chosen metric at the chosen norm after so many updates: mean over seeds and its 95% interval."
-    tables = {"The chosen curves as a table": lines}
-    return Drawing(picture, caption, tables, notes, choices(lines), follows=True)
-
-
-@chart("losses", "Trajectories", needs=[RECORDED], metrics=(LOSS, "train_loss_nats"))
-def losses(view: View, metric: str) -> Drawing:
-    """A loss over the updates, beside that of a bigram model."""
-    values = view.curves(metric)
-    reference = view.runs.groupby(["cell", "level"])["bigram_nats"].mean()
-    remedy = "python run.py eval.every=50 measures it along the way"
-    if reference.isna().all():
-        return _over_updates(view, values, metric, remedy)
-    return _over_updates(view, values, metric, remedy, reference, " Dashed: a bigram model's.")
-
-
-@chart("trajectory", "Trajectories", needs=[NORMS], metrics=("radial_share",))
-def trajectory(view: View, metric: str) -> Drawing:
-    """A metric at the last norm over the updates."""
-    values, name = _at_one_norm(view.layers([metric], last=False), metric)
-    return _over_updates(view, values, name, "python run.py diagnostics=trajectory measures it along the way")
-
-
-def _over_updates(
-    view: View,
-    values: pd.DataFrame,
-    name: str,
-    remedy: str,
-    reference: "pd.Series[Any] | None" = None,
-    more: str = "",
-) -> Drawing:
-    values, lost = finite(values)
-    if values.empty or values.groupby(["cell", "level", "seed"])["step"].nunique().max() < 2:
-        raise ConfigError(f"{name} was measured at most once in a run" + f": {remedy}" * view.ours)
-    values, notes = thinned(values, MOST_STEPS)
-    lines = view.means(values, ["cell", "step", "level"])
-    if reference is not None:
-        lines = beside(lines, reference)
-    caption = f"{name} after so many updates: mean over seeds and its 95% interval.{more}"
-    picture = marks.lines(lines.drop(columns="n"), x="step", by=view.by, title=name)
-    return Drawing(picture, caption, {"Table": lines}, [*notes, *lost], choices(lines))
-
-
-@chart("cost", "Cost of each backward", needs=[BACKWARDS], metrics=(LOSS,))
-def cost(view: View, metric: str) -> Drawing:
+@chart("cost", "Comparison", needs=[BACKWARDS])
+def cost(view: View, metric: str | None) -> Drawing:
     """The loss of each backward minus the exact one's, every seed of it."""
-    by = None if view.by == "ln_backward" else view.by
-    found = costs.cost(view.merged, by=by, metric=metric, where=view.where)
+    found, name = _costs(view, metric), metric or LOSS
     rows, seeds = (
-        arranged(part, found.costs.cells, found.by).assign(place=itemgetter("a"), backward=itemgetter("a"))
+        view.placed(arranged(part, found.costs.cells, view.by), found.costs.cells)
         for part in (found.costs.rows, found.costs.seeds)
     )
+    rows, seeds = (part.assign(place=part["a"]) for part in (rows, seeds))
     if seeds["difference"].isna().all():
         raise ConfigError("no backward has a seed in common with exact: there is no cost to pair")
-    own = ["cell"] * (rows["cell"].nunique() > 1)
-    picture = marks.dots(
-        seeds.dropna(subset="difference")[[*own, "place", "level", "seed", "difference"]],
-        rows.rename(columns={"difference": "mean"})[[*own, "place", "level", "mean", "low", "high"]],
-        by=found.by or "",
-        title=f"{metric} − exact's",
-        upright=True,
+    levels = _levels(view) if rows["level"].nunique() > 1 else marks.ONE
+    whole = rows
+    rows, seeds, left = strongest_places(rows, seeds)
+    picture = _dots(rows, seeds, title=f"{named(view, name)}, minus exact's", levels=levels)
+    caption = f"What training with each backward costs in {name}: every seed, the mean, its 95% interval{left}."
+    table = whole.rename(
+        columns={"place": "backward", "mean_a": "loss", "mean_b": "exact's loss", "difference": "cost"}
     )
+    own = [column for column in ("cell", "level") if column in rows]
+    columns = [*own, "backward", "loss", "exact's loss", "cost", *_RESULTS[1:]]
+    notes = [*found.costs.notes, _EFFECT]
+    return Drawing(picture, caption, table[columns], notes, _offered(rows), by_seed(seeds, own))
+
+
+@chart("ranking", "Comparison", needs=[MANY])
+def ranking(view: View, metric: str | None) -> Drawing:
+    """The levels of lowest loss where there are too many to compare each with each."""
+    name = metric or LOSS
+    values = view.runs.loc[view.runs["status"] != DIVERGED].drop_duplicates("run_id")
+    if name not in values or values[name].isna().all():
+        raise ConfigError(f"no run has a number for {name}")
+    values = values[values["cell"].isin(view.cells)].assign(value=values[name]).dropna(subset="value")
+    rows = view.means(values, ["cell", "level"]).sort_values("mean", kind="stable").rename(columns={"level": "place"})
+    drawn = rows[rows["place"].isin(view.levels)]
+    seeds = values[["cell", "level", "seed", "value"]].rename(columns={"level": "place"})
+    if "cell" not in rows:
+        seeds = seeds.drop(columns="cell")
+    total = view.runs["level"].nunique()
+    left = f"; the other {total - len(view.levels):,} are in the CSV" * (total > len(view.levels))
+    of = f"The {len(view.levels)} of {total:,} levels of {view.by} with the lowest {name}"
+    caption = f"{of}: every seed, the mean, its 95% interval{left}."
+    notes = [
+        "the lowest are chosen by their mean: chance is part of why they are the lowest, and no interval allows for that"
+    ]
+    shown = seeds[seeds["place"].isin(view.levels)]
+    picture = marks.dots(shown, drawn.drop(columns="n"), title=named(view, name), zero=False)
+    return Drawing(picture, caption, rows.rename(columns={"place": view.by}), notes, choices(drawn), seeds)
+
+
+@chart("headline", "Comparison", needs=[LEVELS])
+def headline(view: View, metric: str | None) -> Drawing:
+    """Differences between levels in the loss, every seed of them; of a metric of norms, at each norm."""
+    few_levels(view)
+    require_known(view, metric)
+    losses = [name for name in RUN_METRICS if name in view.runs and view.runs[name].notna().any()]
+    names = [metric] if metric else losses or view.tested[:1]
+    of_norms = names[0] in view.merged.columns("layers")
+    if of_norms and names[0] in view.tested:  # one family of p values with those of the map
+        found = view.norms_compared
+    else:
+        found = view.compared(names, "layers" if of_norms else "runs")
+    parts = [part[part["metric"].isin(names)] for part in (found.rows, found.seeds)]
+    if parts[0]["difference"].isna().all():
+        raise ConfigError(_NO_PAIRS)
+    if of_norms:
+        whole, seeds = (in_words(view, part, found.cells).assign(place=lambda frame: frame["site"]) for part in parts)
+        rows, left = strongest_pairs(view, whole), ""
+        seeds = seeds[seeds["pair"].isin(rows["pair"])]
+    else:  # a row for each cell, or for each pair of levels if there is one cell: no cell is to choose
+        whole, seeds = (paired(arranged(part, found.cells)) for part in parts)
+        place = "cell" if whole["cell"].nunique() > 1 else "pair"
+        whole, seeds = (part.assign(place=part[place]) for part in (whole, seeds))
+        if place == "cell":
+            pairs = strongest_pairs(view, whole)
+            rows, seeds, left = strongest_places(pairs, seeds[seeds["pair"].isin(pairs["pair"])])
+        else:
+            rows, seeds, left = strongest_places(whole, seeds)
+        rows, seeds, whole = (
+            part.drop(columns=["cell", *["pair"] * (place == "pair")]) for part in (rows, seeds, whole)
+        )
+    picture = _dots(rows, seeds, title=f"difference of {named(view, names[0])}")
+    of, where = (names[0] if len(names) == 1 else "the chosen loss"), " at each norm" * of_norms
+    which = f" ({whole['pair'].iloc[0]})" if "pair" in whole and whole["pair"].nunique() == 1 else ""
     caption = (
-        "What training with each backward costs: every seed, those of one seed joined, the mean, its 95% interval."
+        f"Difference of {of}{where} between levels of {view.by}{which}: every seed, the mean, its 95% interval{left}."
     )
-    columns = {"mean_a": "loss", "mean_b": "exact's loss", "difference": "cost"}
-    tables = {
-        "Table": rows[[*own, "level", "backward", "mean_a", "mean_b", *_RESULTS]].rename(columns=columns),
-        "Every seed's value": _by_seed(seeds, [*own, "level"], "backward"),
-    }
-    answer = None
-    if found.differences is not None:
-        between = _in_words(found.differences.rows, found.differences.cells)
-        own = ["cell"] * bool(found.differences.cells)
-        table = between[[*own, "ln_backward", "a", "b", "mean_a", "mean_b", *_RESULTS]]
-        table = table.rename(columns={"ln_backward": "backward"})
-        answer = Answer("Differences of cost between levels", table, [*found.differences.notes, _EFFECT])
-    return Drawing(picture, caption, tables, [*found.costs.notes, _EFFECT], choices(seeds[own]), answer)
+    own = [name for name in ("cell", "pair", "metric") if name in rows]
+    table = whole[[*own, "place", "a", "b", "mean_a", "mean_b", *_RESULTS]]
+    return Drawing(picture, caption, table, [*found.notes, _EFFECT], _offered(rows), by_seed(seeds, own))
 
 
-@chart("depth", "By depth", needs=[NORMS], metrics=("sigma_mean", "radial_share"))
-def depth(view: View, metric: str) -> Drawing:
+@chart("cost-difference", "Comparison", needs=[BACKWARDS, LEVELS])
+def cost_difference(view: View, metric: str | None) -> Drawing:
+    """How the cost of each backward differs between levels, every seed of it."""
+    found, name = _costs(view, metric), metric or LOSS
+    if found.differences is None or found.differences.rows["difference"].isna().all():
+        raise ConfigError("no backward has a cost at two levels to compare")
+    cells = found.differences.cells
+    of_seed = found.differences.seeds.join(found.differences.rows["ln_backward"])
+    rows, seeds = (in_words(view, part, cells) for part in (found.differences.rows, of_seed))
+    rows, seeds = (strongest_pairs(view, part.assign(place=part["ln_backward"])) for part in (rows, seeds))
+    whole = rows
+    rows, seeds, left = strongest_places(rows, seeds)
+    picture = _dots(rows, seeds, title=f"difference of cost in {named(view, name)}")
+    of = f"How the cost of each backward in {name} differs between levels of {found.by}"
+    caption = f"{of}: every seed, the mean, its 95% interval{left}."
+    own = [name for name in ("cell", "pair") if name in rows]
+    table = whole[[*own, "place", "mean_a", "mean_b", *_RESULTS]].rename(columns={"place": "backward"})
+    notes = [*found.differences.notes, _EFFECT]
+    return Drawing(picture, caption, table, notes, _offered(rows), by_seed(seeds, own))
+
+
+@chart("diverged", "Comparison", needs=[Need("runs", ["diverged_step"], 1, "no run diverged, which is good")])
+def diverged(view: View, metric: str | None) -> Drawing:
+    """The update at which each run diverged."""
+    lost = view.runs[(view.runs["status"] == DIVERGED) & view.runs["level"].isin(view.levels)]
+    seeds = lost.dropna(subset="diverged_step")[["cell", "level", "seed", "diverged_step"]]
+    seeds = seeds.rename(columns={"diverged_step": "value"})
+    if seeds.empty:
+        raise ConfigError("no run diverged, which is good")
+    seeds = seeds.assign(place=seeds["level"] if len(view.levels) > 1 else seeds["cell"])
+    rows = seeds.groupby("place", sort=False)["value"].agg(["mean", "size"]).reset_index()
+    rows = rows.rename(columns={"size": "n"}).assign(low=np.nan, high=np.nan)
+    caption = (
+        f"The update at which each of {len(lost)} diverged runs, of {len(view.runs)}, was stopped: every run, the mean."
+    )
+    drawn = rows.head(MOST)
+    of_drawn = seeds.loc[seeds["place"].isin(drawn["place"]), ["place", "level", "seed", "value"]]
+    picture = marks.dots(of_drawn, drawn.drop(columns="n"), title="updates")
+    return Drawing(picture, caption, rows[["place", "mean", "n"]], seeds=seeds.drop(columns="place"))
+
+
+# Norms
+
+
+@chart("heatmap", "Layers", needs=[NORMS, LEVELS])
+def heatmap(view: View, metric: str | None) -> Drawing:
+    """The standardized difference of every metric at every norm, in depth order."""
+    few_levels(view)
+    found = view.compared([metric]) if metric else view.norms_compared
+    rows = strongest_pairs(view, in_words(view, found.rows, found.cells)).dropna(subset="difference")
+    if rows.empty:
+        raise ConfigError(_NO_PAIRS)
+    of_block = view.merged.frame("layers", ["site", "block"]).drop_duplicates("site").set_index("site")["block"]
+    sites: list[str] = []
+    for site in [one for one in view.sites if one in set(rows["site"])]:  # norms outside of blocks stand apart
+        gap = bool(sites) and bool(pd.isna(of_block[site]) != pd.isna(of_block[sites[-1]]))
+        sites += [" "] * gap + [site]
+    clear = (rows["p_adjusted"] < 1 - STUDENT.confidence) & ~((rows["low"] <= 0) & (rows["high"] >= 0))
+    rows = rows.assign(
+        shade=rows["effect"].fillna(0.0),
+        shown=rows["difference"].map("{:.2g}".format),
+        clear=clear,
+    )
+    own = [name for name in ("cell", "pair") if name in rows and rows[name].nunique() > 1]
+    rows, lost = capped(rows)
+    cells = rows[
+        [*own, "metric", "site", "shade", "shown", "clear", "difference", "low", "high", "p_adjusted", "effect"]
+    ]
+    picture = marks.shades(cells, legend="standardized difference", sites=sites, breaks=BREAKS)
+    pair = "" if "pair" in own else f" ({rows['pair'].iloc[0]})"
+    caption = (
+        f"Difference of each metric at each norm between levels of {view.by}{pair}, coloured by its size in standard "
+        "deviations over seeds: blue below 0, orange above. Faded: not clear of zero."
+    )
+    table = rows[[*own, "metric", "site", "mean_a", "mean_b", *_RESULTS]]
+    return Drawing(picture, caption, table, [*lost, *found.notes, _EFFECT], choices(cells, "site", "metric"))
+
+
+@chart("seeds", "Layers", needs=[NORMS])
+def seeds(view: View, metric: str | None) -> Drawing:
+    """A metric at a norm after the last update, every seed of it."""
+    values, notes = finite(view.layers([metric] if metric else view.metrics, last=True))
+    values = values[values["level"].isin(few(view))].rename(columns={"level": "place"})
+    values = last_norm_first(values).drop(columns=["step", *["cell"] * (len(view.cells) < 2)])
+    values, lost = capped(values.assign(level=values["place"]))
+    rows = view.means(values.assign(cell=values.get("cell", "")), ["cell", "metric", "site", "level", "place"])
+    several = rows["place"].nunique() > 1
+    levels = _levels(view) if several else marks.ONE
+    title = named(view, metric or "")
+    picture = marks.dots(values, rows, title=title, levels=levels, zero=False, joined=several)
+    joined = ", those of one seed joined" * several
+    caption = (
+        f"The chosen metric at the chosen norm after the last update: every seed{joined}, the mean, its 95% interval."
+    )
+    return Drawing(picture, caption, rows, [*lost, *notes], choices(values), values)
+
+
+@chart("curves", "Layers", needs=[NORMS])
+def curves(view: View, metric: str | None) -> Drawing:
+    """A metric at a norm over the updates."""
+    values, lost = finite(view.layers([metric] if metric else view.metrics, last=False))
+    if values["step"].nunique() < 2:
+        remedy = "python run.py diagnostics=trajectory measures them along the way"
+        raise ConfigError("norms were measured at one step alone" + f": {remedy}" * view.ours)
+    values = values[values["level"].isin(few(view))]
+    per_step = max(1, len(values[["cell", "site", "metric", "level"]].drop_duplicates()))
+    values, notes = thinned(values, max(3, min(MOST_STEPS, frames.MOST_ROWS // per_step)))
+    rows, more = capped(view.means(last_norm_first(values), ["cell", "metric", "site", "step", "level"]))
+    by_chance = chance(view, ["cell", "metric", "site"], last=False)
+    picture = marks.lines(rows, x="step", levels=_levels(view), title=named(view, metric or ""), references=by_chance)
+    caption = "The chosen metric at the chosen norm after so many updates: mean over seeds and its 95% interval."
+    caption += " Dashed: that of a random direction." * (len(by_chance) > 0) + few_said(view)
+    return Drawing(picture, caption, rows, [*notes, *more, *lost], choices(rows))
+
+
+@chart("depth", "Layers", needs=[NORMS])
+def depth(view: View, metric: str | None) -> Drawing:
     """A metric at every norm, from the first to the last."""
-    values, notes = finite(view.layers([metric], last=True))
-    lines = view.means(values, ["cell", "level", "site"])
-    caption = f"{metric} from the first norm to the last: mean over seeds and its 95% interval, after the last update."
-    if metric in (by_chance := {share: enriched for enriched, share in SAME.items()}):
-        both = view.layers([metric, by_chance[metric]], last=True)
-        mean = both.pivot_table("value", ["cell", "level", "site"], "metric")
-        lines = beside(lines, mean[metric] / mean[by_chance[metric]])
-        caption += " Dashed: that of a random direction."
-    log = metric.startswith("sigma") and bool((lines[["mean", "low"]].min() > 0).all())
-    picture = marks.lines(lines.drop(columns="n"), x="site", by=view.by, title=metric, log=log)
-    return Drawing(picture, caption, {"Table": lines}, notes, choices(lines, "site"))
+    values, notes = finite(view.layers([metric] if metric else view.metrics, last=True))
+    if values.empty:
+        raise ConfigError("no norm of these runs has a finite number")
+    values = values[values["level"].isin(few(view))]
+    order = {site: at for at, site in enumerate(view.sites)}
+    values = values.sort_values("site", key=lambda sites: sites.map(order), kind="stable")
+    rows = view.means(values, ["cell", "metric", "level", "site"])
+    rows = (
+        rows.sort_values("metric", key=lambda names: names.map(view.metrics.index), kind="stable")
+        if not metric
+        else rows
+    )
+    rows, lost = capped(rows)
+    by_chance = chance(view, ["cell", "metric", "site"], last=True)
+    by_chance = by_chance[by_chance["metric"].isin(rows["metric"])]
+    log = (metric or "").startswith("sigma") and bool((rows[["mean", "low"]].min() > 0).all())
+    picture = marks.lines(
+        rows,
+        x="site",
+        levels=_levels(view),
+        title=named(view, metric or ""),
+        log=log,
+        references=by_chance,
+    )
+    of = metric or "The chosen metric"
+    caption = f"{of} from the first norm to the last: mean over seeds and its 95% interval, after the last update."
+    caption += " Dashed: that of a random direction." * (len(by_chance) > 0) + few_said(view)
+    return Drawing(picture, caption, rows, [*lost, *notes], choices(rows, "site"))
 
 
-def _of_size(size: str, name: str, example: str) -> Callable[[Function], Function]:
+# Updates
+
+
+@chart("losses", "Learning", needs=[RECORDED])
+def losses(view: View, metric: str | None) -> Drawing:
+    """A loss over the updates, beside those of a frozen body and of a bigram model."""
+    values, notes = _learning(view, metric)
+    rows = view.means(values[values["level"].isin(few(view))], ["cell", "metric", "step", "level"])
+    references = floors(view, values)
+    return _of_learning(view, rows, references, _levels(view), notes, "", few_said(view))
+
+
+@chart("backwards", "Learning", needs=[BACKWARDS, RECORDED])
+def backwards(view: View, metric: str | None) -> Drawing:
+    """A loss over the updates with each backward, at one level."""
+    if view.by == "ln_backward":
+        raise ConfigError("the backwards are the levels of the other chart")
+    values, notes = _learning(view, metric)
+    runs = view.runs[["run_id", "ln_backward"]].drop_duplicates()
+    values = values.merge(runs, on="run_id")
+    others = [name for name in view.settings if name != "ln_backward"]
+    names = list(dict.fromkeys(sorted(view.runs["ln_backward"], key=lambda name: name != EXACT)))
+    rows = view.means(values, ["cell", "metric", "step", "level", "ln_backward"])
+    keys = view.runs[["cell", *others]].drop_duplicates()
+    rows = rows.merge(keys, on="cell") if "cell" in rows else rows
+    rows = view.placed(rows, others).rename(columns={"level": "among", "ln_backward": "level"})
+    rows = rows[
+        [name for name in ("cell", "metric", "among", "step", "level", "mean", "low", "high", "n") if name in rows]
+    ]
+    if rows["among"].nunique() < 2:
+        rows = rows.drop(columns="among")
+    return _of_learning(view, rows, None, Levels("ln_backward", names), notes, " with each backward")
+
+
+def _learning(view: View, metric: str | None) -> tuple[pd.DataFrame, list[str]]:
+    """Return the losses over the updates, with their run_id, of those that were recorded more than once in a run."""
+    held = view.merged.columns("curves")
+    parts = []
+    for name in [metric] if metric else [name for name in RUN_METRICS if name in held]:
+        values = view.curves(name)
+        if values.groupby("run_id")["step"].nunique().max() > 1:
+            parts.append(values)
+    if not parts:
+        remedy = ": python run.py eval.every=50 measures it along the way" * view.ours
+        raise ConfigError(f"{metric or 'a loss'} was measured at most once in a run{remedy}")
+    values, lost = finite(pd.concat(parts, ignore_index=True))
+    values, notes = thinned(values, MOST_STEPS)
+    return values, notes + lost
+
+
+def _of_learning(
+    view: View,
+    rows: pd.DataFrame,
+    references: pd.DataFrame | None,
+    levels: Levels,
+    notes: Sequence[str],
+    which: str,
+    few: str = "",
+) -> Drawing:
+    rows, lost = capped(rows)
+    of = rows["metric"].iloc[0] if rows["metric"].nunique() == 1 else "The chosen loss"
+    title = named(view, rows["metric"].iloc[0])
+    picture = marks.lines(rows, x="step", levels=levels, title=title, references=references)
+    caption = f"{of}{which} after so many updates: mean over seeds and its 95% interval."
+    if references is not None and len(references):
+        caption += f" Dashed: {' and '.join(dict.fromkeys(references['reference']))}."
+    return Drawing(picture, caption + few, rows, [*notes, *lost], choices(rows))
+
+
+# Sizes
+
+
+SIZES = {"scaling-width": "model.n_embd", "scaling-depth": "model.n_layer", "scaling-steps": "steps"}
+
+
+def _of_size(name: str, example: str) -> Callable[[Function], Function]:
+    size = SIZES[name]
     otherwise = f"{size} is the same in all runs: python run.py -m {size}={example} seed=1,2,3 varies it"
-    need = Need("runs", [size], 2, otherwise)
-    return chart(f"scaling-{name}", f"Scaling with {name}", needs=[need], metrics=("radial_share", LOSS), size=size)
+    return chart(name, "Scaling", needs=[Need("runs", [size], 2, otherwise)], size=size)
 
 
-@_of_size("steps", "steps", "250,500,1000")
-@_of_size("model.n_layer", "depth", "2,4,8")
-@_of_size("model.n_embd", "width", "32,64,128")
-def scaling(view: View, metric: str, size: str) -> Drawing:
-    """A metric against a size, with the slope of their logarithms."""
-    found = slopes.scaling(view.merged, size, metrics=[metric], table=_table(view, metric), where=view.where)
-    points, name = arranged(found.points, found.cells, view.by), metric
-    if "site" in points and len(points):
-        points, name = _at_one_norm(points, metric)
+@_of_size("scaling-steps", "250,500,1000")
+@_of_size("scaling-depth", "2,4,8")
+@_of_size("scaling-width", "32,64,128")
+def scaling(view: View, metric: str | None, size: str) -> Drawing:
+    """A metric against a size, with the slope of their logarithms and a line of slope −1."""
+    require_known(view, metric)
+    of_layers = [name for name in ([metric] if metric else view.tested) if name in view.merged.columns("layers")]
+    of_runs = [name for name in ([metric] if metric else RUN_METRICS) if name not in of_layers and name in view.runs]
+    of_runs = [name for name in of_runs if view.runs[name].notna().any()]
+    points, fits, notes = pd.DataFrame(), pd.DataFrame(), []
+    for names, table in ((of_runs, "runs"), (of_layers, "layers")):
+        if names:
+            found = slopes.scaling(view.merged, size, metrics=names, table=table, where=view.where)
+            both = (
+                view.placed(arranged(part, found.cells, view.by), found.cells) for part in (found.points, found.slopes)
+            )
+            more_points, more_fits = (part.assign(site=part.get("site", "")) for part in both)
+            points, fits = pd.concat([points, more_points]), pd.concat([fits, more_fits])
+            notes += [note for note in found.notes if note not in notes]
+    if metric is None and len(points):  # all share one axis, on which only a positive number has a place
+        positive = points.groupby("metric", sort=False)["mean"].transform("min") > 0
+        points = points[positive]
+        fits = fits[fits["metric"].isin(points["metric"])]
     if points.empty:
-        raise ConfigError(f"no run has a number for {metric}")
-    points = points.assign(x=points[size])[["cell", "level", "x", "mean", "low", "high"]]
-    points = points if points["cell"].nunique() > 1 else points.drop(columns="cell")
-    log = bool((points[["mean", "low"]].min() > 0).all())
-    by = view.by if view.by in found.cells else ""
-    picture = marks.lines(points, x="x", by=by, title=name, log=log, size=size)
-    caption = f"{name} against {size}: mean over seeds and its 95% interval."
-    table = arranged(found.slopes, found.cells, view.by).drop(columns=["cell", "level"])
-    return Drawing(picture, caption, {"Table": table}, found.notes, choices(points))
+        raise ConfigError("no run has a number that could scale")
+    points, fits = (last_norm_first(part.reset_index(drop=True)) for part in (points, fits))
+    points, lost = capped(points.assign(x=points[size]))
+    own = [name for name in ("cell", "metric", "site") if name in points and (points[name] != "").any()]
+    points = points[[*own, "level", "x", "mean", "low", "high"]]
+    log = bool((points["mean"] > 0).all())
+    points["low"] = points["low"].where((points["low"] > 0) | (not log))
+    levels = _levels(view) if points["level"].nunique() > 1 else Levels("", points["level"].unique().tolist())
+    picture = marks.lines(
+        points,
+        x="x",
+        levels=levels,
+        title=named(view, points["metric"].iloc[0]),
+        log=log,
+        size=size,
+        references=falling(points[points["metric"].isin(of_layers)], own) if log and of_layers else None,
+        said=slopes_said(fits, own),
+    )
+    of = f"{metric or 'The chosen metric'}{' at the chosen norm' * ('site' in own)}"
+    caption = (
+        f"{of} against {size}: mean over seeds and its 95% interval, with the slope of their logarithms and its interval. "
+        f"{'Dashed: slope −1. ' * (log and bool(of_layers))}Nothing is drawn beyond the sizes that were run."
+    )
+    columns = [*own, *(name for name in fits if name not in {*own, "site", "metric", "cell"})]
+    return Drawing(picture, caption, fits[columns], [*lost, *notes], choices(points))
 
 
 # What charts share
 
 
-def _compared(view: View, metric: str) -> compare.Differences:
-    """Compare the metric with all metrics of a layer that are shown, or alone."""
-    return view.norms_compared if metric in view.tested else view.compared([metric], _table(view, metric))
+def _costs(view: View, metric: str | None) -> costs.Costs:
+    by = None if view.by == "ln_backward" else view.by
+    return costs.cost(view.merged, by=by, metric=metric or LOSS, where=view.where)
 
 
-def _table(view: View, metric: str) -> str:
-    return "layers" if metric in view.merged.columns("layers") else "runs"
+def _levels(view: View) -> Levels:
+    return Levels(view.by, view.levels)
 
 
-def _in_words(rows: pd.DataFrame, cells: Sequence[str]) -> pd.DataFrame:
-    """Return the rows of a comparison in the order of their cells, with `cell`, `a`, `b` and `pair` in words."""
-    rows = arranged(rows, cells)
-    a, b = rows["a"].map(word), rows["b"].map(word)
-    return rows.assign(a=a, b=b, pair=a + " − " + b)
+def _dots(rows: pd.DataFrame, seeds: pd.DataFrame, *, title: str, levels: Levels = marks.ONE) -> marks.Picture:
+    """Draw differences, of which the columns to choose by are kept."""
+    own = [name for name in ("cell", "pair", "metric") if name in rows and rows[name].nunique() > 1]
+    keys = [*own, "place", *["level"] * bool(levels.names)]
+    dots = seeds.dropna(subset="difference").rename(columns={"difference": "value"})
+    return marks.dots(
+        dots[[*keys, "seed", "value"]],
+        rows.rename(columns={"difference": "mean"})[[*keys, "mean", "low", "high"]].dropna(subset="mean"),
+        title=title,
+        levels=levels,
+    )
 
 
-def _joined(frame: pd.DataFrame, names: Sequence[str]) -> list[str]:
-    return [", ".join(parts) for parts in zip(*(frame[name] for name in names), strict=True)]
-
-
-def _by_seed(seeds: pd.DataFrame, keys: Sequence[str], level: str) -> pd.DataFrame:
-    """Return the values behind differences: a row for each key and level, a column for each seed."""
-    sides = [
-        seeds[[*keys, side, "seed", f"value_{side}"]].set_axis([*keys, level, "seed", "value"], axis=1) for side in "ba"
-    ]
-    wide = pd.concat(sides).pivot_table("value", [*keys, level], "seed", sort=False)  # one value: their mean
-    return wide.sort_index(axis=1).rename(columns="seed {}".format).reset_index()
-
-
-def _at_one_norm(rows: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, str]:
-    """Return the rows of the norm that a chart of one norm shows, the last, and the metric's name with its own."""
-    sites = rows["site"].tolist()
-    norm = LAST_NORM if LAST_NORM in sites else str(sites[-1])
-    return rows[rows["site"] == norm], f"{metric} at {norm}"
+def _offered(rows: pd.DataFrame) -> dict[str, list[str]]:
+    """Return what `_dots` lets a reader choose of these rows."""
+    return choices(rows[[name for name in ("cell", "pair", "metric") if name in rows and rows[name].nunique() > 1]])

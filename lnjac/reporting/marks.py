@@ -1,13 +1,13 @@
 """How charts look: three kinds of drawing, made of tidy frames by Altair, and the palettes that give their colours.
 
 A drawing names no colour. It takes them from the palette it is shown in, which in a page is made of CSS variables. Levels
-differ in colour, shape and dash alike, so that no reader depends on one of them.
+differ in colour, shape and dash alike, so that no reader depends on one of them; a level has the same three in all charts.
 """
 
 import json
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -23,8 +23,11 @@ Picture = Any
 """An altair.LayerChart: altair is imported when a chart is drawn, no sooner."""
 
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 2], [4, 4, 1, 4], [1, 3])
-PICKS = ("cell", "pair", "site", "metric")
-"""Columns of a frame whose values a reader may choose among, by the parameters of the same names."""
+PICKS = ("cell", "pair", "metric", "site", "among")
+"""Columns of a frame whose values a reader may choose among, by the parameters of the same names.
+
+A row whose value is the empty text is shown whatever is chosen.
+"""
 _LABEL = "replace(datum.label, '−', '-')"
 NUMBER = f"!datum.label || abs({_LABEL} - datum.value) <= 1e-9 ? datum.label : format(datum.value, '.6~g')"
 """The label of a number on an axis: Vega's own, unless it rounds, as to 0 where all values are one."""
@@ -50,108 +53,192 @@ def extra(module: str) -> Any:
 # Three kinds of drawing
 
 
-def dots(seeds: pd.DataFrame, intervals: pd.DataFrame, *, by: str, title: str, upright: bool = False) -> Picture:
-    """Draw differences in rows: every seed a dot, the mean a bar with its interval, and a line at zero.
+class Levels(NamedTuple):
+    """The title of a chart's levels, and all levels that the charts of a page may have, in their order."""
+
+    title: str
+    names: Sequence[str]
+
+
+ONE = Levels("", [])
+"""The levels of a chart that has no column `level`."""
+
+
+def dots(
+    seeds: pd.DataFrame,
+    intervals: pd.DataFrame,
+    *,
+    title: str,
+    levels: Levels = ONE,
+    zero: bool = True,
+    joined: bool = False,
+) -> Picture:
+    """Draw numbers in rows: every seed a dot, the mean a bar with its interval.
 
     Args:
-        seeds: place, level, seed, difference, and perhaps cell. Of a place, each part between commas is a line of text.
-        intervals: place, level, mean, low, high, and perhaps cell.
-        by: The title of the levels.
-        title: The title of the axis.
-        upright: Whether places are side by side instead, and the dots of one seed in one place joined.
+        seeds: place, level, seed, value, and perhaps columns to choose by. Of a place, each part between commas is a line.
+        intervals: place, level, mean, low, high, and perhaps columns to choose by.
+        title: The title of the axis, if the metric cannot be chosen.
+        levels: The levels of the column `level`.
+        zero: Whether 0 is shown, as a line.
+        joined: Whether the dots of one seed are joined from place to place.
     """
     alt = extra("altair")
-    places, level = _order(intervals["place"]), _level(alt, intervals["level"], by)
-    if upright:
-        axes = alt.X, alt.XOffset, alt.Y, alt.Y2
-        axis, size = alt.Axis(labelAngle=-30), 300
-    else:
-        axes = alt.Y, alt.YOffset, alt.X, alt.X2
-        axis = alt.Axis(labelExpr="split(datum.label, ', ')")
-        size = 20 + len(places) * max(24 * len(level.names), 15 * max(name.count(", ") + 1 for name in places) + 6)
-    along, offset, value, value_2 = axes
-    rows = along("place:N", sort=places, title=None, axis=axis), offset("level:N", sort=level.names)
+    places = _order(intervals["place"])
+    level = _level(alt, intervals, levels)
+    parts = max((name.count(", ") + 1 for name in places), default=1)
+    rows = [alt.Y("place:N", sort=places, title=None, axis=alt.Axis(labelExpr="split(datum.label, ', ')"))]
+    step = max(26 if len(places) < 16 else 17, 15 * parts + 6)
+    if level.names and not intervals["level"].equals(intervals["place"]):
+        rows.append(alt.YOffset("level:N", sort=level.names, scale=alt.Scale(domain=level.names)))
+        step = max(step, 15 * len(level.names) + 6)
 
     def at(column: str) -> Any:
-        return value(f"{column}:Q", title=title, axis=alt.Axis(tickCount=7, labelExpr=NUMBER))
+        axis = alt.Axis(tickCount=7, labelExpr=NUMBER)
+        return alt.X(f"{column}:Q", title=_axis(intervals, title), scale=alt.Scale(zero=zero), axis=axis)
 
-    zero = alt.Chart(pd.DataFrame({"zero": [0]})).mark_rule(style="none").encode(value("zero:Q"))
-    bars = _filtered(alt, intervals).encode(*rows, level.color, tooltip=_numbers(alt, intervals))
-    rule = [bars.mark_rule(style="interval").encode(at("low"), value_2("high:Q"))] if _bounded(intervals) else []
-    tick = {"orient": "horizontal", "size": 40} if upright else {"orient": "vertical"}
-    mean = bars.mark_tick(style="middle", **tick).encode(at("mean"))
-    base = _filtered(alt, seeds).encode(*rows, at("difference"))
-    points = base.mark_point(style="seed").encode(level.color, level.shape, tooltip=_numbers(alt, seeds))
-    pairs = [base.mark_line(style="pair").encode(detail=["seed:N", "place:N"])] if upright else []
-    drawn = alt.layer(zero, *pairs, *rule, mean, points).add_params(*_params(alt, seeds))
-    return drawn.properties(height=size)
+    bars = _bounded(_filtered(alt, intervals)).encode(*rows, *level.colour(), tooltip=_numbers(alt, intervals))
+    base = _filtered(alt, seeds).encode(*rows, at("value"))
+    drawn = [base.mark_point(style="seed").encode(*level.colour(shape=True), tooltip=_numbers(alt, seeds))]
+    drawn.append(bars.mark_tick(style="middle", orient="vertical").encode(at("mean")))
+    drawn.insert(0, bars.mark_rule(style="interval").encode(at("from"), alt.X2("to:Q")))
+    if joined:
+        drawn.insert(0, base.mark_line(style="pair").encode(detail="seed:N"))
+    if zero:
+        drawn.insert(0, alt.Chart(pd.DataFrame({"zero": [0]})).mark_rule(style="none").encode(alt.X("zero:Q")))
+    return _finished(alt, alt.layer(*drawn), intervals).properties(height=20 + step * _most_places(intervals))
 
 
-def shades(frame: pd.DataFrame, *, legend: str, label: str = "format(datum.value, '.2f')") -> Picture:
-    """Draw a map: a cell for each norm and column, shaded from −1 to 1.
+def _most_places(frame: pd.DataFrame) -> int:
+    """Return the most places that are shown at once."""
+    picks = list(choices(frame))
+    return int(frame.groupby(picks)["place"].nunique().max()) if picks else frame["place"].nunique()
+
+
+def shades(frame: pd.DataFrame, *, legend: str, sites: Sequence[str], breaks: Sequence[float]) -> Picture:
+    """Draw a map: a cell for each norm and metric, shaded from below to above, faded unless it is clear of zero.
 
     The parameters `site` and `metric` mark one cell, once they are set.
 
     Args:
-        frame: site, column, metric, shade, shown (the text in the cell), more for a tooltip, and perhaps cell and pair.
+        frame: site, metric, shade, shown (the text in the cell), clear, more for a tooltip, and perhaps cell and pair.
         legend: The title of the shades.
-        label: Vega's expression for the label of one shade.
+        sites: The norms in their order; an empty text leaves a gap.
+        breaks: The values at which a shade ends and the next begins, one fewer than there are shades.
     """
     alt = extra("altair")
+    columns = _order(frame["metric"])
     base = _filtered(alt, frame, "site", "metric").encode(
-        x=alt.X("column:N", sort=_order(frame["column"]), title=None, axis=alt.Axis(orient="top", labelAngle=-40)),
-        y=alt.Y("site:N", sort=_order(frame["site"]), title=None),
-        tooltip=_numbers(alt, frame.drop(columns=["shade", "shown", "column"])),
+        x=alt.X("metric:N", sort=columns, title=None, axis=alt.Axis(orient="top", labelAngle=-40)),
+        y=alt.Y("site:N", sort=None, title=None, scale=alt.Scale(domain=list(sites)), axis=alt.Axis(ticks=False)),
+        tooltip=_numbers(alt, frame.drop(columns=["shade", "shown"])),
     )
     shade = alt.Color(
         "shade:Q",
         title=legend,
-        scale=alt.Scale(type="quantize", domain=[-1, 1], range="diverging"),
-        legend=alt.Legend(
-            labelExpr=f"isFinite(datum.value) ? {label} : ''",  # the lowest shade begins nowhere
-            orient="bottom",
-            titleLimit=300,
-            labelOverlap=False,
-        ),
+        scale=alt.Scale(type="threshold", domain=list(breaks), range="diverging"),
+        legend=alt.Legend(orient="bottom", titleLimit=300, gradientLength=280, labelOverlap=False),
     )
     rect = base.mark_rect(style="box", cursor="pointer").encode(
-        color=shade, strokeWidth=alt.condition(_picked(["site", "metric"]), alt.value(2.5), alt.value(0.3))
+        shade,
+        opacity=alt.condition("datum.clear", alt.value(1), alt.value(0.3)),
+        strokeWidth=alt.condition(_picked(["site", "metric"]), alt.value(2.5), alt.value(0.3)),
     )
-    text = base.mark_text(style="shown", cursor="pointer").encode(text="shown:N")
+    fits = alt.value({"expr": f"width > {52 * len(columns)} ? 1 : 0"})
+    text = base.mark_text(style="shown", cursor="pointer").encode(text="shown:N", opacity=fits)
     marked = [alt.param(name=name, value=None) for name in ("site", "metric")]
     drawn = (rect + text).add_params(*_params(alt, frame, "site", "metric"), *marked)
-    return drawn.properties(height=26 * frame["site"].nunique())
+    return drawn.properties(height=24 * len(sites))
 
 
-def lines(frame: pd.DataFrame, *, x: str, by: str, title: str, log: bool = False, size: str | None = None) -> Picture:
-    """Draw means along x, joined for each level, in a band of their intervals, and dashed their `reference`, if any.
+def lines(
+    frame: pd.DataFrame,
+    *,
+    x: str,
+    levels: Levels,
+    title: str,
+    log: bool = False,
+    size: str = "",
+    references: pd.DataFrame | None = None,
+    said: pd.DataFrame | None = None,
+) -> Picture:
+    """Draw means along x, joined for each level, in a band of their intervals.
 
     Args:
-        frame: x, level, mean, low, high, and perhaps reference, cell, site and metric.
+        frame: x, level, mean, low, high, and perhaps columns to choose by.
         x: The column along which lines run: step, site, or x for a size.
-        by: The title of the levels.
-        title: The title of the values' axis.
+        levels: The levels of the column `level`.
+        title: The title of the values' axis, if the metric cannot be chosen.
         log: Whether that axis is logarithmic.
         size: The title of x if x is a size.
+        references: Values to see the lines against, dashed: reference (their name), value, and perhaps x and level; without
+            x they are the same everywhere.
+        said: Words on each level's line, written in the chart: level, said, line (its number from the bottom).
     """
     alt = extra("altair")
     many = frame[x].nunique() > 20
-    level = _level(alt, frame["level"], by, lines=many)
+    level = _level(alt, frame, levels, lines=many)
     scale = alt.Scale(type="log", nice=False, padding=10) if log else alt.Scale(zero=False)
 
     def at(column: str) -> Any:
-        return alt.Y(f"{column}:Q", scale=scale, title=title, axis=alt.Axis(labelExpr=NUMBER))
+        return alt.Y(
+            f"{column}:Q", scale=scale, title=_axis(frame, title), axis=alt.Axis(labelExpr=NUMBER, tickCount=6)
+        )
 
-    plain = _filtered(alt, frame, x).encode(x=_along(alt, frame[x], size))
-    base = plain.encode(color=level.color, tooltip=_numbers(alt, frame))
-    drawn = [base.mark_line().encode(y=at("mean"), strokeDash=level.dash)]
-    if _bounded(frame):
-        drawn.insert(0, base.mark_area(style="band").encode(y=at("low"), y2="high:Q"))
-    if "reference" in frame:
-        drawn.append(plain.mark_line(style="none", strokeWidth=1).encode(y=at("reference"), detail="level:N"))
+    along = _along(alt, frame[x], size)
+    base = _bounded(_filtered(alt, frame, x)).encode(along, *level.colour(), tooltip=_numbers(alt, frame))
+    band = base.mark_area(style="band").encode(at("from"), alt.Y2("to:Q"))
+    drawn = [band, base.mark_line().encode(at("mean"), *level.dashes())]
     if not many:
-        drawn.append(base.mark_point(style="knot").encode(y=at("mean"), shape=level.shape))
-    return alt.layer(*drawn).add_params(*_params(alt, frame, x)).properties(height=270)
+        drawn.append(base.mark_point(style="knot").encode(at("mean"), *level.colour(shape=True)))
+    if references is not None and len(references):
+        drawn += _references(alt, frame, references, x, along, at("value"))
+    if said is not None and len(said):
+        text = _filtered(alt, said).mark_text(style="said", align="left", dx=6, dy={"expr": "-8 - 16 * datum.line"})
+        drawn.append(text.encode(x=alt.value(0), y=alt.value({"expr": "height"}), text="said:N", color=level.hue))
+    return _finished(alt, alt.layer(*drawn), frame, x).properties(height=270)
+
+
+def _references(alt: Any, frame: pd.DataFrame, references: pd.DataFrame, x: str, along: Any, value: Any) -> list[Any]:
+    """Return dashed lines with their names at the right."""
+    if x not in references:
+        ends = [_order(frame[x])[0], _order(frame[x])[-1]] if x == "site" else [frame[x].min(), frame[x].max()]
+        references = references.merge(pd.DataFrame({x: ends}), how="cross")
+    keys = [name for name in choices(references, x) if name in frame]
+    if (
+        keys
+    ):  # Vega warns of a scale without a number: what has no reference has a line of one point, which is not drawn
+        alone = frame.drop_duplicates(keys)[[*keys, x, "mean"]].rename(columns={"mean": "value"}).assign(reference="")
+        known = pd.MultiIndex.from_frame(references[keys])
+        references = pd.concat(
+            [references, alone[~pd.MultiIndex.from_frame(alone[keys]).isin(known)]], ignore_index=True
+        )
+    names = [name for name in ("reference", "level") if name in references]
+    detail = [f"{name}:N" for name in names]
+    last = references.drop_duplicates([*choices(references, x), *names], keep="last")
+    rule = _filtered(alt, references, x).mark_line(style="none", strokeWidth=1)
+    named = _filtered(alt, last, x).mark_text(style="named", align="right", dy=-6)
+    return [
+        rule.encode(along, value, detail=detail),
+        named.encode(value, x=alt.value({"expr": "width"}), text="reference:N"),
+    ]
+
+
+def _axis(frame: pd.DataFrame, title: str) -> str | None:
+    """Return the title of the values' axis, or None if the chart's own title names the chosen metric."""
+    return None if "metric" in frame and frame["metric"].nunique() > 1 else title
+
+
+def _finished(alt: Any, drawn: Any, frame: pd.DataFrame, *axes: str) -> Any:
+    """Return the chart with its parameters, and with a title that names the chosen metric and norm if they can be chosen."""
+    drawn = drawn.add_params(*_params(alt, frame, *axes))
+    if _axis(frame, "x") is not None:
+        return drawn
+    norm = " + (site ? ' at ' + site : '')" if "site" in choices(frame, *axes) else ""
+    if norm and (frame["site"] == "").any():
+        of_runs = [f"metric !== {json.dumps(name)}" for name in _order(frame["metric"][frame["site"] == ""])]
+        norm = f" + ({' && '.join(of_runs)} && site ? ' at ' + site : '')"
+    return drawn.properties(title=alt.TitleParams(text={"expr": f"metric{norm}"}, anchor="start"))
 
 
 # How they look
@@ -172,10 +259,11 @@ def spec(picture: Picture, *, width: int | str, palette: str | None = None) -> d
         found: dict[str, Any] = picture.properties(width=width).to_dict(validate=False)
     # ticks, rules and areas have no size of their own in a container whose width is still to come
     found["autosize"] = {"type": "fit-x" if width == "container" else "pad", "contains": "padding"}
-    config = json.dumps(THEME["config"])
+    data = found.pop("datasets")
+    looks = json.dumps(dict(visible_within(found)) | {"config": THEME["config"]})
     if palette:
-        config = re.sub(r"var\(--([\w-]+)\)", lambda variable: THEME[palette][variable[1]], config)
-    return dict(visible_within(found)) | {"config": json.loads(config)}
+        looks = re.sub(r'"var\(--([\w-]+)\)"', lambda variable: f'"{THEME[palette][variable[1]]}"', looks)
+    return dict(json.loads(looks)) | {"datasets": visible_within(data)}
 
 
 FORMATS = (".svg", ".png", ".pdf")
@@ -203,34 +291,52 @@ def save(picture: Picture, path: Path, palette: str, *, width: int, title: str) 
 
 
 class _Level(NamedTuple):
+    """The encodings of levels; those of one level alone are empty."""
+
     names: list[str]
-    color: Any
+    hue: Any
     shape: Any
     dash: Any
 
+    def colour(self, *, shape: bool = False) -> list[Any]:
+        """Return the channel of colour, and of shape if that is asked for."""
+        return [self.hue, *[self.shape] * shape] if self.names else []
 
-def _level(alt: Any, levels: "pd.Series[Any]", title: str, *, lines: bool = False) -> _Level:
-    """Return the encodings of levels, with one legend: of lines, or of shapes.
+    def dashes(self) -> list[Any]:
+        """Return the channel of dashes."""
+        return [self.dash] if self.names else []
 
-    Vega makes one legend of several as long as their titles and orders agree.
+
+def _level(alt: Any, frame: pd.DataFrame, levels: Levels, *, lines: bool = False) -> _Level:
+    """Return the encodings of the levels, with one legend: of lines, or of shapes.
+
+    A level's colour, shape and dash are those of its number among all levels; from the eighth on colours begin again, beside
+    other shapes and dashes. Vega makes one legend of several as long as their titles and orders agree.
     """
-    names = _order(levels)
+    if "level" not in frame or not levels.names:
+        return _Level([], alt.Undefined, None, None)
+    present = set(frame["level"])
+    names = [name for name in levels.names if name in present]
+    look = [(at, at + at // 7) for at, name in enumerate(levels.names) if name in present]
+    theme = THEME["config"]["range"]
     longest = max(map(len, names)) + 4  # characters, of some 44 that fit the narrowest page
     symbol = {"symbolType": "stroke", "symbolSize": 500} if lines else {}
     legend = alt.Legend(columns=max(1, min(4, 44 // longest)), **symbol) if len(names) > 1 else None
-    scale = alt.Scale(domain=names)
-    dashes = [DASHES[i % len(DASHES)] for i in range(len(names))]
+    colours = alt.Scale(domain=names, range=[theme["category"][colour % 7] for colour, _ in look])
+    shapes = alt.Scale(domain=names, range=[theme["symbol"][other % 7] for _, other in look])
+    dashes = [DASHES[other % 7] for _, other in look]
     # dashed outlines hide shapes: a scale of a domain that is not written out stays out of their legend
     dashed = alt.Scale(domain=names, range=dashes) if lines else alt.Scale(range=dashes)
+    title = levels.title
     return _Level(
         names,
-        alt.Color("level:N", sort=names, title=title, legend=legend, scale=scale),
-        alt.Shape("level:N", sort=names, title=title, legend=legend, scale=scale),
+        alt.Color("level:N", sort=names, title=title, legend=legend, scale=colours),
+        alt.Shape("level:N", sort=names, title=title, legend=legend, scale=shapes),
         alt.StrokeDash("level:N", sort=names, title=title, legend=legend if lines else None, scale=dashed),
     )
 
 
-def _along(alt: Any, values: "pd.Series[Any]", size: str | None) -> Any:
+def _along(alt: Any, values: "pd.Series[Any]", size: str) -> Any:
     """Return the axis along which lines run: of norms, of updates, or of sizes.
 
     Updates are on a linear axis, or on a logarithmic one that has a 0 if the steps grow like that.
@@ -245,13 +351,18 @@ def _along(alt: Any, values: "pd.Series[Any]", size: str | None) -> Any:
     if max(gaps) < 8 * min(gaps):
         axis = alt.Axis(tickMinStep=1, format="d", tickCount=12)
         return alt.X("step:Q", title="updates", scale=alt.Scale(nice=False), axis=axis)
-    axis = alt.Axis(values=known, labelOverlap="greedy", labelSeparation=8)
-    return alt.X("step:Q", title="updates", scale=alt.Scale(type="symlog"), axis=axis)
+    round_ones = [0, *(m * 10**k for k in range(9) for m in (1, 2, 5))]
+    ticks = known if len(known) < 9 else [one for one in round_ones if known[0] <= one <= known[-1]]
+    axis = alt.Axis(values=ticks, labelOverlap="greedy", labelSeparation=8)
+    return alt.X("step:Q", title="updates", scale=alt.Scale(type="symlog", nice=False), axis=axis)
 
 
 def choices(frame: pd.DataFrame, *axes: str) -> dict[str, list[str]]:
     """Return the values that a reader may choose among, by their column; those of `axes` are all shown."""
-    return {name: list(dict.fromkeys(frame[name])) for name in PICKS if name in frame and name not in axes}
+    found = {
+        name: [one for one in dict.fromkeys(frame[name]) if one] for name in PICKS if name in frame and name not in axes
+    }
+    return {name: values for name, values in found.items() if values}
 
 
 def _params(alt: Any, frame: pd.DataFrame, *axes: str) -> list[Any]:
@@ -262,16 +373,25 @@ def _params(alt: Any, frame: pd.DataFrame, *axes: str) -> list[Any]:
 def _filtered(alt: Any, frame: pd.DataFrame, *axes: str) -> Any:
     """Return a chart of the rows that are chosen."""
     names = choices(frame, *axes)
-    return alt.Chart(frame).transform_filter(_picked(names)) if names else alt.Chart(frame)
+    whatever = [name for name in names if (frame[name] == "").any()]
+    return alt.Chart(frame).transform_filter(_picked(names, whatever)) if names else alt.Chart(frame)
 
 
-def _bounded(frame: pd.DataFrame) -> bool:
-    """Return whether there is any interval: Vega warns of a mark that is nowhere."""
-    return bool(frame["low"].notna().any())
+def _bounded(chart: Any) -> Any:
+    """Return the chart with the ends of its bars, `from` and `to`; a row without an interval has a bar of no length.
+
+    Vega warns of a scale without a number, which a choice of nothing but single seeds would have.
+    """
+    ends = {"from": "low", "to": "high"}
+    return chart.transform_calculate(
+        **{end: f"datum.{of} === null ? datum.mean : datum.{of}" for end, of in ends.items()}
+    )
 
 
-def _picked(names: Iterable[str]) -> str:
-    return " && ".join(f"datum.{name} === {name}" for name in names)
+def _picked(names: Iterable[str], whatever: Collection[str] = ()) -> str:
+    """Return Vega's condition that a row is of the chosen values; of the columns `whatever`, also if its own is empty."""
+    chosen = {name: f"datum.{name} === {name}" for name in names}
+    return " && ".join(f"(!datum.{name} || {one})" if name in whatever else one for name, one in chosen.items())
 
 
 def _numbers(alt: Any, frame: pd.DataFrame) -> list[Any]:

@@ -1,11 +1,4 @@
 "use strict";
-// Paper has no folds: what the style sheet unfolds in newer browsers is opened for the older ones.
-addEventListener("beforeprint", () => {
-  for (const fold of document.querySelectorAll("details:not([open])")) {
-    fold.open = true;
-    addEventListener("afterprint", () => (fold.open = false), { once: true });
-  }
-});
 (async () => {
   const bytes = Uint8Array.from(atob(document.getElementById("data").textContent), (c) => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -14,7 +7,8 @@ addEventListener("beforeprint", () => {
   const rows = Object.fromEntries(
     Object.entries(datasets).map(([name, columns]) => {
       const keys = Object.keys(columns);
-      return [name, columns[keys[0]].map((_, i) => Object.fromEntries(keys.map((key) => [key, columns[key][i]])))];
+      const length = keys.length ? columns[keys[0]].length : 0;
+      return [name, Array.from({ length }, (_, i) => Object.fromEntries(keys.map((key) => [key, columns[key][i]])))];
     }),
   );
   const options = {
@@ -23,65 +17,137 @@ addEventListener("beforeprint", () => {
     actions: false,
     defaultStyle: false,
     tooltip: { disableDefaultStyle: true },
+    // a narrow page keeps most of its width for the numbers
+    config: innerWidth < 600 ? { axisY: { labelLimit: 130 }, legend: { gradientLength: 200 } } : {},
   };
-  const views = {};
-  for (const [id, { spec, uses }] of Object.entries(charts)) {
-    const own = Object.fromEntries(uses.map((name) => [name, rows[name]]));
+
+  // What is chosen is in the lists, in the address, and in the parameters of the charts that know it.
+  const lists = [...document.querySelectorAll("select")];
+  const chosen = Object.fromEntries(lists.map(({ name, value }) => [name, value]));
+  const knows = (list, value) => [...list.options].some((option) => option.value === value);
+  const choose = (wanted) => {
+    for (const list of lists) {
+      if (list.name in wanted && knows(list, wanted[list.name])) list.value = chosen[list.name] = wanted[list.name];
+    }
+  };
+  const fromAddress = () => choose(Object.fromEntries(new URLSearchParams(location.hash.slice(1))));
+  fromAddress();
+
+  const drawn = [];
+  for (const [id, chart] of Object.entries(charts)) {
     const place = document.getElementById(id);
-    views[id] = (await vegaEmbed(place, { ...spec, datasets: own }, options)).view;
+    const own = Object.fromEntries(Object.entries(chart.uses).map(([name, of]) => [name, rows[of]]));
+    const { view } = await vegaEmbed(place, { ...chart.spec, datasets: own }, options);
     place.querySelector("svg").setAttribute("aria-hidden", "true"); // the caption and the table are read, not each mark
+    const shown = Object.fromEntries(Object.entries(chart.choices).map(([name, values]) => [name, values[0]]));
+    const marks = (chart.spec.params ?? []).map(({ name }) => name).filter((name) => !(name in shown));
+    drawn.push({ view, shown, marks, choices: chart.choices, table: place.closest("figure").querySelector("table") });
   }
+
   const number = (value) => {
     if (value === null) return "–";
     return Number.isInteger(value) || Math.abs(value) >= 1000 ? value.toFixed(0) : value.toPrecision(4);
   };
-
-  // Lists beside the charts set the parameters of their names; so does a click on a cell of a map.
-  for (const part of document.querySelectorAll("[data-linked]")) {
-    const lists = [...part.querySelectorAll("select")];
-    const filled = part.querySelector("[data-rows]");
-    const linked = [...part.querySelectorAll(".chart")].map(({ id }) => ({
-      view: views[id],
-      names: (charts[id].spec.params ?? []).map((parameter) => parameter.name),
-    }));
-
-    const show = async () => {
-      const known = linked.map(({ view, names }) => {
-        for (const { name, value } of lists) if (names.includes(name)) view.signal(name, value);
-        return view.runAsync();
-      });
-      if (filled) fill();
-      await Promise.all(known);
-    };
-    const fill = () => {
-      const keys = [...filled.querySelectorAll("th")].map((head) => head.textContent);
-      const chosen = rows[filled.dataset.rows].filter((row) =>
-        lists.every(({ name, value }) => !(name in row) || row[name] === value),
-      );
-      part.querySelector("[data-said]").textContent = lists.map(({ value }) => value).join(", ");
-      filled.querySelector("tbody").replaceChildren(
-        ...chosen.map((row) => {
-          const line = document.createElement("tr");
-          for (const key of keys) {
-            line.insertCell().textContent = typeof row[key] === "string" ? row[key] : number(row[key]);
-          }
-          return line;
-        }),
-      );
-    };
-    for (const { view } of linked) {
-      view.addEventListener("click", (_, item) => {
-        const cell = item?.datum;
-        if (!cell?.shown) return;
-        for (const list of lists) {
-          if ([...list.options].some((option) => option.value === cell[list.name])) list.value = cell[list.name];
+  const cell = (row, key) => {
+    if (key === "interval") return row.low === null ? "–" : `${number(row.low)} to ${number(row.high)}`;
+    return typeof row[key] === "number" || row[key] === null ? number(row[key]) : String(row[key]);
+  };
+  const fill = ({ table, shown }) => {
+    const heads = [...table.querySelectorAll("th")];
+    const most = Number(document.body.dataset.most);
+    const found = rows[table.dataset.rows].filter((row) =>
+      Object.entries(shown).every(([name, value]) => !row[name] || row[name] === value),
+    );
+    table.tBodies[0].replaceChildren(
+      ...found.slice(0, most).map((row) => {
+        const line = document.createElement("tr");
+        for (const head of heads) {
+          const one = line.insertCell();
+          one.textContent = cell(row, head.textContent);
+          one.className = head.className;
         }
-        show();
-      });
-    }
-    for (const list of lists) list.addEventListener("change", show);
-    await show();
+        return line;
+      }),
+    );
+    const left = table.closest("details").querySelector("[data-left]");
+    left.hidden = found.length <= most;
+    left.textContent = `${found.length - most} more rows are left out here.`;
+  };
+
+  // A chart that does not know what is chosen keeps what it shows.
+  const show = () =>
+    Promise.all(
+      drawn.map(async (chart) => {
+        let changed = false;
+        for (const [name, values] of Object.entries(chart.choices)) {
+          if (!(name in chosen) || chart.shown[name] === chosen[name] || !values.includes(chosen[name])) continue;
+          chart.view.signal(name, (chart.shown[name] = chosen[name]));
+          changed = true;
+        }
+        for (const name of chart.marks) if (name in chosen) chart.view.signal(name, chosen[name]);
+        if (changed) fill(chart);
+        if (changed || chart.marks.length) await chart.view.runAsync();
+      }),
+    );
+  for (const list of lists) {
+    list.addEventListener("change", () => {
+      chosen[list.name] = list.value;
+      history.replaceState(null, "", `#${new URLSearchParams(chosen)}`);
+      show();
+    });
   }
+  for (const { view, marks } of drawn.filter(({ marks }) => marks.length)) {
+    view.addEventListener("click", (_, item) => {
+      if (!item?.datum?.shown) return;
+      choose(Object.fromEntries(marks.map((name) => [name, item.datum[name]])));
+      history.replaceState(null, "", `#${new URLSearchParams(chosen)}`);
+      show();
+    });
+  }
+  // A link to a detail unfolds it.
+  const arrive = () => {
+    if (location.hash.includes("=")) return fromAddress();
+    for (let at = document.getElementById(location.hash.slice(1)); at; at = at.parentElement) {
+      if (at.tagName === "DETAILS") at.open = true;
+    }
+  };
+  addEventListener("hashchange", () => {
+    arrive();
+    show();
+  });
+  arrive();
+
+  const save = (text, type, name) => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type }));
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  };
+  const quoted = (value) => {
+    if (typeof value !== "string") return value ?? "";
+    // a spreadsheet would run a text that begins like a formula
+    return `"${(/^[=+\-@\t\r]/.test(value) ? `'${value}` : value).replaceAll('"', '""')}"`;
+  };
+  for (const button of document.querySelectorAll("[data-csv]")) {
+    const table = datasets[button.dataset.csv];
+    const keys = Object.keys(table);
+    button.disabled = false;
+    button.addEventListener("click", () => {
+      const lines = rows[button.dataset.csv].map((row) => keys.map((key) => quoted(row[key])).join(","));
+      save([keys.map(quoted).join(","), ...lines, ""].join("\n"), "text/csv", `${button.dataset.name}.csv`);
+    });
+  }
+  for (const button of document.querySelectorAll("[data-svg]")) {
+    const { view } = drawn[Object.keys(charts).indexOf(button.dataset.svg)];
+    button.disabled = false;
+    button.addEventListener("click", async () => {
+      const style = getComputedStyle(document.documentElement);
+      const svg = (await view.toSVG()).replace(/"var\((--[\w-]+)\)"/g, (_, name) => `"${style.getPropertyValue(name)}"`);
+      save(svg, "image/svg+xml", `${button.dataset.name}.svg`);
+    });
+  }
+  await show();
   document.documentElement.dataset.ready = "yes";
 })().catch((error) => {
   document.getElementById("broken").hidden = false;

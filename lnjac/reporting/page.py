@@ -15,66 +15,86 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from lnjac.escape import visible
+from lnjac.escape import visible, visible_within
 from lnjac.reporting import marks
-from lnjac.reporting.charts import Drawing
+from lnjac.reporting.registry import Drawing
 
 HERE = Path(__file__).parent
 DIGITS = 6
 """Significant digits of a number in the charts' data."""
 MISSING = "–"
 
-MOST_TABLE_ROWS = 150
-MOST_TABLE_CELLS = 2_400
-"""Limits of a table on the page: seeds side by side make it wide, and the page's size is what is bounded."""
+MOST_TABLE_ROWS = 60
+"""Rows of a table on the page, of those that are chosen."""
+NARROW = (
+    *("loss", "exact's loss", "cost", "mean", "mean_a", "mean_b", "difference", "slope"),
+    *("interval", "p_adjusted", "r2", "n"),
+)
+"""Columns of results that a table shows first, after those that name its rows."""
+INTERVAL = "interval"
+"""The column that shows `low` and `high`."""
 
-LABELS = {"cell": "Runs", "pair": "Levels", "site": "Norm", "metric": "Metric"}
+LABELS = {"cell": "Runs", "pair": "Levels", "metric": "Metric", "site": "Norm", "among": "Level"}
 """The label of the list that sets a parameter of the charts."""
+BAR = ("cell", "pair", "metric")
+"""What is chosen for all charts at once; a section has lists of its own for the rest."""
 
 
 class Figure(NamedTuple):
-    """A drawing on the page: the id of its chart, and the name of the first of the chart's datasets."""
+    """A drawing on the page: its chart's name, the id of its place, and the names of the datasets of its tables."""
 
+    name: str
     id: str
     drawing: Drawing
-    rows: str
+    table: str
+    seeds: str
 
 
 class Section(NamedTuple):
-    """Figures that share their lists to choose from, and the reasons for which others are absent."""
+    """Figures below one title."""
 
     name: str
     title: str
     figures: Sequence[Figure]
-    absent: Sequence[str]
 
     @property
     def choices(self) -> dict[str, list[str]]:
-        """Return every value that one of the figures has, by the parameter that chooses it."""
-        known = [figure.drawing.choices for figure in self.figures]
-        return {name: list(dict.fromkeys(o for choices in known for o in choices.get(name, ()))) for name in LABELS}
+        """Return what this section alone lets a reader choose."""
+        return {name: values for name, values in offered(self.figures).items() if name not in BAR}
 
-    @property
-    def follows(self) -> bool:
-        """Return whether a figure's table has only the rows that are chosen."""
-        return any(figure.drawing.follows for figure in self.figures)
+
+def offered(figures: Sequence[Figure]) -> dict[str, list[str]]:
+    """Return every value that one of the figures has, by the parameter that chooses it; a single value is no choice."""
+    known = [figure.drawing.choices for figure in figures]
+    every = {name: list(dict.fromkeys(o for choices in known for o in choices.get(name, ()))) for name in LABELS}
+    return {name: values for name, values in every.items() if len(values) > 1}
 
 
 class Charts:
-    """The data of a page's charts; a dataset that several share is held once."""
+    """The data of a page's charts and tables; a dataset that several share is held once."""
 
     def __init__(self) -> None:
         self.specs: dict[str, Any] = {}
         self.datasets: dict[str, Any] = {}
 
-    def figure(self, drawing: Drawing) -> Figure:
-        """Add a drawing's chart."""
-        name = f"chart-{len(self.specs)}"
+    def figure(self, name: str, drawing: Drawing) -> Figure:
+        """Add a drawing's chart and tables."""
+        place = f"chart-{len(self.specs)}"
         spec = marks.spec(drawing.picture, width="container")
-        found = spec.pop("datasets")
-        self.specs[name] = {"spec": spec, "uses": list(found)}
-        self.datasets |= {key: columns(rows) for key, rows in found.items()}
-        return Figure(name, drawing, next(iter(found)))
+        data = {name: self._added(rows) for name, rows in spec.pop("datasets").items()}
+        self.specs[place] = {"spec": spec, "uses": data, "choices": visible_within(dict(drawing.choices))}
+        table, seeds = (
+            self._added(frame.to_dict("records")) if frame is not None else ""
+            for frame in (drawing.table, drawing.seeds)
+        )
+        return Figure(name, place, drawing, table, seeds)
+
+    def _added(self, rows: Sequence[Mapping[Any, Any]]) -> str:
+        """Add rows as columns, and return the name of their dataset, the same for the same rows."""
+        found = visible_within(columns(rows))
+        name = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+        self.datasets[name] = found
+        return name
 
     def packed(self) -> str:
         """Return all charts and their data as base64."""
@@ -82,13 +102,50 @@ class Charts:
         return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 
-def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return rows as columns, which compress far better, with as many digits as a chart can show."""
+class Narrow(NamedTuple):
+    """The rows of a table as a page shows them: the first columns at once, the others when a reader asks for them."""
+
+    columns: list[str]
+    first: int
+    numbers: set[str]
+    rows: list[tuple[Any, ...]]
+    left: int
+
+
+def narrow(frame: pd.DataFrame, chosen: Mapping[str, Sequence[str]]) -> Narrow:
+    """Return the rows of the first choice, as many as a page shows, with their most important columns first."""
+    for name in [name for name in chosen if name in frame]:
+        frame = frame[frame[name].isin(["", chosen[name][0]])]
+    if {"low", "high"} <= {*frame}:
+        ends = zip(frame["low"], frame["high"], strict=True)
+        frame = frame.assign(
+            interval=pd.Series([_interval(low, high) for low, high in ends], frame.index, dtype=object)
+        )
+    names = list(map(str, frame))
+    results = [name for name in NARROW if name in names]
+    keys = names[: min((names.index(name) for name in results), default=0)]
+    first = [*(name for name in keys if name not in chosen), *results] or names
+    shown = frame[[*first, *(name for name in names if name not in first)]]
+    numbers = {name for name in names if frame[name].dtype.kind in "if"} | {INTERVAL}
+    most = MOST_TABLE_ROWS if results else len(shown)
+    rows = list(shown.head(most).astype(object).itertuples(index=False, name=None))
+    return Narrow(list(map(str, shown)), min(len(first), 8), numbers, rows, max(0, len(shown) - most))
+
+
+def _interval(low: float, high: float) -> str | None:
+    return None if math.isnan(low) else f"{number(low)} to {number(high)}"
+
+
+def columns(rows: Sequence[Mapping[Any, Any]]) -> dict[str, list[Any]]:
+    """Return rows as columns, which compress far better, with as many digits as a chart can show and null for no number."""
 
     def short(value: Any) -> Any:
-        return float(f"{value:.{DIGITS}g}") if isinstance(value, float) and math.isfinite(value) else value
+        value = value.item() if hasattr(value, "item") else value
+        if not isinstance(value, float):
+            return value
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
-    return {name: [short(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+    return {str(name): [short(row[name]) for row in rows] for name in (rows[0] if rows else ())}
 
 
 def render(charts: Charts, **parts: Any) -> str:
@@ -102,7 +159,7 @@ def render(charts: Charts, **parts: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"rows": _rows, "sha256": _sha256, "label": LABELS.__getitem__}
+    environment.filters |= {"narrow": narrow, "sha256": _sha256, "label": LABELS.__getitem__}
     own = {
         "style": _style(),
         "script": (HERE / "page.js").read_text(encoding="utf-8"),
@@ -110,7 +167,7 @@ def render(charts: Charts, **parts: Any) -> str:
         "data": charts.packed(),
     }
     template = environment.get_template("page.html.jinja")
-    html: str = template.render({name: markup(text) for name, text in own.items()} | parts)
+    html: str = template.render({name: markup(text) for name, text in own.items()} | {"most": MOST_TABLE_ROWS} | parts)
     return html
 
 
@@ -126,13 +183,6 @@ def _text(value: Any) -> Any:
 def number(value: float) -> str:
     """Return four significant digits, as page.js does; whole numbers and those from 1000 have no decimals."""
     return f"{value:.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:#.4g}"
-
-
-def _rows(frame: pd.DataFrame, most: int | None) -> list[tuple[Any, ...]]:
-    """Return the first rows: as many as asked for, or as a table of the page may hold."""
-    if most is None:
-        most = min(MOST_TABLE_ROWS, MOST_TABLE_CELLS // max(1, len(frame.columns)))
-    return list(frame.head(most).astype(object).itertuples(index=False, name=None))
 
 
 def _sha256(text: str) -> str:

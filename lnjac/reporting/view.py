@@ -1,9 +1,11 @@
-"""Arrange runs for charts: the levels of one column beside each other, within cells of all else that varies."""
+"""Arrange runs for charts: the levels of one column beside each other, within cells of all else that varies.
+
+Of more than MOST levels or cells the strongest are shown, and the others counted.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,37 +26,72 @@ SAME = {"enrichment_radial_share": "radial_share"}
 
 ALL = "all runs"
 """The name of the only level, or of the only cell."""
+MOST = 30
+"""Levels, cells or pairs of levels beyond which the strongest are shown."""
 
 
 @dataclass(frozen=True, eq=False)
 class View:
     """The runs of merged tables arranged by the levels of the column `by`, which is empty if nothing varies but the seed.
 
-    `runs` holds the chosen runs in the order of their cells and levels, named in the columns `cell` and `level`.
+    Attributes:
+        merged: The tables.
+        by: The compared column.
+        where: The condition that chose the runs.
+        runs: The chosen runs in the order of their cells and levels, named in the columns `cell` and `level`.
+        settings: The columns that make cells.
+        cells: The names of the cells that are shown, in their order.
+        levels: The names of the levels that are shown, in their order.
     """
 
     merged: MergedTables
     by: str
     where: str | None
     runs: pd.DataFrame
-
-    @property
-    def cells(self) -> list[str]:
-        """Return the cells' names in their order."""
-        return list(dict.fromkeys(self.runs["cell"]))
+    settings: list[str]
+    cells: list[str]
+    levels: list[str]
 
     @property
     def ours(self) -> bool:
         """Return whether lnjac's own trainer made the runs."""
         return "numerics_version" in self.runs and bool(self.runs["numerics_version"].notna().any())
 
-    @property
+    @cached_property
     def done(self) -> pd.DataFrame:
-        """Return the runs that did not diverge: their keys, cell, level and seed."""
-        done = self.runs.loc[self.runs["status"] == DONE, [*RUN, "cell", "level", "seed"]]
+        """Return the runs that are shown and did not diverge: their keys, cell, level and seed."""
+        shown = self.runs["cell"].isin(self.cells) & self.runs["level"].isin(self.levels)
+        done = self.runs.loc[shown & (self.runs["status"] == DONE), [*RUN, "cell", "level", "seed"]]
         if done.empty:
             raise ConfigError("all of these runs diverged")
         return done
+
+    @cached_property
+    def sites(self) -> list[str]:
+        """Return the norms in depth order: that of the run with the most norms first, then those that only others have."""
+        rows = self.merged.frame("layers", [*RUN, "site"]).drop_duplicates()
+        of_run = rows.groupby(RUN, sort=False)["site"].agg(list)
+        longest = sorted(of_run, key=len, reverse=True)
+        return list(dict.fromkeys(site for sites in longest for site in sites))
+
+    def placed(self, frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+        """Return the rows once for each shown cell that they are part of, which `cell` names.
+
+        A chart whose rows are of fewer cells than the view has, as one along a size, then follows the choice of a cell.
+
+        Args:
+            frame: Rows, with the columns of their own cells.
+            columns: These columns. Rows without one value of them are part of all cells: their `cell` is empty.
+        """
+        frame = frame.drop(columns="cell", errors="ignore")
+        keys = [name for name in columns if name in self.settings]
+        if not keys or len(self.cells) < 2:
+            return frame
+        cells = self.runs[[*keys, "cell"]].drop_duplicates()
+        found = frame.merge(cells, on=keys, how="left").fillna({"cell": ""})
+        order = {name: at for at, name in enumerate(["", *self.cells])}
+        found = found[found["cell"].isin(order)]
+        return found.sort_values("cell", key=lambda names: names.map(order), kind="stable").reset_index(drop=True)
 
     @property
     def metrics(self) -> list[str]:
@@ -139,7 +176,22 @@ def view(merged: MergedTables, by: str | None = None, where: str | None = None) 
     chosen = chosen.assign(**{name: experiment.labelled(chosen, name) for name in labels})
     vary = [name for name in vary if name != "ln_backward.sites"]  # part of the label of ln_backward
     cells = experiment.cell_columns(chosen, compared, vary) if by else vary
-    return View(merged, by, where, arranged(chosen, [*cells, *compared], by))
+    runs = arranged(chosen, [*cells, *compared], by)
+    return View(merged, by, where, runs, list(map(str, cells)), *_strongest(runs))
+
+
+def _strongest(runs: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Return the cells and the levels to show: all, or those in which levels differ most, and those of lowest loss."""
+    cells, levels = (list(dict.fromkeys(runs[name])) for name in ("cell", "level"))
+    if max(len(cells), len(levels)) <= MOST or compare.LOSS not in runs:
+        return cells[:MOST], levels[:MOST]
+    means = runs.pivot_table(compare.LOSS, "cell", "level", sort=False)
+    spread = (means.max(axis=1) - means.min(axis=1)).reindex(cells).sort_values(ascending=False, kind="stable")
+    lowest = means.mean().reindex(levels).sort_values(kind="stable")
+    return (
+        cells if len(cells) <= MOST else list(spread.index[:MOST]),
+        levels if len(levels) <= MOST else list(lowest.index[:MOST]),
+    )
 
 
 def arranged(frame: pd.DataFrame, cells: Sequence[str], by: str | None = None) -> pd.DataFrame:
@@ -185,18 +237,13 @@ def finite(values: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 
 def thinned(values: pd.DataFrame, most: int) -> tuple[pd.DataFrame, list[str]]:
-    """Return the rows of at most so many steps, the first and the last among them, and a note if that leaves out any."""
+    """Return the rows of at most so many steps, denser towards the first, and a note if that leaves out any."""
     known = sorted(values["step"].unique().tolist())
     if len(known) <= most:
         return values, []
-    kept = [known[round(i)] for i in np.linspace(0, len(known) - 1, most)]
+    kept = [known[at] for at in sorted({0, *np.geomspace(1, len(known) - 1, most - 1).round().astype(int).tolist()})]
     note = (
-        f"{most} of the {len(known)} measured steps are shown, each as it was measured: nothing is averaged over steps"
+        f"{len(kept)} of the {len(known)} measured steps are shown, as far apart as they are late, each as it was measured: "
+        "nothing is averaged over steps"
     )
     return values[values["step"].isin(kept)], [note]
-
-
-def beside(lines: pd.DataFrame, reference: "pd.Series[Any]") -> pd.DataFrame:
-    """Return the lines with a column `reference`: values known for each cell and level, and perhaps each norm."""
-    keys = [name for name in reference.index.names if name in lines]
-    return lines.merge(reference.rename("reference").reset_index()[[*keys, "reference"]], on=keys, how="left")

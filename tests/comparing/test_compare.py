@@ -307,3 +307,19 @@ def test_intervals_by_resampling_are_reproducible(tmp_path: Path):
 def test_an_empty_where_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="--where is empty"):
         losses(tmp_path, "attn_mode", TWO_MODES, where="")
+
+
+def test_each_of_many_levels_is_compared_with_the_first(tmp_path: Path):
+    """Pairs grow with the square: 100 levels have 4,950, of which no reader reads one."""
+    made = study(tmp_path, [run(seed, **{"optimizer.lr": level / 100}) for level in range(1, 32) for seed in (1, 2)])
+    found = compare(made, "optimizer.lr", metrics=["val_loss_nats"], table="runs")
+    assert len(found.rows) == 30
+    assert set(found.rows["b"]) == {0.01}
+    assert found.notes[0].startswith(
+        "31 levels of optimizer.lr make too many pairs: each is compared with the first, 0.01"
+    )
+    other = compare(made, "optimizer.lr", metrics=["val_loss_nats"], table="runs", reference="0.02")
+    assert set(other.rows["b"]) == {0.02}
+    assert not any("too many pairs" in note for note in other.notes)
+    few = compare(made, "optimizer.lr", metrics=["val_loss_nats"], table="runs", where="optimizer.lr < 0.305")
+    assert len(few.rows) == 30 * 29 / 2

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from lnjac.errors import ConfigError
-from lnjac.reporting import marks
+from lnjac.reporting import charts, marks
 
 pytest.importorskip("altair", reason="the extra [report] is not installed")
 pytest.importorskip("vl_convert", reason="the extra [report] is not installed")
@@ -27,23 +27,31 @@ def lines(**more: list[Any]) -> pd.DataFrame:
 
 def by_seed(**more: list[Any]) -> pd.DataFrame:
     index = pd.MultiIndex.from_product([*more.values(), [1, 2]], names=[*more, "seed"])
-    return pd.DataFrame({"difference": np.arange(1.0, len(index) + 1)}, index=index).reset_index()
+    return pd.DataFrame({"value": np.arange(1.0, len(index) + 1)}, index=index).reset_index()
+
+
+NAMED = marks.Levels("attn_mode", LEVELS)
+
+
+def drawn_lines(frame: pd.DataFrame, x: str, title: str = "y", **more: Any) -> marks.Picture:
+    return marks.lines(frame, x=x, levels=NAMED, title=title, **more)
 
 
 def every_drawing() -> dict[str, marks.Picture]:
     places = lines(place=SITES)
     cells = lines(site=SITES, metric=["radial_share", "sigma_mean"])
-    cells = cells[cells["level"] == "softmax"].assign(shade=0.5, shown="0.1").rename(columns={"level": "cell"})
-    costs = lines(place=["ste", "scale"])
-    of_seed = by_seed(place=["ste", "scale"], level=LEVELS)
+    cells = (
+        cells[cells["level"] == "softmax"].assign(shade=0.5, shown="0.1", clear=True).rename(columns={"level": "cell"})
+    )
+    alone = places.drop_duplicates("place").drop(columns="level")
     return {
-        "rows": marks.dots(by_seed(place=SITES, level=LEVELS), places, by="attn_mode", title="x"),
-        "upright": marks.dots(of_seed, costs, by="attn_mode", title="x", upright=True),
-        "map": marks.shades(cells.assign(column=cells["metric"]), legend="x"),
-        "curves": marks.lines(lines(site=SITES, metric=["r_mean"], step=[0, 1, 100]), x="step", by="a", title="x"),
-        "steps": marks.lines(lines(cell=["a", "b"], step=[0, 50, 100]), x="step", by="attn_mode", title="x"),
-        "depth": marks.lines(lines(site=SITES), x="site", by="attn_mode", title="sigma", log=True),
-        "sizes": marks.lines(lines(x=[32, 64]), x="x", by="attn_mode", title="x", size="model.n_embd", log=True),
+        "rows": marks.dots(by_seed(place=SITES, level=LEVELS), places, title="x", levels=NAMED),
+        "joined": marks.dots(by_seed(place=SITES), alone, title="x", zero=False, joined=True),
+        "map": marks.shades(cells, legend="x", sites=SITES, breaks=range(-4, 4)),
+        "curves": drawn_lines(lines(site=SITES, metric=["r_mean", "r_radial"], step=[0, 1, 100]), "step"),
+        "steps": drawn_lines(lines(cell=["a", "b"], step=[0, 50, 100]), "step"),
+        "depth": drawn_lines(lines(site=SITES), "site", "sigma", log=True),
+        "sizes": drawn_lines(lines(x=[32, 64]), "x", size="model.n_embd", log=True),
     }
 
 
@@ -51,7 +59,7 @@ def layers(spec: dict[str, Any], mark: str) -> list[dict[str, Any]]:
     return [layer for layer in spec["layer"] if layer["mark"]["type"] == mark]
 
 
-@pytest.mark.parametrize("name", ["rows", "upright", "map", "curves", "steps", "depth", "sizes"])
+@pytest.mark.parametrize("name", ["rows", "joined", "map", "curves", "steps", "depth", "sizes"])
 def test_every_drawing_is_valid_vega_lite_and_a_picture(tmp_path: Path, name: str):
     chart = every_drawing()[name]
     chart.to_dict()  # raises where a name or a value is none of the grammar's
@@ -75,7 +83,7 @@ def test_every_seed_is_a_dot_of_the_headline():
     (dots,) = layers(spec, "point")
     rows = spec["datasets"][dots["data"]["name"]]
     assert len(rows) == len(SITES) * len(LEVELS) * 2
-    assert dots["encoding"]["x"]["field"] == "difference"
+    assert dots["encoding"]["x"]["field"] == "value"
 
 
 def test_levels_differ_in_colour_shape_and_dash():
@@ -92,19 +100,57 @@ def test_a_legend_shows_shapes_whole_and_lines_dashed():
 
     (few,), (many,) = (
         vl_convert.vegalite_to_vega(marks.spec(chart, width=400, palette="light"))["legends"]
-        for chart in (every_drawing()["depth"], marks.lines(lines(step=[*range(30)]), x="step", by="x", title="y"))
+        for chart in (every_drawing()["depth"], drawn_lines(lines(step=[*range(30)]), "step"))
     )
     assert few["shape"] == "shape"
     assert "strokeDash" not in few
     assert (many["strokeDash"], many["symbolType"]) == ("strokeDash", "stroke")
 
 
+def test_a_level_looks_the_same_in_every_chart_and_like_no_other():
+    names = [f"level {i}" for i in range(20)]
+
+    def looks(shown: list[str]) -> dict[str, tuple[str, str]]:
+        frame = pd.DataFrame({"site": "ln_f", "level": shown, "mean": 1.0, "low": 0.5, "high": 1.5})
+        spec = marks.spec(marks.lines(frame, x="site", levels=marks.Levels("x", names), title="y"), width=300)
+        (dots,) = layers(spec, "point")
+        colour, shape = (dots["encoding"][channel]["scale"] for channel in ("color", "shape"))
+        assert colour["domain"] == shape["domain"] == shown
+        return dict(zip(shown, zip(colour["range"], shape["range"], strict=True), strict=True))
+
+    every = looks(names)
+    assert len(set(every.values())) == len(names)
+    assert looks(names[3:9]) == {name: every[name] for name in names[3:9]}
+
+
 def test_lines_have_what_they_are_seen_against_beside_them():
-    chart = marks.lines(lines(site=SITES).assign(reference=0.5), x="site", by="attn_mode", title="share")
-    spec = marks.spec(chart, width=400, palette="light")
+    references = pd.DataFrame({"site": SITES, "reference": "chance", "value": 0.5})
+    spec = marks.spec(drawn_lines(lines(site=SITES), "site", references=references), width=400)
     mean, beside = layers(spec, "line")
-    assert (mean["encoding"]["y"]["field"], beside["encoding"]["y"]["field"]) == ("mean", "reference")
+    assert (mean["encoding"]["y"]["field"], beside["encoding"]["y"]["field"]) == ("mean", "value")
     assert beside["mark"]["style"] == "none"
+    (named,) = layers(spec, "text")
+    assert [row["reference"] for row in spec["datasets"][named["data"]["name"]]] == ["chance"]
+
+
+def test_what_has_no_reference_keeps_its_scale():
+    """Vega warns of a scale of no number: a metric without a reference has a point that is not drawn."""
+    frame = lines(metric=["a", "b"], step=[0, 50])
+    references = pd.DataFrame({"metric": ["a"], "reference": "floor", "value": 0.5})
+    spec = marks.spec(drawn_lines(frame, "step", references=references), width=400)
+    (beside,) = [layer for layer in layers(spec, "line") if layer["mark"].get("style") == "none"]
+    rows = spec["datasets"][beside["data"]["name"]]
+    assert [(row["metric"], row["reference"], row["step"]) for row in rows] == [
+        ("a", "floor", 0),
+        ("a", "floor", 50),
+        ("b", "", 0),
+    ]
+
+
+def test_a_title_names_the_chosen_metric_and_norm():
+    spec = marks.spec(every_drawing()["curves"], width=400)
+    assert spec["title"]["text"] == {"expr": "metric + (site ? ' at ' + site : '')"}
+    assert "title" not in marks.spec(every_drawing()["depth"], width=400)
 
 
 def test_a_picture_has_its_title_and_what_is_chosen(tmp_path: Path):
@@ -120,28 +166,32 @@ def test_a_picture_has_its_title_and_what_is_chosen(tmp_path: Path):
 def test_an_axis_of_one_value_names_it(tmp_path: Path, value: float, text: str):
     """Vega's own label of the only tick is 0, 3 or −0."""
     frame = lines(step=[0, 50]).assign(mean=value, low=np.nan, high=np.nan)
-    marks.save(marks.lines(frame, x="step", by="a", title="y"), tmp_path / "x.svg", "light", width=400, title="t")
+    marks.save(drawn_lines(frame, "step"), tmp_path / "x.svg", "light", width=400, title="t")
     assert f">{text}<" in (tmp_path / "x.svg").read_text()
 
 
-def test_means_of_one_seed_have_no_band():
-    alone = lines(site=SITES).assign(low=np.nan, high=np.nan)
-    spec = marks.spec(marks.lines(alone, x="site", by="a", title="y"), width=400)
-    assert not layers(spec, "area")
-    assert layers(marks.spec(every_drawing()["depth"], width=400), "area")
+def test_means_of_one_seed_have_a_band_of_no_width():
+    spec = marks.spec(drawn_lines(lines(site=SITES).assign(low=np.nan, high=np.nan), "site"), width=400)
+    (band,) = layers(spec, "area")
+    ends = {one["as"]: one["calculate"] for one in band["transform"] if "calculate" in one}
+    assert ends["from"] == "datum.low === null ? datum.mean : datum.low"
+    assert {band["encoding"][axis]["field"] for axis in ("y", "y2")} == set(ends)
 
 
 def test_a_maps_shades_are_centred():
     spec = marks.spec(every_drawing()["map"], width=400, palette="light")
     (rect,) = layers(spec, "rect")
-    assert rect["encoding"]["color"]["scale"] == {"domain": [-1, 1], "range": "diverging", "type": "quantize"}
+    assert rect["encoding"]["color"]["scale"]["domain"] == list(range(-4, 4))
     assert len(spec["config"]["range"]["diverging"]) % 2 == 1  # one shade is the middle
+    assert len(charts.BREAKS) == len(spec["config"]["range"]["diverging"]) - 1
+    assert [-one for one in charts.BREAKS[::-1]] == list(charts.BREAKS)
+    assert rect["encoding"]["y"]["scale"]["domain"] == SITES
 
 
 def test_parameters_choose_rows_only_where_there_is_a_choice():
     several = marks.spec(every_drawing()["steps"], width=400, palette="light")
     assert several["params"] == [{"name": "cell", "value": "a"}]
-    assert all(layer["transform"] == [{"filter": "datum.cell === cell"}] for layer in several["layer"])
+    assert all({"filter": "datum.cell === cell"} in layer["transform"] for layer in several["layer"])
     assert "params" not in marks.spec(every_drawing()["depth"], width=400, palette="light")
 
 

@@ -4,6 +4,7 @@ import base64
 import gzip
 import hashlib
 import json
+import math
 import re
 import sys
 from html import escape
@@ -11,16 +12,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pyarrow as pa
 import pytest
 from support.studies import write_study
 
 from lnjac.comparing.tables import open_tables
 from lnjac.errors import ConfigError
 from lnjac.escape import visible
-from lnjac.reporting import page, report
+from lnjac.reporting import facts, page, report
 from lnjac.reporting.charts import CHARTS
 from lnjac.reporting.verdict import verdict
 from lnjac.runs import folder as runs
+from lnjac.runs import merge
 from lnjac.runs.merged import companion
 from lnjac.runs.schema import FROZEN
 
@@ -95,20 +99,40 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> report.Report:
         return made(path, title=f"sweep {EVIL}")
 
 
-def test_every_section_has_its_charts_each_with_a_table(whole: report.Report):
-    found = whole
-    charts = {name: section["charts"] for name, section in found.sections.items()}
-    assert charts == {"headline": 3, "heatmap": 3, "losses": 3, "cost": 1, "depth": 2, "scaling-width": 2}
-    assert charts.keys() <= CHARTS.keys()
-    seen = Page(found.html)
-    assert [attributes.get("id") for attributes in seen.all("section")] == ["runs", *charts, "absent", "columns"]
-    assert [link["href"] for link in seen.all("a")][1:] == [f"#{one['id']}" for one in seen.all("section")]
-    figures_in = found.html.split("<figure ")[1:]
-    assert len(figures_in) == sum(charts.values()) == len(seen.data()["charts"])
-    assert all("<table>" in part and "<figcaption" in part for part in figures_in)
+def test_every_chart_has_a_caption_a_table_and_its_data(whole: report.Report):
+    assert whole.sections == {
+        "Comparison": ["cost", "headline", "cost-difference"],
+        "Layers": ["heatmap", "seeds", "curves", "depth"],
+        "Learning": ["losses", "backwards"],
+        "Scaling": ["scaling-width"],
+    }
+    seen = Page(whole.html)
+    sections = [attributes["id"] for attributes in seen.all("section")]
+    assert sections == ["answer", "comparison", "layers", "learning", "scaling", "details"]
+    figures = whole.html.split("<figure ")[1:]
+    names = [name for names in whole.sections.values() for name in names]
+    assert [re.match('class="(.*?)"', part)[1] for part in figures] == names  # type: ignore[index]
+    assert all("<table" in part and "<figcaption" in part for part in figures)
+    data = seen.data()
+    assert len(data["charts"]) == len(figures)
+    known = {attributes["data-csv"] for attributes in seen.all("button") if "data-csv" in attributes}
+    assert known <= data["datasets"].keys()
+    used = {name for chart in data["charts"].values() for name in chart["uses"].values()}
+    assert used | known == data["datasets"].keys()
     assert all(attributes["aria-label"] for attributes in seen.all("div") if attributes.get("class") == "chart")
-    assert {attributes["name"] for attributes in seen.all("select")} == {"cell", "site", "metric"}
+    assert {attributes["name"] for attributes in seen.all("select")} == {"cell", "metric", "site", "among"}
     assert "(1−ρ)·B" in seen.text  # the dictionary
+
+
+def test_the_answer_comes_first_and_configuration_is_folded(whole: report.Report):
+    answer = whole.html[whole.html.index('id="answer"') : whole.html.index('id="comparison"')]
+    assert re.search(r"<h1[^>]*>[A-Z].*\.</h1>", answer)
+    assert 'class="cost"' in answer
+    for part in ("24 runs", "3 seeds", "100 steps", "0 diverged", 'href="#skipped">1 skipped'):
+        assert part in answer
+    unfolded = re.sub(r"<details.*?</details>", "", whole.html, flags=re.DOTALL)
+    assert "torch_version" not in unfolded
+    assert "torch_version" in whole.html
 
 
 @pytest.mark.usefixtures("light")
@@ -116,10 +140,10 @@ def test_the_page_is_headed_by_the_answer_and_then_the_title(tmp_path: Path):
     path = write_study(tmp_path, {"attn_mode": ["softmax", EVIL]})
     said = verdict(path, "attn_mode").sentences
     html = made(path, title="a study").html
-    assert f"<h1>{escape(said[0], quote=False)}</h1>" in html
+    assert f'<h1 id="answer-title">{escape(said[0], quote=False)}</h1>' in html
     seen = Page(html)
     assert "under </script>" in said[0]
-    places = [seen.text.index(visible(text)) for text in (*said, "a study: 6 runs, by attn_mode", "What was run")]
+    places = [seen.text.index(visible(text)) for text in (*said[:2], "a study:", *said[2:], "What varies")]
     assert places == sorted(places)
 
 
@@ -132,7 +156,7 @@ def test_runs_that_cannot_be_compared_have_a_page_that_names_the_reason(
 
     monkeypatch.setattr(report, "verdict", refuse)
     html = made(write_study(tmp_path, {"attn_mode": ["a", "b"]})).html
-    assert "<h1>These runs cannot be compared: several runs have one config and seed.</h1>" in html
+    assert ">These runs cannot be compared: several runs have one config and seed.</h1>" in html
 
 
 @pytest.mark.usefixtures("light")
@@ -149,50 +173,93 @@ def test_the_dictionary_is_of_the_tables_that_are_there(tmp_path: Path):
 
 @pytest.mark.usefixtures("light")
 def test_charts_without_data_are_named_with_what_to_run(tmp_path: Path):
-    text = Page(made(write_study(tmp_path, {}, steps=(100,))).html).text.partition("Not shown\n")[2]
+    text = Page(made(write_study(tmp_path, {}, steps=(100,))).html).text.partition("Charts that these runs")[2]
     assert "one level alone was run: python run.py -m attn_mode=softmax,sigmoid" in text
     assert "python run.py eval.every=50" in text
     assert "python run.py -m ln_backward=exact,center_scale" in text
-    assert "Scaling with width" in text
+    assert "scaling-width" in text
     assert "python run.py -m model.n_embd=32,64,128" in text
 
 
 @pytest.mark.usefixtures("light")
 @pytest.mark.parametrize(
-    ("factors", "more", "charts"),
+    ("factors", "more", "first", "charts"),
     [
-        ({}, {"seeds": 1}, {"heatmap": 2, "losses": 3, "depth": 2}),
-        (TWO, {"diverged": tuple(range(6))}, {}),
-        (TWO, {"diverged": (0, 1, 2)}, {"heatmap": 2, "losses": 3, "depth": 2}),
+        ({}, {"seeds": 1}, "depth", {"Layers": ["seeds", "curves", "depth"], "Learning": ["losses"]}),
+        (TWO, {"diverged": tuple(range(6))}, "diverged", {"Comparison": ["diverged"]}),
+        (
+            TWO,
+            {"diverged": (0, 1, 2)},
+            "depth",
+            {"Comparison": ["diverged"], "Layers": ["seeds", "curves", "depth"], "Learning": ["losses"]},
+        ),
+        ({"steps": [10, 20, 40]}, {}, "scaling-steps", {}),
     ],
-    ids=["one run", "all diverged", "one level diverged"],
+    ids=["one run", "all diverged", "one level diverged", "a size"],
 )
-def test_poor_studies_have_poor_reports(tmp_path: Path, factors: Any, more: Any, charts: dict[str, int]):
+def test_each_study_leads_with_its_own_chart(tmp_path: Path, factors: Any, more: Any, first: str, charts: Any):
     found = made(write_study(tmp_path, factors, blocks=0, **more))
-    assert {name: section["charts"] for name, section in found.sections.items()} == charts
-    assert ("<script>" in found.html) == bool(charts)
+    assert not charts or found.sections == charts
+    assert re.findall('<figure class="(.*?)"', found.html)[0] == first
 
 
 @pytest.mark.usefixtures("light")
-def test_what_was_run_tells_of_failures(tmp_path: Path):
+def test_failures_are_counted_in_the_first_line_and_told_in_the_details(tmp_path: Path):
     path = write_study(tmp_path, TWO, steps=(100,), diverged=(0, 4), skipped=[("s/7", "failed: out of memory")])
-    text = Page(made(path).html).text
-    assert "6, of which 2 diverged" in text
-    assert "7 found, 6 merged, 1 skipped" in text
+    html = made(path).html
+    for part in ("6 runs", 'href="#diverged">2 diverged', 'href="#skipped">1 skipped', "7 found, 6 merged, 1 skipped"):
+        assert part in html
+    text = Page(html).text
     assert "s/7: failed: out of memory" in text
-    assert "2 diverged runs: in no mean below" in text
+    assert "2 diverged runs, in no mean" in text
     assert "run0004" in text
 
 
 @pytest.mark.usefixtures("light")
-def test_what_was_run_tells_sizes_baselines_and_whether_the_tree_was_clean(tmp_path: Path):
+def test_doubts_are_in_sight_each_with_what_to_do(tmp_path: Path):
+    html = made(write_study(tmp_path, TWO, seeds=2, diverged=(0,), skipped=[("s/7", "failed")])).html
+    (box,) = re.findall(r'<div class="warn".*?</div>', html, flags=re.DOTALL)
+    assert "fewer than 3 seeds, so intervals say next to nothing: add seed=1,2,3" in box
+    assert "1 of 4 runs diverged" in box
+    assert "lower optimizer.lr" in box
+    assert 'class="warn" role="note"' not in made(write_study(tmp_path, TWO)).html
+
+
+def test_every_warning_of_a_merge_has_a_remedy():
+    """The patterns are those of what lnjac.runs.merge writes."""
+    frame = pd.DataFrame(
+        {
+            "run_id": ["a", "b"],
+            "seed": [1, 2],
+            "commit": ["1", "2"],
+            "numerics_version": ["1", "2"],
+            "dirty": [True, False],
+            "data": ["x", "x"],
+            "data_sha256": ["1", "2"],
+            "late": [None, 1.0],
+        }
+    )
+    schemas = [pa.schema([(name, pa.string()) for name in frame if name != "late"]), pa.schema([("late", pa.string())])]
+    known = {name: column for name, column in FROZEN["runs"].items() if name != "data"}
+    found = merge.warnings(pa.Table.from_pandas(frame), known, schemas)
+    assert len(found) >= 5
+    found = [line for line in found if not line.startswith("missing seeds")]
+    matched = {pattern for pattern in facts.REMEDIES for line in found if re.search(pattern, line)}
+    assert all(any(re.search(pattern, line) for pattern in facts.REMEDIES) for line in found)
+    assert len(matched) == 5
+
+
+@pytest.mark.usefixtures("light")
+def test_details_tell_sizes_baselines_and_whether_the_tree_was_clean(tmp_path: Path):
     factors = {"eval.every": [None, 250.0], "batch_size": [32], "precision": ["fp32"], "model.block_size": [64]}
     path = write_study(tmp_path, factors | {"optimizer.lr": [0.001]}, steps=(100,))
-    found = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", made(path).html))
+    html = made(path).html
+    found = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", html))
     assert found["eval.every"] == "null, 250"
     told = ("model.n_layer", "model.block_size", "batch_size", "optimizer.lr", "precision", "bigram_nats")
     assert [found[name] for name in told] == ["2", "64", "32", "0.001", "fp32", "0.25"]
     assert found["working tree"] == "clean"
+    assert html.index("<dt>eval.every") < html.index("The same in all runs") < html.index("<dt>precision")
 
 
 @pytest.mark.usefixtures("light")
@@ -203,11 +270,22 @@ def test_a_list_offers_what_the_charts_hold_to_the_last_blank(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("light")
-def test_notes_are_read_without_unfolding_anything(tmp_path: Path):
-    html = made(write_study(tmp_path, TWO, seeds=2, diverged=(0,))).html
-    open_text = re.sub(r"<details>.*?</details>", "", html, flags=re.DOTALL)
-    for note in ("paired by seed", "fewer than 3 seeds", "1 runs diverged, left out of every mean", "effect: d_z"):
-        assert note in open_text
+def test_how_it_was_computed_is_told_once(tmp_path: Path):
+    html = made(write_study(tmp_path, TWO, seeds=2)).html
+    computed = html[html.index('id="computed"') :]
+    for note in ("paired by seed", "Holm&#39;s method", "effect: d_z"):
+        assert html.count(note) == computed.count(note) > 0
+    assert html.count("<li>paired by seed, 95% t interval</li>") == 1
+
+
+@pytest.mark.usefixtures("light")
+def test_a_table_has_the_rows_of_the_first_choice_and_its_main_columns_first(tmp_path: Path):
+    html = made(write_study(tmp_path, TWO | {"method": ["bp", "fa"]}, blocks=0)).html
+    part = html[html.index('<figure class="curves"') :].partition("</table>")[0]
+    heads = re.findall(r"<th [^>]*>(.*?)</th>", part)
+    assert heads[:5] == ["step", "level", "mean", "interval", "n"]
+    assert 'class="first-5"' in part
+    assert len(re.findall("<tr><td", part)) == 3 * 2  # steps and levels of one cell, metric and norm
 
 
 # What it must not do
@@ -250,8 +328,12 @@ def test_the_real_bundle_ends_no_script_early():
 
 
 def test_data_are_columns_of_six_digits():
-    rows = [{"a": 0.123456789, "b": None, "c": "x"}, {"a": 1.0e-12 / 3, "b": 2, "c": "y"}]
-    assert page.columns(rows) == {"a": [0.123457, 3.33333e-13], "b": [None, 2], "c": ["x", "y"]}
+    rows = [
+        {"a": 0.123456789, "b": None, "c": "x"},
+        {"a": 1.0e-12 / 3, "b": 2, "c": "y"},
+        {"a": math.nan, "b": 1, "c": ""},
+    ]
+    assert page.columns(rows) == {"a": [0.123457, 3.33333e-13, None], "b": [None, 2, 1], "c": ["x", "y", ""]}
 
 
 @pytest.mark.parametrize(
@@ -272,7 +354,7 @@ def test_a_missing_value_is_printed_in_one_way(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_six_hundred_runs_take_less_than_1_6_mb(tmp_path: Path):
+def test_six_hundred_runs_take_less_than_1_5_mb(tmp_path: Path):
     factors = {
         "attn_mode": ["sigmoid", "softmax"],
         "ln_backward": ["exact", "center_scale", "projected", "ste", "scale"],
@@ -281,8 +363,19 @@ def test_six_hundred_runs_take_less_than_1_6_mb(tmp_path: Path):
     path = write_study(tmp_path, factors, seeds=20, blocks=4, steps=(0, 1, 2, 4, 8, 16, 32, 64, 128, 250))
     found = made(path)
     assert "600 runs" in found.html
-    assert len(found.html.encode()) < 1.6e6
-    assert all(found.sections[name]["charts"] for name in ("headline", "heatmap", "losses", "cost", "depth"))
+    assert len(found.html.encode()) < 1.5e6
+    names = {name for names in found.sections.values() for name in names}
+    assert {
+        "cost",
+        "headline",
+        "cost-difference",
+        "heatmap",
+        "seeds",
+        "curves",
+        "depth",
+        "losses",
+        "backwards",
+    } == names
 
 
 # Commands
@@ -295,26 +388,26 @@ def test_report_writes_a_page_and_says_what_is_in_it(lnjac: Any, tmp_path: Path)
     assert (code, err) == (0, "")
     told = json.loads(text)
     assert told["bytes"] == out.stat().st_size
-    assert told["sections"]["headline"] == {"title": "Comparison", "charts": 3}
+    assert told["sections"]["Comparison"] == ["headline"]
     assert "<title>T</title>" in out.read_text()
-    assert "4 runs, by attn_mode, where seed &gt; 1" in out.read_text()
+    assert ">4 runs</a>" in out.read_text()
+    assert "where seed &gt; 1" in out.read_text()
 
 
 @pytest.mark.parametrize("figure", CHARTS)
 def test_plot_draws_each_figure(lnjac: Any, tmp_path: Path, figure: str):
-    factors = TWO | {
-        "ln_backward": ["exact", "ste"],
-        "model.n_embd": [32, 64],
-        "model.n_layer": [1, 2],
-        "steps": [1, 2],
-    }
+    sizes = {"model.n_embd": [32, 64], "model.n_layer": [1, 2], "steps": [1, 2]}
+    factors = TWO | {"ln_backward": ["exact", "ste"]} | sizes
+    if figure == "ranking":
+        factors = {"optimizer.lr": [i / 1000 for i in range(1, 32)]}
     out = tmp_path / "x.svg"
-    code, text, err = lnjac("plot", write_study(tmp_path, factors, blocks=0, seeds=2), "--figure", figure, "-o", out)
+    path = write_study(tmp_path, factors, blocks=0, seeds=2, diverged=(0,) * (figure == "diverged"))
+    code, text, err = lnjac("plot", path, "--figure", figure, "-o", out)
     assert (code, err) == (0, "")
     assert text.startswith(f"{out}: ")
     drawn = out.read_text()
     assert drawn.startswith("<svg")
-    assert any(words in drawn for words in ("Difference of", "What training", "mean over seeds", "Enrichment"))
+    assert "var(--" not in drawn
     assert all(cell in drawn for cell in re.findall("Shows (.*?), one of", text))
     assert 'stroke-width="2.5"' not in drawn  # the mark of a cell that a reader chose
 
@@ -386,7 +479,7 @@ def test_a_report_in_python_takes_paths_as_strings_or_a_study(tmp_path: Path):
     found = report.report(str(path), output=str(tmp_path / "new" / "a.html"), where="seed > 1")
     assert (tmp_path / "new" / "a.html").read_text(encoding="utf-8") == found.html
     assert "<title>all.parquet</title>" in found.html
-    assert "4 runs, by attn_mode, where seed &gt; 1" in found.html
+    assert "where seed &gt; 1" in found.html
     again = report.report(open_tables([path]), output=tmp_path / "b.html", where="seed > 1", title="all.parquet")
     assert again.html == found.html
     listed = report.report([path], output=tmp_path / "c.html", by="attn_mode", where="seed > 1")

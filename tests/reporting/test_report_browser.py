@@ -1,15 +1,20 @@
 """The report in a browser: it opens from a file without network and without a word of complaint, and it can be used."""
 
+import base64
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+from support.paths import STUDY
 from support.studies import write_study
 
 from lnjac.reporting.report import report
@@ -35,9 +40,6 @@ FLAGS = [
 ]
 FLAGS += ["--disable-background-networking", "--disable-sync", "--proxy-server=127.0.0.1:9"]  # nobody listens there
 EVIL = "</script><script>window.hacked = 1</script>"
-
-MAPS = "[data-linked]:has([data-rows])"
-"""The part of the page that holds maps and the curves they choose."""
 
 FACTORS = {
     "attn_mode": [" sig  moid\n", f'softmax\u2028{EVIL} \\u \\"'],
@@ -68,14 +70,15 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report.html"
 
 
-def opened(browser: Any, file: Path, *, scheme: str = "light", width: int = 1100) -> None:
+def opened(browser: Any, file: Path, *, scheme: str = "light", width: int = 1100, height: int = 900) -> None:
     """Open the page as a reader with these preferences would, and wait until its charts are drawn."""
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": features})
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     for kind in ("browser", "performance"):
         browser.get_log(kind)
+    browser.get("about:blank")  # the same address would not be loaded again
     browser.get(file.as_uri())
     until(lambda: browser.execute_script("return document.documentElement.dataset.ready") == "yes")
 
@@ -87,17 +90,32 @@ def until(holds: Any, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-def curve(browser: Any) -> str:
-    """The path of the first line of the curves that a map's cells choose."""
-    found: str = browser.execute_script(
-        "return document.querySelector('[data-rows] .mark-line path').getAttribute('d')"
+def curve(browser: Any, figure: str = ".curves") -> str:
+    """The path of the first line of a chart."""
+    found: str = browser.execute_script(f"return document.querySelector('{figure} .mark-line path').getAttribute('d')")
+    return found
+
+
+def table(browser: Any, figure: str = ".curves") -> str:
+    found: str = browser.execute_script(f"return document.querySelector('{figure} tbody').textContent")
+    return found
+
+
+def chosen(browser: Any) -> dict[str, str]:
+    """What the lists show."""
+    found: dict[str, str] = browser.execute_script(
+        "return Object.fromEntries([...document.querySelectorAll('select')].map(({ name, value }) => [name, value]))"
     )
     return found
 
 
-def table(browser: Any) -> str:
-    found: str = browser.execute_script("return document.querySelector('[data-rows] tbody').textContent")
-    return found
+def click_on_the_map(browser: Any) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    cell = browser.find_elements(By.CSS_SELECTOR, ".heatmap .mark-rect path")[10]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", cell)
+    ActionChains(browser).move_to_element(cell).click().perform()
 
 
 def test_it_opens_offline_and_without_complaint(browser: Any, file: Path):
@@ -105,20 +123,78 @@ def test_it_opens_offline_and_without_complaint(browser: Any, file: Path):
     assert browser.get_log("browser") == []
     sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     requests = {one["params"]["request"]["url"] for one in sent if one["method"] == "Network.requestWillBeSent"}
-    assert requests == {file.as_uri()}
+    assert requests - {"about:blank"} == {file.as_uri()}
     assert browser.execute_script("return window.hacked") is None
     assert browser.title == f"sweep {EVIL}"
     charts = browser.execute_script("return document.querySelectorAll('.chart').length")
     drawn = browser.execute_script("return document.querySelectorAll('.chart > svg').length")
-    assert charts == drawn > 10
+    assert charts == drawn > 8
 
 
-def test_one_run_and_one_seed_a_level_open_without_complaint(browser: Any, tmp_path: Path):
-    for name, factors in (("one", {}), ("level", {"attn_mode": ["sigmoid", "softmax"]})):
-        (tmp_path / name).mkdir()
-        report(write_study(tmp_path / name, factors, seeds=1, blocks=0), output=tmp_path / f"{name}.html")
-        opened(browser, tmp_path / f"{name}.html")
+TWO = {"attn_mode": ["sigmoid", "softmax"]}
+BACKWARDS = ["exact", "center_scale", "center", "projected", "ste", "scale", "radial"]
+STUDIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "one run": ({}, {"seeds": 1}),
+    "one seed a level": (TWO, {"seeds": 1}),
+    "two levels": (TWO, {}),
+    "seven backwards": (TWO | {"ln_backward": BACKWARDS}, {}),
+    "widths": (TWO | {"model.n_embd": [32, 64, 128]}, {}),
+    "steps": ({"steps": [100, 250, 1000]}, {}),
+    "100 levels": ({"optimizer.lr": [i / 1000 for i in range(1, 101)]}, {"blocks": 0}),
+    "100 cells": (TWO | {"optimizer.lr": [i / 1000 for i in range(1, 101)]}, {"blocks": 0, "steps": (0, 100)}),
+    "all diverged": (TWO, {"diverged": tuple(range(6))}),
+}
+
+
+def recorded(folder: Path) -> list[Path]:
+    """Runs of somebody's own model, by lnjac.record."""
+    torch = pytest.importorskip("torch")
+    import lnjac
+
+    for seed, width in product((1, 2, 3), (8, 16)):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.LayerNorm(width), torch.nn.Linear(width, 1))
+        probe = lnjac.probe(model)
+        with lnjac.record(str(folder / f"{width}-{seed}"), config={"width": width}, seed=seed) as run:
+            for step in (1, 2, 3):
+                with probe.watch(step) as seen:
+                    seen.tokens(16)
+                    loss = model(torch.randn(16, 4)).square().mean()
+                    loss.backward()
+                run.layers(probe.rows(step), step)
+                run.scalars(step, train_loss=loss.item())
+    return [folder]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A page of each kind of study."""
+    folder = tmp_path_factory.mktemp("pages")
+    found = {}
+    for name, (factors, more) in STUDIES.items():
+        (folder / name).mkdir()
+        found[name] = folder / f"{name}.html"
+        report(write_study(folder / name, factors, **more), output=found[name])
+    found |= {name: folder / f"{name}.html" for name in ("recorded", "diagnostics")}
+    report(recorded(folder / "recorded"), output=found["recorded"])
+    report(STUDY / "inside.parquet", output=found["diagnostics"])  # of every kind
+    return found
+
+
+@pytest.mark.parametrize("name", [*STUDIES, "recorded", "diagnostics"])
+def test_the_first_screen_has_the_answer(browser: Any, pages: dict[str, Path], name: str):
+    """The sentence, and at least half of one chart; no warning, and no sideways scrolling."""
+    for width, height in ((1280, 800), (390, 844)):
+        opened(browser, pages[name], width=width, height=height)
         assert browser.get_log("browser") == []
+        place = "const at = document.querySelector(arguments[0]).getBoundingClientRect(); return [at.top, at.bottom]"
+        top, bottom = browser.execute_script(place, "h1")
+        assert 0 <= top < bottom <= height
+        assert len(browser.execute_script("return document.querySelector('h1').textContent")) > 20
+        top, bottom = browser.execute_script(place, ".answer .chart > svg")
+        assert bottom - top > 40
+        assert min(bottom, height) - top >= (bottom - top) / 2, f"{name} at {width}: the chart is at {top} to {bottom}"
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
 def test_a_script_that_is_not_the_pages_own_does_not_run(browser: Any, file: Path, tmp_path: Path):
@@ -129,33 +205,97 @@ def test_a_script_that_is_not_the_pages_own_does_not_run(browser: Any, file: Pat
     assert "Content Security Policy" in browser.get_log("browser")[0]["message"]
 
 
-def test_a_click_on_a_maps_cell_updates_the_curves(browser: Any, file: Path):
-    from selenium.webdriver import ActionChains
-    from selenium.webdriver.common.by import By
-
+def test_a_click_on_the_map_shows_its_norm_and_metric(browser: Any, file: Path):
     opened(browser, file)
-    path, rows = curve(browser), table(browser)
-    cell = browser.find_elements(By.CSS_SELECTOR, f"{MAPS} .mark-rect path")[10]
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", cell)
-    ActionChains(browser).move_to_element(cell).click().perform()
+    path, rows, before = curve(browser), table(browser), chosen(browser)
+    click_on_the_map(browser)
     until(lambda: curve(browser) != path)
     assert table(browser) != rows
-    said = browser.find_element(By.CSS_SELECTOR, "[data-said]").text
-    lists = browser.find_elements(By.CSS_SELECTOR, f"{MAPS} select")
-    values = [one.get_property("value") for one in lists]
-    assert said == ", ".join(values)
-    assert values[1:] != ["ln_f", "radial_share"]
+    now = chosen(browser)
+    assert {now["site"], now["metric"]} != {before["site"], before["metric"]}
+    assert now["cell"] == before["cell"]
+    title = "return document.querySelector('.curves .role-title-text').textContent"
+    assert browser.execute_script(title) == f"{now['metric']} at {now['site']}"
 
 
-def test_the_lists_do_the_same_for_a_keyboard(browser: Any, file: Path):
+def test_a_view_is_shared_by_its_address(browser: Any, file: Path):
+    opened(browser, file)
+    path = curve(browser)
+    click_on_the_map(browser)
+    until(lambda: curve(browser) != path)
+    address, shown, there = browser.execute_script("return location.href"), chosen(browser), table(browser)
+    opened(browser, file)
+    assert chosen(browser) != shown
+    browser.get("about:blank")
+    browser.get(address)
+    until(lambda: browser.execute_script("return document.documentElement.dataset.ready") == "yes")
+    assert chosen(browser) == shown
+    assert table(browser) == there
+
+
+def test_one_bar_drives_every_chart_from_the_keyboard(browser: Any, file: Path):
     from selenium.webdriver.common.by import By
 
     opened(browser, file)
-    for name in ("cell", "site", "metric"):
-        path = curve(browser)
-        browser.find_element(By.CSS_SELECTOR, f"{MAPS} select[name={name}]").send_keys("\ue015")
-        until(lambda path=path: curve(browser) != path)
+    assert [one.get_property("name") for one in browser.find_elements(By.CSS_SELECTOR, ".bar select")] == [
+        "cell",
+        "metric",
+    ]
+    assert browser.execute_script("return getComputedStyle(document.querySelector('.bar')).position") == "sticky"
+    charts = (".cost", ".losses", ".curves", ".depth")
+    before = [curve(browser, chart) if chart != ".cost" else table(browser, chart) for chart in charts]
+    browser.find_element(By.CSS_SELECTOR, "select[name=cell]").send_keys("\ue015")  # the arrow down
+    until(lambda: curve(browser) != before[2])
+    now = [curve(browser, chart) if chart != ".cost" else table(browser, chart) for chart in charts]
+    assert all(one != other for one, other in zip(before, now, strict=True))
+    path = curve(browser)
+    browser.find_element(By.CSS_SELECTOR, "select[name=site]").send_keys("\ue015")
+    until(lambda: curve(browser) != path)
     assert browser.get_log("browser") == []
+
+
+def test_a_link_to_a_detail_unfolds_it(browser: Any, file: Path):
+    opened(browser, file)
+    shown = "return document.getElementById('varies').open"
+    assert not browser.execute_script(shown)
+    browser.execute_script("document.querySelector('.facts a').click()")
+    until(lambda: browser.execute_script(shown))
+
+
+def test_numbers_and_pictures_are_saved(browser: Any, file: Path, tmp_path: Path):
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    opened(browser, file)
+    browser.execute_script("for (const one of document.querySelectorAll('.cost button')) one.click()")
+    wanted = [tmp_path / name for name in ("cost.csv", "cost-seeds.csv", "cost.svg")]
+    until(lambda: all(one.exists() and one.stat().st_size for one in wanted))
+    rows, seeds = (pd.read_csv(one) for one in wanted[:2])
+    assert {"cell", "level", "backward", "cost", "low", "high", "p_adjusted", "n"} <= set(rows)
+    assert len(seeds) == 3 * len(rows)
+    drawn = wanted[2].read_text()
+    assert drawn.startswith("<svg")
+    assert "var(--" not in drawn
+    assert browser.get_log("browser") == []
+
+
+def test_all_columns_of_a_table_are_shown_when_asked_for(browser: Any, file: Path):
+    opened(browser, file)
+    heads = (
+        "return [...document.querySelectorAll('.cost th')].filter((one) => one.checkVisibility())"
+        ".map((one) => one.textContent)"
+    )
+    browser.execute_script("document.querySelector('.cost details').open = true")
+    assert browser.execute_script(heads) == [
+        "level",
+        "backward",
+        "loss",
+        "exact's loss",
+        "cost",
+        "interval",
+        "p_adjusted",
+        "n",
+    ]
+    browser.execute_script("document.querySelector('.cost input').click()")
+    assert {"effect", "p", "family"} < set(browser.execute_script(heads))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -169,26 +309,19 @@ def test_colours_follow_the_readers_preference_and_paper_is_light(browser: Any, 
     assert browser.execute_script(style, ":root", "background-color") == "rgb(255, 255, 255)"
 
 
-def test_paper_shows_what_is_folded(browser: Any, file: Path):
-    opened(browser, file)
-    shown = "return [...document.querySelectorAll('details table')].map((one) => one.checkVisibility())"
-    assert not any(browser.execute_script(shown))
+def test_paper_has_every_chart_whole_and_the_details(browser: Any, pages: dict[str, Path], tmp_path: Path):
+    """A study is at most 12 pages, and no chart is higher than one."""
+    opened(browser, pages["diagnostics"], width=1000)
+    printed = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"])
+    assert len(re.findall(rb"/Type\s*/Page\b", printed)) <= 12
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": []})
-    assert all(browser.execute_script(shown))
-
-
-def test_older_browsers_unfold_for_paper_and_fold_again(browser: Any, file: Path):
-    opened(browser, file)
-    n_open = "return document.querySelectorAll('details[open]').length"
-    browser.execute_script("document.querySelector('details').open = true; dispatchEvent(new Event('beforeprint'))")
-    assert browser.execute_script(n_open) == file.read_text().count("<details>")
-    browser.execute_script("dispatchEvent(new Event('afterprint'))")
-    assert browser.execute_script(n_open) == 1
-
-
-def test_a_narrow_page_scrolls_only_downwards(browser: Any, file: Path):
-    opened(browser, file, width=420)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= 420
+    heights = browser.execute_script("return [...document.querySelectorAll('figure')].map((one) => one.offsetHeight)")
+    assert max(heights) < 900
+    rule = "return getComputedStyle(document.querySelector('figure')).breakInside"
+    assert browser.execute_script(rule) == "avoid"
+    shown = "return document.querySelector(arguments[0]).checkVisibility()"
+    assert all(browser.execute_script(shown, f"#{name} > :last-child") for name in ("varies", "provenance", "computed"))
+    assert not browser.execute_script(shown, ".numbers")
 
 
 def test_axe_finds_nothing_serious(browser: Any, file: Path):
