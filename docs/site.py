@@ -24,7 +24,7 @@ LAUNCHERS = ROOT / "lnjac" / "sweeps" / "conf"
 OUTSIDE = {"index.md": "README.md", "benchmarks.md": "benchmarks/README.md", "changelog.md": "CHANGELOG.md"}
 """Pages of the site that are kept elsewhere in the repository."""
 
-REPORTS = {"nanogpt-report.html": "studies/nanogpt"}
+REPORTS = {"nanogpt-report.html": "studies/nanogpt/all.parquet"}
 """Reports that the site shows, and the tables that they are made from."""
 
 FOLDERS = {
@@ -54,7 +54,7 @@ def _report(tables: Path) -> str:
     import lnjac
 
     with TemporaryDirectory() as folder:
-        return lnjac.report(tables, output=Path(folder) / "report.html", title=tables.name).html
+        return lnjac.report(tables, output=Path(folder) / "report.html", title=tables.parent.name).html
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
