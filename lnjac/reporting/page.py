@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,6 +199,7 @@ def _style() -> str:
     return palettes + (HERE / "page.css").read_text(encoding="utf-8")
 
 
+@cache
 def _bundle() -> str:
     """Return Vega, Vega-Lite and vega-embed as one script."""
     return str(marks.extra("vl_convert").javascript_bundle("window.vegaEmbed = vegaEmbed;"))
