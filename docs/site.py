@@ -219,6 +219,7 @@ def columns() -> str:
     """Return the text of columns.md, which is kept in the repository: every table's columns."""
     from lnjac.columns import VALUE
     from lnjac.diagnostics import catalogue
+    from lnjac.runs import configs
 
     lines = [
         "# Columns",
@@ -232,7 +233,7 @@ def columns() -> str:
         "columns; where there is none, only a value on which all calls agree is kept. Norms are never pooled.",
         "",
     ]
-    for table, own in catalogue.columns().items():
+    for table, own in {**catalogue.columns(), configs.CONFIGS: configs.COLUMNS}.items():
         pooled = any(column.pool for column in own)
         head = ["column", "dtype", "unit", "meaning", "role", *(["over calls"] if pooled else [])]
         lines += [f"## {table}", "", f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]

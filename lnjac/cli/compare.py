@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 commands = typer.Typer(rich_markup_mode=None)
 
+COMMAND = "`lnjac command TABLE RUN_ID` prints the command that makes a run again; the table runs holds their run_ids"
+"""Told under answers that show every run."""
+
 
 @commands.command()
 def compare(
@@ -64,6 +67,7 @@ def compare(
     ground = of_floor(floor(opened, where=where, how=how)) if comparing.LOSS in found.units else []
     said = [*ground, *of_differences(found)]
     parts = [*_choices(found.choices), *_differences(found, confidence, seeds), *_notes(found.notes)]
+    parts += _notes([COMMAND] * seeds)
     _answer(found.seeds if seeds else found.rows, said, parts, _plain(found, seeds), output, as_json)
 
 

@@ -117,6 +117,16 @@ def compare_with(undisturbed: str, tmp_path: Path) -> None:
 
 
 @on_slurm
+def test_slurm_starts_nothing_after_a_failed_run_if_told_so(tmp_path: Path) -> None:
+    folder = own_script.app(tmp_path)
+    words = ("seed=1,2,3,4,5,6,7,8", "hydra.sweeper.stop_on_failure=true", *SLURM)
+    stopped = own_script.sweep(folder, *words, "how=raise before")
+    assert stopped.returncode == 1
+    assert re.search(r"^[1-7] were not started: run the same command", stopped.stderr, re.MULTILINE)
+    assert own_script.sweep(folder, *words).returncode == 0
+
+
+@on_slurm
 def test_slurm_a_job_that_raises(tmp_path: Path) -> None:
     one_job_fails(tmp_path, *SLURM)
 

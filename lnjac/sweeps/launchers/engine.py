@@ -82,8 +82,7 @@ class Engine(Launcher):
                     log.info(
                         "[%d/%d] %s after %.0f s: #%d %s", done, len(configs), outcome, after_s, first + i, names[i]
                     )
-                    if self.stop and job.status == JobStatus.FAILED and not self.stop.exists():
-                        log.warning("no further job is started, as one has failed; those that run may end")
+                    if self.stop and job.status == JobStatus.FAILED:
                         self.stop.touch()
         finally:
             if self.stop:
@@ -125,13 +124,16 @@ class Call:
         os.chdir(self.cwd)
         if self.stop and self.stop.exists():
             return not_started(config)
-        return run_job(
+        job = run_job(
             hydra_context=self.hydra_context,
             task_function=self.task_function,
             config=config,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
+        if self.stop and job.status == JobStatus.FAILED:  # sooner than the launcher hears of it
+            self.stop.touch()
+        return job
 
 
 def _received(cls: type[Call], path: list[str], sent: bytes) -> Call:
