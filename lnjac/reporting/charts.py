@@ -174,7 +174,8 @@ def cost_difference(view: View, metric: str | None) -> Drawing:
     whole = rows
     rows, seeds, left = strongest_places(rows, seeds)
     picture = _dots(rows, seeds, title=f"difference of cost in {named(view, name)}")
-    of = f"How the cost of each backward in {name} differs between levels of {found.by}"
+    which = f" ({rows['pair'].iloc[0]})" if rows["pair"].nunique() == 1 else ""
+    of = f"How the cost of each backward in {name} differs between levels of {found.by}{which}"
     caption = f"{of}: every seed, the mean, its 95% interval{left}."
     own = [name for name in ("cell", "pair") if name in rows]
     table = whole[[*own, "place", "mean_a", "mean_b", *_RESULTS]].rename(columns={"place": "backward"})
