@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from lnjac.comparing import cost as costs
 from lnjac.comparing import scaling as slopes
 from lnjac.comparing.compare import EXACT, LOSS, RUN_METRICS
 from lnjac.comparing.intervals import STUDENT
@@ -73,7 +72,7 @@ _NO_PAIRS = "no two levels have a number to compare: did all runs of one diverge
 @chart("cost", "Comparison", needs=[BACKWARDS])
 def cost(view: View, metric: str | None) -> Drawing:
     """The loss of each backward minus the exact one's, every seed of it."""
-    found, name = _costs(view, metric), metric or LOSS
+    found, name = view.costs(metric or LOSS), metric or LOSS
     rows, seeds = (
         view.placed(arranged(part, found.costs.cells, view.by), found.costs.cells)
         for part in (found.costs.rows, found.costs.seeds)
@@ -165,7 +164,7 @@ def headline(view: View, metric: str | None) -> Drawing:
 @chart("cost-difference", "Comparison", needs=[BACKWARDS, LEVELS])
 def cost_difference(view: View, metric: str | None) -> Drawing:
     """How the cost of each backward differs between levels, every seed of it."""
-    found, name = _costs(view, metric), metric or LOSS
+    found, name = view.costs(metric or LOSS), metric or LOSS
     if found.differences is None or found.differences.rows["difference"].isna().all():
         raise ConfigError("no backward has a cost at two levels to compare")
     cells = found.differences.cells
@@ -175,7 +174,8 @@ def cost_difference(view: View, metric: str | None) -> Drawing:
     whole = rows
     rows, seeds, left = strongest_places(rows, seeds)
     picture = _dots(rows, seeds, title=f"difference of cost in {named(view, name)}")
-    of = f"How the cost of each backward in {name} differs between levels of {found.by}"
+    which = f" ({rows['pair'].iloc[0]})" if rows["pair"].nunique() == 1 else ""
+    of = f"How the cost of each backward in {name} differs between levels of {found.by}{which}"
     caption = f"{of}: every seed, the mean, its 95% interval{left}."
     own = [name for name in ("cell", "pair") if name in rows]
     table = whole[[*own, "place", "mean_a", "mean_b", *_RESULTS]].rename(columns={"place": "backward"})
@@ -443,11 +443,6 @@ def scaling(view: View, metric: str | None, size: str) -> Drawing:
 
 
 # What charts share
-
-
-def _costs(view: View, metric: str | None) -> costs.Costs:
-    by = None if view.by == "ln_backward" else view.by
-    return costs.cost(view.merged, by=by, metric=metric or LOSS, where=view.where)
 
 
 def _levels(view: View) -> Levels:

@@ -199,7 +199,11 @@ def _style() -> str:
     return palettes + (HERE / "page.css").read_text(encoding="utf-8")
 
 
-@cache
 def _bundle() -> str:
     """Return Vega, Vega-Lite and vega-embed as one script."""
-    return str(marks.extra("vl_convert").javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+    return _put_together(marks.extra("vl_convert"))
+
+
+@cache
+def _put_together(converter: Any) -> str:
+    return str(converter.javascript_bundle("window.vegaEmbed = vegaEmbed;"))

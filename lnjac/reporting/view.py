@@ -4,13 +4,13 @@ Of more than MOST levels or cells the strongest are shown, and the others counte
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
-from lnjac.comparing import compare, experiment, intervals
+from lnjac.comparing import compare, cost, experiment, intervals
 from lnjac.comparing.experiment import RUN
 from lnjac.comparing.filter import Where, require_column
 from lnjac.comparing.tables import MergedTables
@@ -51,6 +51,7 @@ class View:
     settings: list[str]
     cells: list[str]
     levels: list[str]
+    _costs: dict[str, cost.Costs] = field(default_factory=dict, repr=False)
 
     @property
     def ours(self) -> bool:
@@ -112,6 +113,13 @@ class View:
     def compared(self, metrics: Sequence[str], table: str = "layers") -> compare.Differences:
         """Compare the levels in some metrics of a table."""
         return compare.compare(self.merged, self.by, metrics=metrics, table=table, where=self.where)
+
+    def costs(self, metric: str) -> cost.Costs:
+        """Compute the cost of each backward in a loss, once for the charts that show it."""
+        if metric not in self._costs:
+            by = None if self.by == "ln_backward" else self.by
+            self._costs[metric] = cost.cost(self.merged, by=by, metric=metric, where=self.where)
+        return self._costs[metric]
 
     def layers(self, metrics: Sequence[str], *, last: bool) -> pd.DataFrame:
         """Return cell, level, step, seed, site, metric and value of every norm of the runs that did not diverge.
