@@ -423,13 +423,15 @@ def of_tuning(found: Choices | None) -> list[str]:
     if found is None:
         return []
     rows = records(found.rows)
-    values = [joined([f"{key}={word(row[key])}" for key in found.keys]) for row in rows]
+    named = [f"{key}=" * (len(found.keys) > 1) for key in found.keys]
+    values = [joined([f"{name}{word(row[key])}" for name, key in zip(named, found.keys, strict=True)]) for row in rows]
     told = [f"{value} {place(row, found.levels)}".rstrip() for value, row in zip(values, rows, strict=True)]
     which = joined(told) if len(told) <= MOST_PARTS else f"{len({*values})} values at {len(rows)} levels"
     by = counted(len(found.tuning), "other seed")
     text = f"Compared at each level's best {joined(found.keys)}, chosen on {by}: {which}"
-    edge = sum(map(bool, found.rows["edge"]))
-    return [f"{text}{f'; {edge} of these are at the edge of the values that were run' if edge else ''}."]
+    n = sum(map(bool, found.rows["edge"]))
+    edge = f"; {n} of these {'is' if n == 1 else 'are'} at the edge of the values that were run" if n else ""
+    return [f"{text}{edge}."]
 
 
 def of_differences(found: Differences) -> list[str]:

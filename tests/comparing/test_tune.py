@@ -61,8 +61,8 @@ def test_each_level_is_compared_at_its_best_on_the_other_seeds(tmp_path: Path) -
     assert noted(found, said).endswith("attn_mode=softmax optimizer.lr=0.001; attn_mode=sigmoid optimizer.lr=0.003")
     assert noted(found, "warning: the best").endswith(": attn_mode=softmax optimizer.lr=0.001 is the lowest")
     assert of_differences(found)[-1] == (
-        "Compared at each level's best optimizer.lr, chosen on 3 other seeds: optimizer.lr=0.001 under softmax and "
-        "optimizer.lr=0.003 under sigmoid; 1 of these are at the edge of the values that were run."
+        "Compared at each level's best optimizer.lr, chosen on 3 other seeds: 0.001 under softmax and 0.003 under "
+        "sigmoid; 1 of these is at the edge of the values that were run."
     )
 
 

@@ -21,6 +21,7 @@ from support.paths import ROOT
 from lnjac.cli.run import task
 from lnjac.columns import VOLATILE
 from lnjac.config.compose import CONF, as_typed
+from lnjac.runs import configs
 from lnjac.runs import folder as runs
 from lnjac.runs.merged import companions
 from lnjac.runs.schema import FROZEN, with_role
@@ -47,7 +48,8 @@ def science(merged: Path) -> list[pd.DataFrame]:
     tables = []
     for path in companions(merged).values():
         frame = pd.read_parquet(path)
-        frame = frame.drop(columns=[name for name in with_role(VOLATILE, FROZEN["runs"]) if name in frame])
+        volatile = with_role(VOLATILE, {**FROZEN["runs"], **configs.KNOWN})
+        frame = frame.drop(columns=[name for name in volatile if name in frame])
         keys = [name for name in ("run_id", "diag_id", "step", "site") if name in frame]
         tables.append(frame.sort_values(keys).reset_index(drop=True))
     return tables
