@@ -15,6 +15,7 @@ from typing import Any, Optional
 import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from support.paths import ROOT
 
@@ -118,7 +119,9 @@ def test_configs_are_composed_as_hydra_composes_them(overrides: tuple[str, ...])
 def test_a_sweep_asks_hydra_once_a_member_and_holds_thousands_of_jobs() -> None:
     known = config_compose._composer(config_compose.CONF, 0)
     asked: list[list[str]] = []
-    composer = config_compose.RunComposer(known.loader, lambda words: asked.append(words) or known._load(words))
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_compose.CONF)):
+        loader = GlobalHydra.instance().config_loader()
+    composer = config_compose.RunComposer(loader, lambda words: asked.append(words) or known._load(words))
     words = [[f"attn_mode={mode}", f"optimizer.lr={lr}"] for mode in ("softmax", "sigmoid") for lr in (0.1, 0.2)]
     made = [composer.compose(own).build() for own in words]
     assert len({run_id(c, "d") for c in made}) == 4

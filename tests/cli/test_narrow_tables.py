@@ -32,7 +32,7 @@ def test_a_narrow_terminal_leaves_out_spare_columns_and_says_so(
     width: int, left_out: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(tables.shutil, "get_terminal_size", lambda: os.terminal_size((width, 24)))
+    monkeypatch.setattr(tables.shutil, "get_terminal_size", lambda *_: os.terminal_size((width, 24)))
     tables.show([GRID])
     said = capsys.readouterr().out
     head = said.splitlines()[1].split("  ")
