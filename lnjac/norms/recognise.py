@@ -435,9 +435,9 @@ def require_formula(
 ) -> tuple[float, float]:
     """Raise Unrecognised unless a module computes the formula, on a sample of tokens and but for rounding.
 
-    Up to `SAMPLE` tokens, spread evenly, are compared; those whose squares the dtype cannot hold are left out. The bound
-    grows with |x|/σ, by which the subtraction of the mean loses digits. What is left of g/σ in a pullback may be a small
-    part of it, so that a difference of pullbacks is compared with g/σ.
+    Up to `SAMPLE` tokens, spread evenly, are compared. Left out are those whose squares the dtype cannot hold, and pullbacks
+    near its smallest numbers, which have lost digits. The bound grows with |x|/σ, by which the subtraction of the mean loses
+    digits. What is left of g/σ in a pullback may be a small part of it, so a difference of pullbacks is compared with g/σ.
 
     Args:
         norm: The formula.
@@ -467,7 +467,9 @@ def require_formula(
     sizes = [(true - outputs).square().sum(), true.square().sum()]
     if rest:
         g = rest[0] * weight
-        sizes += [(pull_back(g, z, rstd, rms=norm.rms) - rest[1]).square().sum(), (g * rstd).square().sum()]
+        apart_sq, size_sq = (v.square().sum(-1) for v in (pull_back(g, z, rstd, rms=norm.rms) - rest[1], g * rstd))
+        precise = size_sq > (limits.tiny / limits.eps) ** 2  # subnormal numbers have fewer digits
+        sizes += [(apart_sq * precise).sum(), (size_sq * precise).sum()]
     sizes.append((inputs.abs() * rstd).max() if len(inputs) else inputs.sum())
     *squares, lost = torch.stack(sizes).tolist()  # the device is waited for once
     bound = ROUNDING * max(limits.eps, norm.rounding) * (1 + lost)

@@ -481,6 +481,17 @@ def test_the_plan_has_a_row_for_each_norm_like_module_with_its_check_or_the_reas
     assert "missing 1 required positional argument" in plan["reason"]["condition"]
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-36, 1e-39, 1e-43])
+def test_a_gradient_among_the_smallest_numbers_refuses_no_norm(scale: float) -> None:
+    """Those of a run that is about to diverge: float32 holds few of their digits, or none."""
+    norm = nn.LayerNorm(8)
+    x = (500 * torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    factors = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(1))
+    with capture(norm) as calls:
+        (norm(x) * (factors * scale)).sum().backward()
+    assert len(calls) == 1
+
+
 def test_unknown_is_one_of_three() -> None:
     with pytest.raises(ValueError, match=r"""^unknown='ignore': choose "raise", "warn" or "skip"$"""):
         probe(nn.LayerNorm(D), unknown="ignore")  # type: ignore[arg-type]
