@@ -34,19 +34,19 @@ def test_hydra_finds_the_launcher() -> None:
 class TestOneProcess(LauncherTestSuite): ...
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(("launcher_name", "overrides"), [("local", ["hydra.launcher.jobs=2"])])
 class TestTwoProcesses(LauncherTestSuite): ...
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     ("launcher_name", "overrides"), [("local", ["hydra.launcher.jobs=2", "hydra.sweeper.max_batch_size=2"])]
 )
 class TestBatches(BatchedSweeperTestSuite): ...
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     ("task_launcher_cfg", "extra_flags"), [({}, ["-m", "hydra/launcher=local", "hydra.launcher.jobs=2"])]
 )

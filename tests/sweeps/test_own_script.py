@@ -88,6 +88,7 @@ def test_all_bad_jobs_are_listed_before_any_starts(folder: Path) -> None:
     assert "Traceback" not in done.stderr + none.stderr + alike.stderr + refused.stderr
 
 
+@pytest.mark.rare
 def test_a_script_that_records_nothing_is_run_again_with_a_word(folder: Path) -> None:
     assert "2 of 2 jobs failed" in sweep(folder, *IN_TURN, "how=raise before").stderr
     assert statuses(folder) == ["failed", "failed"]
@@ -101,6 +102,7 @@ def test_a_script_that_records_nothing_is_run_again_with_a_word(folder: Path) ->
     assert statuses(folder) == ["done", "done"]
 
 
+@pytest.mark.rare
 @pytest.mark.parametrize("launcher", [TWO, ("seed=1,2", "hydra/launcher=basic")])
 def test_a_script_that_raises_after_recording_has_failed(folder: Path, launcher: tuple[str, ...]) -> None:
     done = sweep(folder, *launcher, "how=raise after")
@@ -113,6 +115,7 @@ def test_a_script_that_raises_after_recording_has_failed(folder: Path, launcher:
     assert "run again: failed after it was recorded: RuntimeError: too late" in again.stdout
 
 
+@pytest.mark.rare
 def test_a_job_that_ends_its_process_costs_only_its_own_run(folder: Path) -> None:
     done = sweep(folder, *TWO, "how=exit")
     assert done.returncode == 1
@@ -134,6 +137,7 @@ def test_a_killed_sweep_continues(folder: Path) -> None:
     assert statuses(folder) == ["done"] * 3
 
 
+@pytest.mark.rare
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
 def test_a_sweep_told_to_stop_names_the_command_and_shows_no_traceback(
     folder: Path, number: int, processes: int
@@ -150,6 +154,7 @@ def test_a_sweep_told_to_stop_names_the_command_and_shows_no_traceback(
     assert sweep(folder, *words, "pause=0", "hydra.launcher.jobs=1").returncode == 0
 
 
+@pytest.mark.rare
 def test_two_sweeps_of_one_folder_at_once(folder: Path) -> None:
     words = (*IN_TURN, "pause=0.3")
     first = started(folder, *words)
@@ -161,6 +166,7 @@ def test_two_sweeps_of_one_folder_at_once(folder: Path) -> None:
     assert statuses(folder) == ["done", "done"]
 
 
+@pytest.mark.rare
 @pytest.mark.parametrize(("config_path", "said"), [
     ("'conf'", "could not import code/train.py (exit code 1)"),  # Hydra itself gives up
     ("os.path.abspath('code/conf')", "starts its sweep when it is imported"),
@@ -174,6 +180,7 @@ def test_a_script_that_sweeps_when_imported_is_told(folder: Path, config_path: s
     assert "under `if __name__ ==" in done.stderr
 
 
+@pytest.mark.rare
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_sweep_ends_at_its_first_failed_run_if_told_so(folder: Path, processes: int) -> None:
     words = ("seed=1,2,3,4,5,6", f"hydra.launcher.jobs={processes}", "hydra.sweeper.stop_on_failure=true", "pause=0.1")
@@ -189,6 +196,7 @@ def test_a_sweep_ends_at_its_first_failed_run_if_told_so(folder: Path, processes
     assert statuses(folder) == ["done"] * 6
 
 
+@pytest.mark.rare
 def test_hydras_own_launchers_cannot_be_stopped(folder: Path) -> None:
     refused = sweep(folder, "seed=1,2", "hydra.sweeper.stop_on_failure=true", "hydra/launcher=basic")
     assert (refused.returncode, (folder / "multirun").exists()) == (1, False)
