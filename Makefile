@@ -22,7 +22,8 @@ test: lint
 test-fast: $(VENV)/.installed-dev
 	$(PYTEST) --ignore=$(ZOO) -m "not slow and not rare"
 
-# Slow, and rarely broken: Hydra's own suites in several processes, and somebody else's script that raises, dies or is stopped.
+# Slow, and rarely broken: Hydra's own suites in several processes, somebody else's script that raises, dies or is stopped, and the probe
+# in the processes of DDP and FSDP2.
 test-rare: $(VENV)/.installed-dev
 	$(PYTEST) --ignore=$(ZOO) -m rare
 

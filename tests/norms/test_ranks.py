@@ -12,7 +12,7 @@ from support.paths import ROOT
 
 from lnjac.norms.probe import probe
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.rare
 
 
 @pytest.fixture(scope="module")
