@@ -13,6 +13,7 @@ from support.paths import ROOT
 from support.sweeping import science, wait_for
 
 import lnjac
+from lnjac.runs.folder import read_status
 
 
 def test_it_uses_public_names_alone() -> None:
@@ -29,13 +30,6 @@ def test_it_uses_public_names_alone() -> None:
     assert used <= set(lnjac.__all__)
 
 
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, said = swept(tmp_path_factory.mktemp("whole"))
-    assert "4 of 4" in said or "[4/4]" in said
-    return folder
-
-
 def test_its_page_says_what_its_tables_say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     (code,) = blocks(ROOT / "docs" / "nanogpt.md", "python")
@@ -48,37 +42,37 @@ def test_its_page_says_what_its_tables_say(monkeypatch: pytest.MonkeyPatch, caps
 
 
 @pytest.mark.slow
-def test_its_runs_are_merged_compared_and_reported(sweep: Path) -> None:
-    layers = lnjac.load(sweep)
+def test_killed_and_run_again_it_ends_with_the_same_tables_a_comparison_and_a_report(tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole, said = swept(tmp_path / "whole")
+    assert "[4/4]" in said
+    process = started(tmp_path / "killed", *WORDS, "hydra.sweeper.report=off")
+    folder = tmp_path / "killed" / "multirun" / "nanogpt"
+    wait_for(lambda: any(read_status(path.parent).get("status") == "done" for path in folder.glob("*/status.json")))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert len(list(folder.glob("*/run.parquet"))) < 4
+    _, said = swept(tmp_path / "killed", "hydra.sweeper.report=off")
+    assert "done" in next(line for line in said.splitlines() if "4 jobs:" in line)
+    for one, repaired in zip(science(whole / "all.parquet"), science(folder / "all.parquet"), strict=True):
+        pd.testing.assert_frame_equal(one, repaired, check_exact=True)
+    layers = lnjac.load(whole)
     assert set(layers["site"]) == {"blocks.0.ln_1", "blocks.0.ln_2", "ln_f"}
     assert sorted(set(layers["step"])) == [0, 20, 40]
     assert layers["forward_residual"].max() < 1e-6
     assert layers["jacobian_residual"].max() < 1e-5
-    runs = pd.read_parquet(sweep / "all.runs.parquet")
+    runs = pd.read_parquet(whole / "all.runs.parquet")
     assert sorted(zip(runs["attention"], runs["seed"], strict=True)) == [
         (of, n) for of in ("sigmoid", "softmax") for n in (1, 2)
     ]
-    found = lnjac.compare(sweep, by="attention", metrics=["val_loss_nats"], table="runs").rows
+    found = lnjac.compare(whole, by="attention", metrics=["val_loss_nats"], table="runs").rows
     losses = runs.pivot(index="seed", columns="attention", values="val_loss_nats")
     assert found["difference"].tolist() == pytest.approx([(losses["softmax"] - losses["sigmoid"]).mean()])
     assert found["n"].tolist() == [2]
-    page = (sweep / "report.html").read_text()
+    page = (whole / "report.html").read_text()
     assert "The validation loss" in page
     assert "blocks.0.ln_1" in page
-
-
-@pytest.mark.slow
-def test_killed_and_run_again_it_ends_with_the_same_table(sweep: Path, tmp_path: Path) -> None:
-    process = started(tmp_path, *WORDS, "hydra.sweeper.report=off")
-    folder = tmp_path / "multirun" / "nanogpt"
-    wait_for(lambda: any(folder.glob("*/run.parquet")))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert len(list(folder.glob("*/run.parquet"))) < 4
-    again, said = swept(tmp_path, "hydra.sweeper.report=off")
-    assert "done" in next(line for line in said.splitlines() if "4 jobs:" in line)
-    for whole, repaired in zip(science(sweep / "all.parquet"), science(again / "all.parquet"), strict=True):
-        pd.testing.assert_frame_equal(whole, repaired, check_exact=True)
 
 
 @pytest.mark.slow

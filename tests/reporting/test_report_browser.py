@@ -181,6 +181,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+@pytest.mark.rare
 @pytest.mark.parametrize("name", [*STUDIES, "recorded", "diagnostics"])
 def test_the_first_screen_has_the_answer(browser: Any, pages: dict[str, Path], name: str):
     """The sentence, and at least half of one chart; no warning, and no sideways scrolling."""
@@ -309,6 +310,7 @@ def test_colours_follow_the_readers_preference_and_paper_is_light(browser: Any, 
     assert browser.execute_script(style, ":root", "background-color") == "rgb(255, 255, 255)"
 
 
+@pytest.mark.rare
 def test_paper_has_every_chart_whole_and_the_details(browser: Any, pages: dict[str, Path], tmp_path: Path):
     """A study is at most 12 pages, and no chart is higher than one."""
     opened(browser, pages["diagnostics"], width=1000)
