@@ -105,8 +105,6 @@ def _above_bigram(trained: pd.DataFrame, vary: list[str], exact: bool, how: Infe
     if "bigram_nats" not in trained or trained["bigram_nats"].isna().all():
         return None
     known = trained[trained["bigram_nats"].notna()].drop_duplicates("run_id")
-    if known.empty:
-        return None
     known = known.assign(**{name: labelled(known, name) for name in {"ln_backward", "method"} & set(known)})
     cells = cell_columns(known, [], [name for name in vary if name != "ln_backward.sites"])
     named = [name for name in ("method",) if name in known and name not in cells]

@@ -92,7 +92,7 @@ def tuned(tables: MergedTables, keys: Sequence[str], *, by: Sequence[str] = (), 
     notes += capped("chosen values that were not run on every compared seed", lacking)
     rows = arms.loc[chosen.index].join(chosen.drop(columns="arm")).reset_index(drop=True)
     choices = Choices(list(keys), list(map(str, arms)), tuning, rest, rows)
-    said = [f"{_named(arms, number, chosen.loc[number], keys)}" for number in chosen.index]
+    said = [_named(arms, number, chosen.loc[number], keys) for number in chosen.index]
     how = (
         f"{', '.join(keys)} chosen by the mean {LOSS} of seeds {listed(tuning)} (the lower half), "
         f"compared on seeds {listed(rest)}"

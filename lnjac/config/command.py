@@ -40,17 +40,18 @@ def again(config: Mapping[str, Any]) -> Again:
     chosen = {group: name for group, name in members.items() if _member(default, group) != name}
     missing = [group for group, name in chosen.items() if not file_of(group, name).is_file()]
     words = [f"{group}={text(name)}" for group, name in chosen.items()]
-    here = _composed([word for group, word in zip(chosen, words, strict=True) if group not in missing])
+    here, _ = _composed([word for group, word in zip(chosen, words, strict=True) if group not in missing])
     known = dict(_leaves(to_dict(here))) if here else {}  # a member whose values are required is nothing by itself
     words += [f"{key}={text(value)}" for key, value in _leaves(config) if key not in known or known[key] != value]
     if missing:
         return Again(words, None, [_absent(config, group, members[group]) for group in missing])
-    wanted = _science(to_dict(made)) if (made := _composed(words)) else {}
+    made, problems = _composed(words)
+    wanted = _science(to_dict(made)) if made else {}
     for word in list(words) if made else ():
         fewer = [other for other in words if other != word]
-        if word.partition("=")[0] not in chosen and (one := _composed(fewer)) and _science(to_dict(one)) == wanted:
+        if word.partition("=")[0] not in chosen and (one := _composed(fewer)[0]) and _science(to_dict(one)) == wanted:
             words, made = fewer, one
-    return Again(words, made, [] if made else _problems(words))
+    return Again(words, made, problems)
 
 
 def text(value: Any) -> str:
@@ -100,21 +101,14 @@ def _within(key: str, value: Any, *, member: bool) -> Iterator[tuple[str, Any]]:
             yield from _within(f"{key}.{name}", inner, member=f"{key}.{name}" in GROUPS)
 
 
-def _composed(words: list[str]) -> RunConfig | None:
+def _composed(words: list[str]) -> tuple[RunConfig | None, list[str]]:
+    """Return the config that the words make here, or the reasons why they make none."""
     try:
-        return compose(*words)
-    except Exception:  # of Hydra, OmegaConf or the schema; `_problems` tells it
-        return None
-
-
-def _problems(words: list[str]) -> list[str]:
-    try:
-        compose(*words)
+        return compose(*words), []
     except ConfigError as error:
-        return str(error).split("\n")
-    except Exception as error:
-        return [f"the words cannot be composed here: {' '.join(str(error).split())[:300]}"]
-    return []
+        return None, str(error).split("\n")
+    except Exception as error:  # of Hydra or OmegaConf
+        return None, [f"the words cannot be composed here: {' '.join(str(error).split())[:300]}"]
 
 
 def _science(plain: dict[str, Any]) -> dict[str, Any]:

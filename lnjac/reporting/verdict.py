@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lnjac.comparing import intervals as stats
-from lnjac.comparing.compare import EXACT, LAYER_METRICS, LOSS, compare
+from lnjac.comparing.compare import EXACT, LAYER_METRICS, LOSS, MOST_LEVELS, compare
 from lnjac.comparing.cost import cost
 from lnjac.comparing.experiment import IDENTITY, cell_columns, factors, labelled, norm_rows, varying
 from lnjac.comparing.filter import Where, require_column
@@ -32,8 +32,6 @@ from lnjac.runs.folder import DIVERGED, DONE
 
 SIZES = ("model.n_embd", "model.n_layer", "steps")
 """Columns whose slope is told beside a comparison of other levels, where they have three levels or more."""
-MOST_LEVELS = 30
-"""Levels beyond which pairs of them are not tested: the range of the losses is told."""
 
 
 @dataclass(frozen=True)

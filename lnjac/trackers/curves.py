@@ -3,6 +3,7 @@
 import fnmatch
 import importlib.util
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ USUAL = ("radial_share", "r_mean", "cos_center_vs_true", "flat_cos_*", "sigma_me
 
 
 @dataclass
-class Curves:
+class Curves(ABC):
     """Draw `curve/NAME` for each scalar and `COLUMN/SITE` for these columns of layers; "*" stands for all of them.
 
     A subclass defines `packages`, `start`, `draw` and `end`.
@@ -45,13 +46,13 @@ class Curves:
     def _draw(self, step: int, values: Mapping[str, float | None]) -> None:
         self.draw(step, {name: x for name, x in values.items() if x is not None and not math.isnan(x)})
 
+    @abstractmethod
     def packages(self) -> list[str]:
         """Return the packages that these settings need."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw(self, step: int, values: Mapping[str, float]) -> None:
         """Draw a point of each curve."""
-        raise NotImplementedError
 
 
 def known(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Run run.py as a user does, in a folder of its own."""
 
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,19 @@ def command(*words: str, cwd: Path, **more: Any) -> "subprocess.CompletedProcess
         (cwd / "data").symlink_to(ROOT / "data")
     return subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *words], cwd=cwd, capture_output=True, text=True, timeout=300, **more
+    )
+
+
+def background(line: Sequence[str], cwd: Path, *, stderr: int = subprocess.PIPE, **env: str) -> "subprocess.Popen[str]":
+    """Start a command in a session of its own, so that it can be killed with its children."""
+    return subprocess.Popen(
+        line,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **env},
     )
 
 

@@ -1,10 +1,10 @@
 """Run examples/nanogpt at a small size, as a user does."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+from support.commands import background
 from support.paths import ROOT
 
 SCRIPT = ROOT / "examples" / "nanogpt" / "train.py"
@@ -14,15 +14,7 @@ WORDS = ("-m", "attention=softmax,sigmoid", "seed=1,2", *SMALL)
 
 def started(folder: Path, *words: str) -> "subprocess.Popen[str]":
     """Start the script in a folder."""
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *words],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return background([sys.executable, str(SCRIPT), *words], folder, stderr=subprocess.STDOUT, OMP_NUM_THREADS="1")
 
 
 def swept(folder: Path, *words: str) -> tuple[Path, str]:

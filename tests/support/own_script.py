@@ -1,10 +1,11 @@
 """A Hydra app of somebody else's, swept by lnjac: its script, its conf/, and how it is run."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from support.commands import background
 
 TRAIN = """
 import os
@@ -98,12 +99,4 @@ def sweep(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
 
 def started(folder: Path, *words: str) -> "subprocess.Popen[str]":
     """Start a sweep of the app, named A."""
-    return subprocess.Popen(
-        line("-m", "hydra.sweeper.sweep=A", REPORT_OFF, *words),
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
+    return background(line("-m", "hydra.sweeper.sweep=A", REPORT_OFF, *words), folder, PYTHONUNBUFFERED="1")

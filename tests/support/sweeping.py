@@ -15,7 +15,7 @@ from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext, RunMode
 from hydra.utils import instantiate
-from support.commands import TINY, command
+from support.commands import TINY, background, command
 from support.paths import ROOT
 
 from lnjac.cli.run import task
@@ -85,14 +85,7 @@ def one_job_fails(tmp_path: Path, *engine: str) -> None:
 def started(tmp_path: Path, *words: str) -> "subprocess.Popen[str]":
     if not (tmp_path / "data").exists():
         (tmp_path / "data").symlink_to(ROOT / "data")
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), "-m", *words],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    return background([sys.executable, str(ROOT / "run.py"), "-m", *words], tmp_path)
 
 
 def workers(folder: Path) -> list[int]:

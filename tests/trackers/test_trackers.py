@@ -339,6 +339,9 @@ def test_a_failing_tracker_costs_a_loop_of_ones_own_nothing(tmp_path: Path, capl
 def test_numbers_are_drawn_by_site_and_call() -> None:
     @dataclass
     class Drawn(curves.Curves):
+        def packages(self) -> list[str]:
+            return []
+
         def draw(self, step: int, values: Mapping[str, float]) -> None:
             TOLD.append((step, values))
 
