@@ -1,10 +1,12 @@
 """What the import contracts (`make lint`) cannot see: what is loaded at run time, and what each folder does without."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.commands import TINY
 
 import lnjac
 
@@ -46,6 +48,16 @@ def test_probe_and_record_need_neither_hydra_nor_config(root: Path, tmp_path: Pa
         [sys.executable, "-c", MEASURES_AND_WRITES, str(tmp_path)], cwd=root, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_run_waits_for_no_compiler(root: Path, tmp_path: Path, optimizer: str) -> None:
+    words = [*TINY, f"optimizer={optimizer}", "optimizer.lr=1e-3", "hydra.run.dir=out"]
+    code = "import sys; from lnjac.cli.run import main; main(); sys.exit('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "done"
 
 
 def test_importing_lnjac_is_quick_and_imports_next_to_nothing(root: Path) -> None:

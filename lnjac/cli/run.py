@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lnjac")
 
-preload = ("lnjac.training.run", "torch._dynamo")  # the latter is the compiler, which optimizers import
+preload = ("lnjac.training.run",)
 
 
 def task(cfg: "DictConfig") -> str:
@@ -30,6 +30,7 @@ def task(cfg: "DictConfig") -> str:
     from lnjac.escape import visible_lines
     from lnjac.training import run as train
 
+    spare_compiler()
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     try:
@@ -48,6 +49,21 @@ def task(cfg: "DictConfig") -> str:
         if job.mode == RunMode.RUN:
             log.warning("interrupted: %s", after_interruption(folder))
         raise
+
+
+def spare_compiler() -> None:
+    """Keep torch's optimizers from importing its compiler, which takes two seconds and is asked for nothing.
+
+    They import it to be left alone by it, so what they wrap is called in its place.
+    """
+    import torch
+
+    for method in vars(torch.optim.Optimizer).values():
+        if plain := getattr(method, "__wrapped__", None):  # by torch._disable_dynamo, which calls what it finds here
+            plain.__dynamo_disable = plain
+    for kind in vars(torch.optim).values():
+        if plain := getattr(vars(kind).get("step"), "__wrapped__", None) if isinstance(kind, type) else None:
+            kind.step = torch.no_grad()(plain)
 
 
 def composer(loader: Any, load: "Callable[[list[str]], DictConfig]") -> "RunComposer":

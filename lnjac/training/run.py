@@ -137,14 +137,21 @@ def execution(config: RunConfig) -> Iterator[None]:
     torch.set_num_threads(config.threads or threads)
     if config.deterministic:  # cuBLAS is deterministic only with a workspace of a fixed size
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.deterministic)
+    _set_deterministic(config.deterministic)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(int(sequence(config.seed, "dropout").generate_state(1, np.uint64)[0]))
             yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        _set_deterministic(deterministic, warn_only)
+
+
+def _set_deterministic(on: bool, warn_only: bool = False) -> None:
+    """Set torch's determinism where it is another: torch imports its compiler to do so, which takes two seconds."""
+    now = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    if now != (on, warn_only):
+        torch.use_deterministic_algorithms(on, warn_only=warn_only)
 
 
 def run(config: RunConfig, folder: str | Path, corpus: Corpus | None = None) -> str:

@@ -45,7 +45,7 @@ def test_a_run_told_to_stop_keeps_a_checkpoint_and_no_half_written_file(
     tmp_path: Path, number: int, every: str
 ) -> None:
     (tmp_path / "data").symlink_to(ROOT / "data")
-    words = ["model=tiny", "steps=200", "batch_size=64", "eval.tokens=500", "threads=1", "hydra.run.dir=out"]
+    words = ["model=tiny", "steps=100", "batch_size=64", "eval.tokens=500", "threads=1", "hydra.run.dir=out"]
     words.append(f"checkpoint.every={every}")
     line = [sys.executable, str(ROOT / "run.py"), *words]
     process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -70,7 +70,7 @@ def test_a_run_told_to_stop_keeps_a_checkpoint_and_no_half_written_file(
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert ("goes on from the checkpoint after update" in log.read_text()) == saved
-    assert lnjac.load_run(tmp_path / "out").run["steps_done"][0] == 200
+    assert lnjac.load_run(tmp_path / "out").run["steps_done"][0] == 100
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from support.commands import command
 from support.pages import blocks
 from torch import nn
 from typer.testing import CliRunner
@@ -271,9 +272,7 @@ def test_the_notebook_reads_a_sweep(root: Path, tmp_path: Path) -> None:
     jupytext = pytest.importorskip("jupytext", reason="jupytext is not installed: pip install -e '.[dev]'")
     options = ["model=tiny", "steps=2", "eval.tokens=100", "batch_size=2", "diagnostics=trajectory", "sweep=NAME"]
     swept = ["attn_mode=softmax,sigmoid", "ln_backward=exact,center_scale", "seed=1,2"]
-    subprocess.run(
-        [sys.executable, root / "run.py", "-m", *options, *swept], cwd=tmp_path, check=True, capture_output=True
-    )
+    assert command("-m", *options, *swept, "report=off", cwd=tmp_path).returncode == 0
     script = root / "docs" / "notebook.py"
     done = subprocess.run(
         [sys.executable, script, "multirun/NAME"], cwd=tmp_path, capture_output=True, text=True, env=_here(root)
@@ -304,7 +303,7 @@ def test_the_page_on_notebooks_runs(root: Path, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.slow
 def test_the_notebook_reads_any_sweep(root: Path, tmp_path: Path) -> None:
     options = ["model=tiny", "steps=2", "eval.tokens=100", "batch_size=2", "sweep=OTHER", "method=bp,fa", "seed=1"]
-    subprocess.run([sys.executable, root / "run.py", "-m", *options], cwd=tmp_path, check=True, capture_output=True)
+    assert command("-m", *options, "report=off", cwd=tmp_path).returncode == 0
     script = root / "docs" / "notebook.py"
     words = [sys.executable, script, "multirun/OTHER"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=_here(root))

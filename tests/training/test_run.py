@@ -156,7 +156,7 @@ def test_evaluation_happens_when_asked(tmp_path: Path) -> None:
     assert curve["val_loss_nats"].notna().tolist() == [True, False, True, True]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_backprop_on_shakespeare_learns_what_a_plain_reference_learns(tmp_path: Path) -> None:
     """The bare bp run and a nanoGPT-style script of its own, from one start and on the same batches, 60 updates."""
     source = ROOT / "../shared/data/tinyshakespeare/input.txt"
