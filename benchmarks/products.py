@@ -3,7 +3,7 @@
     python benchmarks/products.py [ROUNDS]
 
 The products are those of the forward pass and the two of the backward, into memory already there: by torch.mm and torch.bmm,
-and the linear layers' also by `lnjac.gpt.credit.product`, which an update uses.
+and the linear layers' also by `lnjac.gpt.products.product`, which an update uses.
 """
 
 import statistics
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lnjac.config.compose import compose
 from lnjac.config.schema import RunConfig
-from lnjac.gpt.credit import linears, product
+from lnjac.gpt.credit import linears
+from lnjac.gpt.products import product
 from lnjac.training import loop
 from lnjac.training import run as train
 

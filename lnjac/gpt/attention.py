@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lnjac.gpt.products import batched
+
 
 @dataclass
 class Attention(ABC):
@@ -30,9 +32,9 @@ class Attention(ABC):
             block_size: the configured number of positions, n.
             dropout: the share of weights that is dropped.
         """
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        scores = batched(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
         weights = self.weights(scores, causal_mask(scores), block_size)
-        return F.dropout(weights, dropout) @ v
+        return batched(F.dropout(weights, dropout), v)
 
     @abstractmethod
     def weights(self, scores: Tensor, mask: Tensor, block_size: int) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lnjac.gpt.products import product
+
 KINDS = ("qkv", "attn_proj", "fc", "mlp_proj", "head")
 """The kinds of matrix in a GPT that a policy can treat apart."""
 
@@ -27,31 +29,6 @@ class Inject(str, Enum):
 class ErrorAt(str, Enum):
     logits = "logits"
     hidden = "hidden"
-
-
-ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-
-
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return a·b + bias, (…, m).
-
-    In fp32 on a CPU, and where no graph is recorded, oneDNN computes it. oneDNN uses AVX-512 on any CPU that has it; MKL,
-    which torch would choose, on Intel's alone.
-
-    Args:
-        a: (…, n).
-        b: (n, m).
-        bias: (m,), or None for none.
-    """
-    if _by_onednn(a):
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
-        return out
-    return F.linear(a, b.t(), bias)
-
-
-def _by_onednn(a: Tensor) -> bool:
-    plain = a.dtype == torch.float32 and a.device.type == "cpu" and not torch.is_grad_enabled()
-    return ONEDNN and plain and not torch.compiler.is_compiling()
 
 
 @dataclass

@@ -54,6 +54,9 @@ RUNS = [
     Column("torch_version", "string", "", "version of torch", VOLATILE),
     Column("python_version", "string", "", "version of Python", VOLATILE),
     Column("device", "string", "", "cpu, or the accelerator's product name", VOLATILE),
+    Column(
+        "products", "string", "", "what made the linear layers' products; torch-fp32: bf16 by way of fp32", VOLATILE
+    ),
     Column("threads", "int64", "", "threads torch used", VOLATILE),
     Column("deterministic", "bool", "", "whether torch was held to deterministic algorithms", VOLATILE),
     Column("data_sha256", "string", "", "SHA-256 of the corpus: vocabulary and both splits"),

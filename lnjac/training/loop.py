@@ -26,6 +26,8 @@ from lnjac.training.checkpoint import Timer
 from lnjac.training.graph import Passes, captured
 from lnjac.training.interruption import held_back
 
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp64: torch.float64}
+
 
 def train(training: "Training", record: Record, save: Callable[[], None]) -> None:
     """Train to the last update and record what is due on the way; a loss that is not finite ends the run as diverged.
@@ -105,7 +107,7 @@ class Training:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the matrix products."""
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[self.config.precision.value]
+        return DTYPES[self.config.precision]
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         """Return the mean cross-entropy of a batch (idx, targets), (B, T) each, and the number of its tokens."""

@@ -23,7 +23,8 @@ from lnjac.data.corpus import Corpus
 from lnjac.diagnostics.catalogue import chosen
 from lnjac.errors import ConfigError
 from lnjac.gpt import model as gpt
-from lnjac.gpt.credit import ONEDNN, is_feedback
+from lnjac.gpt import products
+from lnjac.gpt.credit import is_feedback
 from lnjac.gpt.settings import Precision
 from lnjac.norms.layers import norms, unmatched
 from lnjac.runs import folder as runs
@@ -31,7 +32,7 @@ from lnjac.runs.record import Record
 from lnjac.seeding import sequence
 from lnjac.text import layer_table
 from lnjac.training import checkpoint
-from lnjac.training.loop import Training, device_of, train
+from lnjac.training.loop import DTYPES, Training, device_of, train
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,15 @@ def admit(config: RunConfig, *, here: bool = True) -> Corpus:
         problems += _site_problems(config, sites) if sites else _problems_without_sites(config)
     if problems:
         raise ConfigError("\n".join(problems))
-    if here and config.precision is Precision.bf16 and device_of(config).type == "cpu" and not _computes_bf16():
-        _warn("precision=bf16 is emulated by this CPU, about ten times slower than fp32: use precision=fp32")
+    if (
+        here
+        and config.precision is Precision.bf16
+        and device_of(config).type == "cpu"
+        and not products.multiplies_bf16()
+    ):
+        _warn(
+            "precision=bf16: this CPU multiplies no bf16, so products are made in fp32 and rounded, which saves no time"
+        )
     corpus: Corpus = config.data.load()
     if problems := schema.check_corpus(config, len(corpus.train), len(corpus.val)):
         raise ConfigError("\n".join(problems))
@@ -118,11 +126,6 @@ def _hardware_problems(config: RunConfig) -> list[str]:
     if config.precision is Precision.bf16 and device_of(config).type == "cuda" and not torch.cuda.is_bf16_supported():
         return ["precision=bf16 is not supported by this GPU: use precision=fp32"]
     return []
-
-
-def _computes_bf16() -> bool:
-    """Return whether oneDNN has bf16 products for this CPU (from AVX-512 on, in x86); True where torch has no oneDNN."""
-    return not ONEDNN or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 _warn = cache(log.warning)
@@ -276,6 +279,7 @@ def _environment(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
         "numerics_version": config_identity.NUMERICS_VERSION,
         "torch_version": str(torch.__version__),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "products": products.chosen(DTYPES[config.precision], device),
         "threads": torch.get_num_threads(),
         "deterministic": config.deterministic,
         "data_sha256": corpus.sha256,

@@ -25,6 +25,7 @@ from lnjac.config.compose import compose
 from lnjac.config.identity import columns, diag_id, run_id, to_dict
 from lnjac.config.schema import build, check
 from lnjac.errors import ConfigError
+from lnjac.gpt import products
 from lnjac.gpt.attention import Softmax
 from lnjac.runs import folder as runs
 from lnjac.training import run as train
@@ -533,11 +534,11 @@ def test_more_threads_than_cores_are_refused() -> None:
         train.admit(compose("threads=100000"))
 
 
-@pytest.mark.parametrize("emulated", [True, False])
-def test_emulated_bf16_is_said_once(
-    emulated: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("by_fp32", [True, False])
+def test_bf16_by_way_of_fp32_is_said_once(
+    by_fp32: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(train, "_computes_bf16", lambda: not emulated)
+    monkeypatch.setattr(products, "multiplies_bf16", lambda: not by_fp32)
     train._warn.cache_clear()
     for seed in (1, 2):
         train.admit(compose("device=cpu", f"seed={seed}"))
@@ -546,7 +547,7 @@ def test_emulated_bf16_is_said_once(
     assert not caplog.records
     for seed in (1, 2):
         train.admit(compose("device=cpu", "precision=bf16", f"seed={seed}"))
-    assert [record.levelname for record in caplog.records] == ["WARNING"] * emulated
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * by_fp32
     train._warn.cache_clear()
 
 

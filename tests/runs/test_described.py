@@ -47,7 +47,8 @@ def described(folder: Path, name: str, columns: Sequence[Column], values: dict[s
             table = table.append_column(column.name, more)
         return table
 
-    rewrite(folder / runs.file_of(name), edit, columns=schema.describe(columns))
+    path = folder / runs.file_of(name)
+    rewrite(path, edit, columns=runs.read_metadata(path).get("columns", {}) | schema.describe(columns))
 
 
 def with_shapes(folder: Path, *rows: tuple[str, float], clock: float = 1.0, columns: Any = SHAPES) -> Path:
@@ -82,7 +83,8 @@ def test_what_is_declared_agrees_with_what_files_from_before_hold() -> None:
 def test_a_run_of_ours_describes_nothing_that_was_always_there(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "0", long={"swaps": [{"place": "all"}]})
     for name in ("layers", "runs", "curves", "swaps"):
-        assert "columns" not in runs.read_metadata(folder / runs.file_of(name))
+        said = runs.read_metadata(folder / runs.file_of(name)).get("columns", {})
+        assert not set(said) & set(schema.FROZEN[name])
 
 
 # Later columns
