@@ -326,6 +326,7 @@ def test_paper_has_every_chart_whole_and_the_details(browser: Any, pages: dict[s
     assert not browser.execute_script(shown, ".numbers")
 
 
+@pytest.mark.rare
 def test_axe_finds_nothing(browser: Any, file: Path):
     axe = Path(os.environ.get("AXE_CORE") or str(files("axe_core_python") / "axe.min.js"))
     for scheme in ("light", "dark"):
