@@ -9,7 +9,6 @@ out some of its three factors. With A = d·ḡ², B = d·m²/ρ, C = ‖g‖² �
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,57 +129,52 @@ def decompose(
         Per-token scalars.
     """
     d = x.shape[-1]
-    tiny = torch.finfo(grad.dtype).tiny
     gamma = None if weight is None else weight.detach().double()
     by_token = gamma if gamma is not None and gamma.dim() > 1 else None
     parts = []
-    # copies, which are changed in place, as passes over fresh memory cost most
-    for z, g, replayed_, gamma_ in _chunks(x, grad, replayed, by_token):
+    for c, g, replayed_, gamma_ in _chunks(x, grad, replayed, by_token):  # copies, which are changed in place
         if not rms:
-            z -= z.mean(-1, keepdim=True)
-        v = _size_sq(z) / d
-        rstd = (v + eps).rsqrt()
-        rho = v * rstd.square()  # 1 - ε/σ² would lose its digits where v ≪ ε
-        z *= rstd.unsqueeze(-1)
-        if weight is not None:
+            c -= c.mean(-1, keepdim=True)  # c = σ·z
+        v = size_sq(c) / d
+        if gamma is not None:
             g *= gamma if by_token is None else gamma_
-        mean_part = torch.zeros_like(rho)
+        mean = torch.zeros_like(v) if rms else g.mean(-1)
         if not rms:
-            mean = g.mean(-1)
-            mean_part = d * mean.square()
             g -= mean.unsqueeze(-1)
-        m = (g * z).mean(-1)
-        along = torch.where(rho > 0, m / rho, 0.0)
-        radial_part = d * m * along
-        kept = _size_sq(g.addcmul(z, along.unsqueeze(-1), value=-1))
-        g_sq = mean_part + radial_part + kept
-        t_sq = (kept + (1 - rho).square() * radial_part) * rstd.square()
-        if replayed_ is None:
-            residual_sq = cos_projected = torch.full_like(rho, math.nan)
-        else:
-            u = g.addcmul_(z, m.unsqueeze(-1), value=-1)
-            # u = σ·t has t's direction, so that t stands for the projected surrogate; ⟨t, replay⟩ follows from ‖t − replay‖²
-            replayed_sq = _size_sq(replayed_)
-            residual_sq = _size_sq(replayed_.addcmul_(u, rstd.unsqueeze(-1), value=-1))
-            cos_projected = (t_sq + replayed_sq - residual_sq) / (2 * (t_sq * replayed_sq).sqrt())
-        measurable = (g_sq > tiny**2) & (t_sq > tiny**2) & (t_sq > ROUNDING_SQ * g_sq * rstd.square())
-        parts.append(
-            Tokens(
-                sigma=rstd.reciprocal(),
-                rho=rho,
-                A=mean_part,
-                B=radial_part,
-                C=kept,
-                cos_projected=cos_projected,
-                residual_sq=residual_sq,
-                measurable=measurable,
-            )
-        )
-    found = concatenate(parts)
-    g_sq = found.A + found.B + found.C
+        along = torch.where(v > 0, torch.linalg.vecdot(g, c) / (d * v), 0.0)  # of c: g's radial part is along·c
+        kept = size_sq(g.addcmul_(c, along.unsqueeze(-1), value=-1))
+        part = [v, mean, along, kept]
+        if replayed_ is not None:
+            part.append(size_sq(replayed_))
+            rstd = (v + eps).rsqrt()
+            rest = along * rstd * (eps / (v + eps))  # t's radial part, the 1−ρ of g/σ's that its removal leaves
+            replayed_.addcmul_(g, rstd.unsqueeze(-1), value=-1).addcmul_(c, rest.unsqueeze(-1), value=-1)
+            part.append(size_sq(replayed_))  # ‖replay − t‖²
+        parts.append(torch.stack(part))
+    v, mean, along, kept, *compared = torch.cat(parts, -1)
+    rstd = (v + eps).rsqrt()
+    rho = v * rstd.square()  # 1 - ε/σ² would lose its digits where v ≪ ε
+    mean_part, radial_part = d * mean.square(), d * v * along.square()
+    g_sq = mean_part + radial_part + kept
+    t_sq = (kept + (1 - rho).square() * radial_part) * rstd.square()
+    residual_sq = cos_projected = torch.full_like(rho, math.nan)
+    if compared:
+        # t stands for the projected surrogate, whose direction it has; ⟨t, replay⟩ follows from ‖replay − t‖²
+        replayed_sq, residual_sq = compared
+        cos_projected = (t_sq + replayed_sq - residual_sq) / (2 * (t_sq * replayed_sq).sqrt())
+    tiny, noise = torch.finfo(grad.dtype).tiny, NOISE * min(torch.finfo(grad.dtype).eps, HALF_EPS)
     largest = g_sq.nan_to_num(0, 0, 0).max() if len(g_sq) else 0.0
-    found.measurable &= g_sq > (NOISE * min(torch.finfo(grad.dtype).eps, HALF_EPS)) ** 2 * largest
-    return found
+    measurable = (g_sq > tiny**2) & (t_sq > tiny**2) & (t_sq > ROUNDING_SQ * g_sq * rstd.square())
+    return Tokens(
+        sigma=rstd.reciprocal(),
+        rho=rho,
+        A=mean_part,
+        B=radial_part,
+        C=kept,
+        cos_projected=cos_projected,
+        residual_sq=residual_sq,
+        measurable=measurable & (g_sq > noise**2 * largest),
+    )
 
 
 def concatenate(parts: Sequence[Tokens]) -> Tokens:
@@ -188,20 +182,27 @@ def concatenate(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Tokens)})
 
 
-def _size_sq(v: Tensor) -> Tensor:
+def size_sq(v: Tensor) -> Tensor:
     """‖v‖² over the last axis: (…, d) -> (…,)."""
     size: Tensor = torch.linalg.vector_norm(v, dim=-1)
     return size.square()
 
 
 def _chunks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Copies of the tensors, (…, d) each, as matching float64 pieces of (rows, d); None stays None."""
-    size, d, device = next((a.numel(), a.shape[-1], a.device.type) for a in tensors if a is not None)
-    most, n = max(1, (CHUNK_ELEMENTS if device == "cpu" else ACCELERATOR_CHUNK_ELEMENTS) // d), size // d
+    """Copies of the tensors, (…, d) each, as matching float64 pieces of (rows, d); None stays None.
+
+    Each piece lies where the one before lay: fresh memory would cost more than a pass over it.
+    """
+    size, d, device = next((a.numel(), a.shape[-1], a.device) for a in tensors if a is not None)
+    most, n = max(1, (CHUNK_ELEMENTS if device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS) // d), size // d
     rows = max(1, math.ceil(n / max(1, math.ceil(n / most))))  # pieces of one size
-    pieces = [repeat(None) if a is None else a.detach().reshape(-1, d).split(rows) for a in tensors]  # type: ignore[no-untyped-call]
-    for chunk in zip(*pieces, strict=False):  # as long as the tensors; None repeats
-        yield tuple(None if a is None else a.to(torch.float64, copy=True) for a in chunk)
+    room = [None if a is None else torch.empty(rows, d, dtype=torch.float64, device=device) for a in tensors]
+    flat = [None if a is None else a.detach().reshape(-1, d) for a in tensors]
+    for start in range(0, max(n, 1), rows):
+        yield tuple(
+            None if a is None else to[: n - start].copy_(a[start : start + rows])
+            for a, to in zip(flat, room, strict=True)
+        )
 
 
 def cosines(tokens: Tokens, *, rms: bool = False) -> dict[str, Tensor]:
@@ -256,16 +257,13 @@ def sums(tokens: Tokens, *, rms: bool = False) -> Sums:
     assert list(energies) == list(ENERGIES)
     weights = torch.stack([tokens.sigma.pow(-power) for power in RSTD_POWERS.values()])
     weighted = (torch.stack(list(energies.values())).unsqueeze(1) * weights).sum(-1)  # (energies, powers)
-    found = {f"sum_{e}{s}": weighted[i, j] for i, e in enumerate(energies) for j, s in enumerate(RSTD_POWERS)}
     means = per_token(tokens, rms=rms)
     added = torch.stack(list(means.values()))[:, tokens.measurable].sum(-1)
-    found |= {f"sum_{name}": added[i] for i, name in enumerate(means)}
-    found["sum_sigma"] = tokens.sigma.sum()
-    found["sum_rho"] = tokens.rho.sum()
-    found["sum_residual_sq"] = tokens.residual_sq.sum()
-    found["n_zero"] = (~tokens.measurable).sum()
-    values = torch.stack([value.double() for value in found.values()]).tolist()  # the device is waited for once
-    return {**dict(zip(found, values, strict=True)), "n_tokens": tokens.sigma.numel(), "n_nonfinite": 0}
+    more = {"sigma": tokens.sigma, "rho": tokens.rho, "residual_sq": tokens.residual_sq}
+    totals = torch.stack([*more.values(), (~tokens.measurable).double()]).sum(-1)
+    names = [f"sum_{e}{s}" for e in energies for s in RSTD_POWERS] + [f"sum_{name}" for name in (*means, *more)]
+    values = torch.cat([weighted.flatten(), added, totals]).tolist()  # the device is waited for once
+    return {**dict(zip([*names, "n_zero"], values, strict=True)), "n_tokens": tokens.sigma.numel(), "n_nonfinite": 0}
 
 
 def scaled(total: Sums, factor: float) -> Sums:

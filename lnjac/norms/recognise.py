@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lnjac.norms.calls import FunctionalCall, site_name
-from lnjac.norms.decompose import normalise, pull_back, wide_dtype
+from lnjac.norms.decompose import normalise, pull_back, size_sq, wide_dtype
 from lnjac.norms.layers import Norm, OtherNorm, Surrogate, exact_norms
 
 LARGE = 1e6
@@ -451,27 +451,25 @@ def require_formula(
     """
     d = x.shape[-1]
     every, limits = max(1, x.numel() // d // SAMPLE), torch.finfo(y.dtype)
-    given = [x, y] if grad is None or pulled is None else [x, y, grad, pulled]
-    rows = torch.stack([t.reshape(-1, d)[::every].double() for t in given])
-    held = rows.sum(-1).isfinite().all(0) & (rows[0].square().sum(-1) < limits.max / 4)
 
-    def of_tokens(p: Tensor | None, default: float) -> Tensor | float:
-        if p is None or p.dim() == 1:
-            return default if p is None else p
-        return p.expand(x.shape).reshape(-1, d)[::every][held]
+    def sample(t: Tensor) -> Tensor:
+        return t.reshape(-1, d)[::every].double()
 
-    inputs, outputs, *rest = rows if bool(held.all()) else rows[:, held]
+    weight, bias = (p if p is None or p.dim() == 1 else sample(p.expand(x.shape)) for p in (norm.weight, norm.bias))
+    inputs = sample(x)
     z, rstd = normalise(inputs, norm.eps, rms=norm.rms)
-    weight = of_tokens(norm.weight, 1.0)
-    true = z * weight + of_tokens(norm.bias, 0.0)
-    sizes = [(true - outputs).square().sum(), true.square().sum()]
-    if rest:
-        g = rest[0] * weight
-        apart_sq, size_sq = (v.square().sum(-1) for v in (pull_back(g, z, rstd, rms=norm.rms) - rest[1], g * rstd))
-        precise = size_sq > (limits.tiny / limits.eps) ** 2  # subnormal numbers have fewer digits
-        sizes += [(apart_sq * precise).sum(), (size_sq * precise).sum()]
-    sizes.append((inputs.abs() * rstd).max() if len(inputs) else inputs.sum())
-    *squares, lost = torch.stack(sizes).tolist()  # the device is waited for once
+    true = z if weight is None else z * weight
+    true = true if bias is None else true + bias
+    sizes = [size_sq(true - sample(y)), size_sq(true)]
+    if grad is not None and pulled is not None:
+        g = sample(grad) if weight is None else sample(grad) * weight
+        apart_sq, g_sq = size_sq(pull_back(g, z, rstd, rms=norm.rms) - sample(pulled)), size_sq(g * rstd)
+        precise = g_sq > (limits.tiny / limits.eps) ** 2  # subnormal numbers have fewer digits
+        sizes += [apart_sq * precise, g_sq * precise]
+    by_token = torch.stack([*sizes, torch.linalg.vector_norm(inputs, math.inf, dim=-1) * rstd[:, 0]])
+    held = by_token.isfinite().all(0) & (size_sq(inputs) < limits.max / 4)
+    by_token = by_token.where(held, 0.0)
+    *squares, lost = torch.stack([*by_token[:-1].sum(-1), by_token[-1].max()]).tolist()  # the device is waited for once
     bound = ROUNDING * max(limits.eps, norm.rounding) * (1 + lost)
     for what, apart, size in zip(("output", "input gradient"), squares[::2], squares[1::2], strict=False):
         if apart > bound**2 * size:
