@@ -188,20 +188,21 @@ def size_sq(v: Tensor) -> Tensor:
     return size.square()
 
 
-def _chunks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+def _chunks(x: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Copies of the tensors, (…, d) each, as matching float64 pieces of (rows, d); None stays None.
 
     Each piece lies where the one before lay: fresh memory would cost more than a pass over it.
     """
-    size, d, device = next((a.numel(), a.shape[-1], a.device) for a in tensors if a is not None)
-    most, n = max(1, (CHUNK_ELEMENTS if device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS) // d), size // d
+    d, device = x.shape[-1], x.device
+    most, n = max(1, (CHUNK_ELEMENTS if device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS) // d), x.numel() // d
     rows = max(1, math.ceil(n / max(1, math.ceil(n / most))))  # pieces of one size
-    room = [None if a is None else torch.empty(rows, d, dtype=torch.float64, device=device) for a in tensors]
-    flat = [None if a is None else a.detach().reshape(-1, d) for a in tensors]
+    copies = [
+        None if a is None else (a.detach().reshape(-1, d), torch.empty(rows, d, dtype=torch.float64, device=device))
+        for a in (x, *others)
+    ]
     for start in range(0, max(n, 1), rows):
         yield tuple(
-            None if a is None else to[: n - start].copy_(a[start : start + rows])
-            for a, to in zip(flat, room, strict=True)
+            None if pair is None else pair[1][: n - start].copy_(pair[0][start : start + rows]) for pair in copies
         )
 
 
