@@ -29,7 +29,7 @@ MISFIT = 1e-5
 """How far a module's outputs on the chosen tokens may be from a norm's: modules that compute in float32 are within 1e-6."""
 
 SAMPLE = 32
-"""Tokens on which a module's output is compared with the formula's."""
+"""Tokens, or up to twice as many, on which a module's output is compared with the formula's."""
 
 ROUNDING = 64
 """Times the dtype's ε: how far the module's output may be from the formula's, relative to its size."""
@@ -433,9 +433,10 @@ def require_formula(
 ) -> tuple[float, float]:
     """Raise Unrecognised unless a module computes the formula, on a sample of tokens and but for rounding.
 
-    Up to `SAMPLE` tokens, spread evenly, are compared. Left out are those whose squares the dtype cannot hold, and pullbacks
-    near its smallest numbers, which have lost digits. The bound grows with |x|/σ, by which the subtraction of the mean loses
-    digits. What is left of g/σ in a pullback may be a small part of it, so a difference of pullbacks is compared with g/σ.
+    At most twice `SAMPLE` tokens, spread evenly, are compared. Left out are those whose squares the dtype cannot hold, and
+    pullbacks near its smallest numbers, which have lost digits. The bound grows with |x|/σ, by which the subtraction of the
+    mean loses digits. What is left of g/σ in a pullback may be a small part of it, so a difference of pullbacks is compared
+    with g/σ.
 
     Args:
         norm: The formula.
