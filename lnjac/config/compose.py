@@ -30,7 +30,7 @@ def compose(*overrides: str) -> RunConfig:
         The typed config: `config.seed`, `config.model.n_embd`, …. `lnjac.run(config, folder)` trains and analyses it.
 
     Raises:
-        ConfigError: a line for each unknown, missing or ill-typed value.
+        ConfigError: a line for each unknown, missing or ill-typed value, or for a list in place of words.
         hydra.errors.HydraException: for a member that no file in conf/ has, or a word that Hydra cannot read.
 
     Example:
@@ -38,6 +38,8 @@ def compose(*overrides: str) -> RunConfig:
         >>> config.model.n_embd
         32
     """
+    if odd := [word for word in overrides if not isinstance(word, str)]:
+        raise ConfigError(f'compose takes words such as "seed=1", not {odd[0]!r}: of a list, call compose(*words)')
     changed_ns = max(path.stat().st_mtime_ns for path in (CONF, *CONF.rglob("*")))
     return _composer(CONF, changed_ns).compose(overrides).build()
 

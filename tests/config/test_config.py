@@ -529,6 +529,12 @@ def test_a_strangers_missing_value_is_said() -> None:
     assert "given" not in str(caught.value)
 
 
+def test_a_list_in_place_of_words_is_one_line() -> None:
+    words: Any = ["seed=1", "steps=2"]
+    with pytest.raises(ConfigError, match=r"not \['seed=1', 'steps=2'\]: of a list, call compose\(\*words\)"):
+        compose(words)
+
+
 def test_more_threads_than_cores_are_refused() -> None:
     with pytest.raises(ConfigError, match="threads=100000 is more than"):
         train.admit(compose("threads=100000"))
