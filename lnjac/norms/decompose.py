@@ -8,6 +8,7 @@ out some of its three factors. With A = d·ḡ², B = d·m²/ρ, C = ‖g‖² �
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -69,7 +70,11 @@ def pull_back(g: Tensor, z: Tensor, rstd: Tensor, backward: Backward = EXACT, *,
 
 def pull_through(forward: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Return y = forward(x), and autograd's ∂L/∂x through it given grad = ∂L/∂y; without autocast, and detached."""
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+    device = x.device.type
+    plain = (
+        torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    )  # it is slow to enter
+    with torch.enable_grad(), plain:
         leaf = x.detach().requires_grad_()
         y = forward(leaf)
         return y.detach(), torch.autograd.grad(y, leaf, grad.to(y.dtype))[0]

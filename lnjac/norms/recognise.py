@@ -28,7 +28,7 @@ SMALL = 1e-3
 MISFIT = 1e-5
 """How far a module's outputs on the chosen tokens may be from a norm's: modules that compute in float32 are within 1e-6."""
 
-SAMPLE = 32
+SAMPLE = 16
 """Tokens, or up to twice as many, on which a module's output is compared with the formula's."""
 
 ROUNDING = 64
