@@ -1,11 +1,13 @@
-"""Options that several commands share."""
+"""Options that several commands share, and the values that their texts stand for."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from lnjac.cli.tables import require_format
+from lnjac.errors import ConfigError
 
 if TYPE_CHECKING:
     from lnjac.comparing.intervals import Inference
@@ -58,6 +60,27 @@ SEED = 0
 def names(text: str) -> list[str]:
     """Return the names in a text that separates them by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+POINTS = {"in": 72.0, "cm": 72 / 2.54, "mm": 7.2 / 2.54, "pt": 1.0}
+"""Points of each unit of length."""
+LONGEST = 100 * POINTS["in"]
+"""Points beyond which a length is a slip, as 325in is."""
+
+
+def length(text: str, option: str) -> float:
+    """Return a length, such as 3.25in, in points, of which an inch has 72.
+
+    Raises:
+        ConfigError: If it is no number with a unit, or no length that a picture can have.
+    """
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", text)
+    if found is None or found[2] not in POINTS:
+        raise ConfigError(f"{option} {text} is no length: write a number and its unit, as 3.25in, 8.2cm, 82mm or 234pt")
+    points = float(found[1]) * POINTS[found[2]]
+    if not 0 < points <= LONGEST:
+        raise ConfigError(f"{option} {text} is no length of a picture: write one of more than 0in, and at most 100in")
+    return points
 
 
 def inference(kind: IntervalKind, confidence: float) -> "Inference":

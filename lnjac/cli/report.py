@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lnjac.cli.options import AsJson, Sources, Where
+from lnjac.cli.options import AsJson, Sources, Where, length
 from lnjac.cli.tables import ascii_json
 from lnjac.errors import ConfigError
 from lnjac.escape import visible
@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from lnjac.reporting.view import View
 
 commands = typer.Typer(rich_markup_mode=None)
-
-WIDTH = 680
-"""Pixels of a chart in a file of its own."""
 
 By = Annotated[
     str | None, typer.Option(help="The config column whose levels are compared; attn_mode, or the first that varies.")
@@ -60,6 +57,12 @@ def plot(
     metric: Annotated[str | None, typer.Option(help="A column of layers or of runs; the chart's first.")] = None,
     by: By = None,
     where: Where = None,
+    width: Annotated[str, typer.Option(help="The picture's width, in in, cm, mm or pt.")] = "6.5in",
+    height: Annotated[
+        str | None, typer.Option(help="The picture's height; as the chart needs it unless given.", show_default=False)
+    ] = None,
+    font_size: Annotated[float, typer.Option(min=4, max=72, help="The height of its text in points.")] = 9.0,
+    title: Annotated[bool, typer.Option("--title/--no-title", help="Write the caption above the chart.")] = True,
     dark: Annotated[bool, typer.Option("--dark", help="Light on dark.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -69,43 +72,47 @@ def plot(
     Example:
         lnjac plot all.parquet
         lnjac plot multirun/A --figure headline --metric radial_share -o headline.svg
-        lnjac plot all.parquet --figure cost --where "method == 'fa'" -o cost.pdf
+        lnjac plot all.parquet --figure cost --where "method == 'fa'" -o cost.pdf --width 3.25in --font-size 8 --no-title
     """
     from lnjac.comparing.filter import require_column
     from lnjac.comparing.tables import open_tables
-    from lnjac.reporting import charts, marks
+    from lnjac.reporting import marks
+    from lnjac.reporting.charts import CHARTS
     from lnjac.reporting.view import view
 
+    points = None if height is None else length(height, "--height")
+    size = marks.Size(length(width, "--width"), points, font_size)
     if figure is None:
         if output is not None:
-            raise ConfigError(f"--figure is missing, the chart to draw: choose one of {', '.join(charts.CHARTS)}")
+            raise ConfigError(f"--figure is missing, the chart to draw: choose one of {', '.join(CHARTS)}")
         _list(view(open_tables(sources), by, where), as_json)
         return
-    require_column(figure, list(charts.CHARTS), "no chart for --figure is called")
+    require_column(figure, list(CHARTS), "no chart for --figure is called")
     if output is None or output.suffix not in marks.FORMATS:
         raise ConfigError(f"the output {output or ''} must end in {', '.join(marks.FORMATS)}: try -o {figure}.svg")
-    drawing = charts.CHARTS[figure].draw(view(open_tables(sources), by, where), metric)
+    marks.extra("altair")
+    shown = view(open_tables(sources), by, where)
+    if metric is None and (reason := CHARTS[figure].lacking(shown)):
+        able = [name for name, other in CHARTS.items() if other.lacking(shown) is None]
+        raise ConfigError(f"--figure {figure}: {reason}; these runs can show {', '.join(able) or 'no chart'}")
+    drawing = CHARTS[figure].draw(shown, metric)
     output.parent.mkdir(parents=True, exist_ok=True)
-    title = drawing.caption + (f" Where {where}." if where else "")
-    marks.save(drawing.picture, output, "dark" if dark else "light", width=WIDTH, title=title)
+    said = drawing.caption + (f" Where {where}." if where else "")
+    marks.save(drawing.picture, output, "dark" if dark else "light", size, title=said if title else None)
     if as_json:
         print(ascii_json({"output": str(output), "caption": drawing.caption, "notes": list(drawing.notes)}))
         return
-    shown = [f"{options[0]}, one of {len(options)}" for options in drawing.choices.values() if len(options) > 1]
-    print(visible(f"{output}: {drawing.caption}" + "".join(f" Shows {one}." for one in shown)))
+    options = [f"{choice[0]}, one of {len(choice)}" for choice in drawing.choices.values() if len(choice) > 1]
+    print(visible(f"{output}: {drawing.caption}" + "".join(f" Shows {one}." for one in options)))
 
 
 def _list(shown: "View", as_json: bool) -> None:
-    """Print each chart: its metrics, or the reason for which it cannot be drawn."""
+    """Print each chart: what it shows, or the reason for which it cannot be drawn."""
     from lnjac.reporting.charts import CHARTS
+    from lnjac.reporting.marks import extra
 
-    lacking: dict[str, str | None] = {}
-    for name, chart in CHARTS.items():
-        try:
-            chart.draw(shown)
-            lacking[name] = None
-        except ConfigError as error:
-            lacking[name] = str(error)
+    extra("altair")  # without it every chart would be one that these runs cannot show
+    lacking = {name: chart.lacking(shown) for name, chart in CHARTS.items()}
     if as_json:
         print(
             ascii_json({name: {"summary": CHARTS[name].summary, "lacking": reason} for name, reason in lacking.items()})

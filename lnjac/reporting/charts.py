@@ -27,6 +27,7 @@ from lnjac.reporting.frames import (
     slopes_said,
     strongest_pairs,
     strongest_places,
+    worded,
 )
 from lnjac.reporting.marks import Levels, choices
 from lnjac.reporting.registry import CHARTS as CHARTS
@@ -83,7 +84,8 @@ def cost(view: View, metric: str | None) -> Drawing:
     levels = _levels(view) if rows["level"].nunique() > 1 else marks.ONE
     whole = rows
     rows, seeds, left = strongest_places(rows, seeds)
-    picture = _dots(rows, seeds, title=f"{named(view, name)}, minus exact's", levels=levels)
+    of = "cost of the backward" + " in {}" * (name != LOSS)
+    picture = _dots(rows, seeds, title=named(view, [name], of), levels=levels)
     caption = f"What training with each backward costs in {name}: every seed, the mean, its 95% interval{left}."
     table = whole.rename(
         columns={"place": "backward", "mean_a": "loss", "mean_b": "exact's loss", "difference": "cost"}
@@ -115,7 +117,7 @@ def ranking(view: View, metric: str | None) -> Drawing:
         "the lowest are chosen by their mean: chance is part of why they are the lowest, and no interval allows for that"
     ]
     shown = seeds[seeds["place"].isin(view.levels)]
-    picture = marks.dots(shown, drawn.drop(columns="n"), title=named(view, name), zero=False)
+    picture = marks.dots(shown, drawn.drop(columns="n"), title=named(view, [name]), zero=False)
     return Drawing(picture, caption, rows.rename(columns={"place": view.by}), notes, choices(drawn), seeds)
 
 
@@ -150,7 +152,7 @@ def headline(view: View, metric: str | None) -> Drawing:
         rows, seeds, whole = (
             part.drop(columns=["cell", *["pair"] * (place == "pair")]) for part in (rows, seeds, whole)
         )
-    picture = _dots(rows, seeds, title=f"difference of {named(view, names[0])}")
+    picture = _dots(rows, seeds, title=named(view, rows["metric"], "difference in {}"))
     of, where = (names[0] if len(names) == 1 else "the chosen loss"), " at each norm" * of_norms
     which = f" ({whole['pair'].iloc[0]})" if "pair" in whole and whole["pair"].nunique() == 1 else ""
     caption = (
@@ -173,7 +175,7 @@ def cost_difference(view: View, metric: str | None) -> Drawing:
     rows, seeds = (strongest_pairs(view, part.assign(place=part["ln_backward"])) for part in (rows, seeds))
     whole = rows
     rows, seeds, left = strongest_places(rows, seeds)
-    picture = _dots(rows, seeds, title=f"difference of cost in {named(view, name)}")
+    picture = _dots(rows, seeds, title=named(view, [name], "difference of costs" + " in {}" * (name != LOSS)))
     which = f" ({rows['pair'].iloc[0]})" if rows["pair"].nunique() == 1 else ""
     of = f"How the cost of each backward in {name} differs between levels of {found.by}{which}"
     caption = f"{of}: every seed, the mean, its 95% interval{left}."
@@ -199,7 +201,7 @@ def diverged(view: View, metric: str | None) -> Drawing:
     )
     drawn = rows.head(MOST)
     of_drawn = seeds.loc[seeds["place"].isin(drawn["place"]), ["place", "level", "seed", "value"]]
-    picture = marks.dots(of_drawn, drawn.drop(columns="n"), title="updates")
+    picture = marks.dots(of_drawn, drawn.drop(columns="n"), title="Updates until the run diverged")
     return Drawing(picture, caption, rows[["place", "mean", "n"]], seeds=seeds.drop(columns="place"))
 
 
@@ -230,7 +232,7 @@ def heatmap(view: View, metric: str | None) -> Drawing:
     cells = rows[
         [*own, "metric", "site", "shade", "shown", "clear", "difference", "low", "high", "p_adjusted", "effect"]
     ]
-    picture = marks.shades(cells, legend="standardized difference", sites=sites, breaks=BREAKS)
+    picture = marks.shades(cells, legend="Difference in standard deviations over seeds", sites=sites, breaks=BREAKS)
     pair = "" if "pair" in own else f" ({rows['pair'].iloc[0]})"
     caption = (
         f"Difference of each metric at each norm between levels of {view.by}{pair}, coloured by its size in standard "
@@ -250,7 +252,7 @@ def seeds(view: View, metric: str | None) -> Drawing:
     rows = view.means(values.assign(cell=values.get("cell", "")), ["cell", "metric", "site", "level", "place"])
     several = rows["place"].nunique() > 1
     levels = _levels(view) if several else marks.ONE
-    title = named(view, metric or "")
+    title = named(view, rows["metric"])
     picture = marks.dots(values, rows, title=title, levels=levels, zero=False, joined=several)
     joined = ", those of one seed joined" * several
     caption = (
@@ -271,7 +273,7 @@ def curves(view: View, metric: str | None) -> Drawing:
     values, notes = thinned(values, max(3, min(MOST_STEPS, frames.MOST_ROWS // per_step)))
     rows, more = capped(view.means(last_norm_first(values), ["cell", "metric", "site", "step", "level"]))
     by_chance = chance(view, ["cell", "metric", "site"], last=False)
-    picture = marks.lines(rows, x="step", levels=_levels(view), title=named(view, metric or ""), references=by_chance)
+    picture = marks.lines(rows, x="step", levels=_levels(view), title=named(view, rows["metric"]), references=by_chance)
     caption = "The chosen metric at the chosen norm after so many updates: mean over seeds and its 95% interval."
     caption += " Dashed: that of a random direction." * (len(by_chance) > 0) + few_said(view)
     return Drawing(picture, caption, rows, [*notes, *more, *lost], choices(rows))
@@ -300,7 +302,7 @@ def depth(view: View, metric: str | None) -> Drawing:
         rows,
         x="site",
         levels=_levels(view),
-        title=named(view, metric or ""),
+        title=named(view, rows["metric"]),
         log=log,
         references=by_chance,
     )
@@ -371,7 +373,7 @@ def _of_learning(
 ) -> Drawing:
     rows, lost = capped(rows)
     of = rows["metric"].iloc[0] if rows["metric"].nunique() == 1 else "The chosen loss"
-    title = named(view, rows["metric"].iloc[0])
+    title = named(view, rows["metric"])
     picture = marks.lines(rows, x="step", levels=levels, title=title, references=references)
     caption = f"{of}{which} after so many updates: mean over seeds and its 95% interval."
     if references is not None and len(references):
@@ -427,9 +429,9 @@ def scaling(view: View, metric: str | None, size: str) -> Drawing:
         points,
         x="x",
         levels=levels,
-        title=named(view, points["metric"].iloc[0]),
+        title=named(view, points["metric"]),
         log=log,
-        size=size,
+        size=worded(size),
         references=falling(points[points["metric"].isin(of_layers)], own) if log and of_layers else None,
         said=slopes_said(fits, own),
     )

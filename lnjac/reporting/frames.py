@@ -1,5 +1,6 @@
 """Make the frames that charts draw: the strongest of many rows, what lines are seen against, and names in words."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,32 @@ MOST_ROWS = 8_000
 """Rows of one chart, so that a page stays small whatever the number of runs."""
 MOST_LINES = 7
 """Levels whose lines are drawn: as many as differ in colour."""
-NAMES = {LOSS: "validation loss", "train_loss_nats": "training loss", "sigma_mean": "mean σ"}
+WORDS = {
+    LOSS: "validation loss",
+    "train_loss_nats": "training loss",
+    "loss_nats": "loss of the diagnostic batches",
+    "radial_share": "radial share of the centred ‖g‖²",
+    "share_mean": "share of ‖g‖² in the mean",
+    "share_radial": "share of ‖g‖² in the radial part",
+    "share_kept": "share of ‖g‖² that is kept",
+    "r_mean": "share of ‖g‖² in the mean",
+    "r_radial": "radial term over ‖g‖²",
+    "enrichment_mean": "share of the mean, over chance",
+    "enrichment_radial": "radial term, over chance",
+    "enrichment_radial_share": "radial share, over chance",
+    "cos_center_vs_true": "cos(center_scale, true), token mean",
+    "cos_ste_vs_true": "cos(ste, true), token mean",
+    "sigma_mean": "σ at the norm's input, token mean",
+    "sigma_std": "σ at the norm's input, deviation",
+    "rho_mean": "ρ = v/(v+ε), token mean",
+    "model.n_embd": "width (n_embd)",
+    "model.n_layer": "depth in blocks (n_layer)",
+    "steps": "updates",
+}
+"""Columns in a few words, so that the title of an axis fits beside a chart."""
+FORMS = {r"flat_cos_(\w+)": r"cos(\1, true), all tokens as one", r"gain_(\w+)": r"length of \1 over that of true"}
+"""Forms of columns' names, and what they are in words."""
+UNITS = {"nats/token": "nats a token"}
 
 
 def few(view: View) -> list[str]:
@@ -168,10 +194,18 @@ def require_known(view: View, metric: str | None) -> None:
         require_column(metric, [*measured, *names], "no column for --metric is called")
 
 
-def named(view: View, metric: str) -> str:
-    """Return a metric in words with its unit, for the title of an axis."""
-    if not metric:
-        return "value"
-    table = "layers" if metric in view.merged.columns("layers") else "runs"
-    unit = view.merged.units(table, [metric])[metric]
-    return f"{NAMES.get(metric, metric)}{f' ({unit})' if unit not in ('', '1') else ''}"
+def named(view: View, metrics: Sequence[str], of: str = "{}") -> dict[str, str]:
+    """Return the title of the axis of each metric: its words and its unit; `of` is the thing shown, as `difference in {}`."""
+    held = view.merged.columns("layers") if view.metrics else []
+    found = {}
+    for metric in dict.fromkeys(metrics):
+        unit = view.merged.units("layers" if metric in held else "runs", [metric])[metric]
+        found[metric] = worded(metric, of) + f" ({UNITS.get(unit, unit)})" * (unit not in ("", "1"))
+    return found
+
+
+def worded(column: str, of: str = "{}") -> str:
+    """Return a column in words that begin with a capital; its name if it has no words."""
+    forms = (re.sub(form, words, column) for form, words in FORMS.items() if re.fullmatch(form, column))
+    text = of.format(next(forms, WORDS.get(column, column)))
+    return text[0].upper() + text[1:] if text != column and re.match(r"[a-z]+(?: |$)", text) else text

@@ -5,9 +5,10 @@ differ in colour, shape and dash alike, so that no reader depends on one of them
 """
 
 import json
+import math
 import re
 import textwrap
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,8 @@ from lnjac.files import write_atomically
 
 Picture = Any
 """An altair.LayerChart: altair is imported when a chart is drawn, no sooner."""
+Title = str | Mapping[str, str]
+"""The title of an axis of values, or that of each metric."""
 
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 2], [4, 4, 1, 4], [1, 3])
 PICKS = ("cell", "pair", "metric", "site", "among")
@@ -37,9 +40,14 @@ THEME = json.loads(Path(__file__).with_name("theme.json").read_text(encoding="ut
 """Vega's config, whose colours are CSS variables, and their values in the palettes light and dark.
 
 The config's `aria` is off: each mark's description would be an expression made of titles, which a backslash breaks.
-`level-0` and on are Okabe and Ito's colours; `shade-0` and on run from below to above through the paper's shade.
+`level-0` and on are Okabe and Ito's colours; `shade-0` and on run from below to above through the paper's shade. `narrow`
+has the looks of a chart of less than NARROW pixels, which keeps most of its width for the numbers.
 """
-MISSING = "charts need altair, jinja2 and vl-convert-python: pip install -e '.[report]'"
+FONT = THEME["config"]["axis"]["labelFontSize"]
+"""Pixels of a page's text, in whose proportion a picture is drawn."""
+NARROW = 600
+"""Pixels of width from which on a chart has room for long labels."""
+MISSING = "altair, jinja2 or vl-convert-python is not installed: pip install 'lnjac[report]' for the charts"
 
 
 def extra(module: str) -> Any:
@@ -68,7 +76,7 @@ def dots(
     seeds: pd.DataFrame,
     intervals: pd.DataFrame,
     *,
-    title: str,
+    title: Title,
     levels: Levels = ONE,
     zero: bool = True,
     joined: bool = False,
@@ -78,7 +86,7 @@ def dots(
     Args:
         seeds: place, level, seed, value, and perhaps columns to choose by. Of a place, each part between commas is a line.
         intervals: place, level, mean, low, high, and perhaps columns to choose by.
-        title: The title of the axis, if the metric cannot be chosen.
+        title: The title of the axis; if the metric can be chosen, that of each.
         levels: The levels of the column `level`.
         zero: Whether 0 is shown, as a line.
         joined: Whether the dots of one seed are joined from place to place.
@@ -94,7 +102,7 @@ def dots(
         step = max(step, 15 * len(level.names) + 6)
 
     def at(column: str) -> Any:
-        axis = alt.Axis(tickCount=7, labelExpr=NUMBER)
+        axis = alt.Axis(tickCount={"expr": "min(7, ceil(width / 55))"}, labelExpr=NUMBER, labelSeparation=6)
         return alt.X(f"{column}:Q", title=_axis(intervals, title), scale=alt.Scale(zero=zero), axis=axis)
 
     bars = _bounded(_filtered(alt, intervals)).encode(*rows, *level.colour(), tooltip=_numbers(alt, intervals))
@@ -106,7 +114,8 @@ def dots(
         drawn.insert(0, base.mark_line(style="pair").encode(detail="seed:N"))
     if zero:
         drawn.insert(0, alt.Chart(pd.DataFrame({"zero": [0]})).mark_rule(style="none").encode(alt.X("zero:Q")))
-    return _finished(alt, alt.layer(*drawn), intervals).properties(height=20 + step * _most_places(intervals))
+    height = 20 + step * _most_places(intervals)
+    return _finished(alt, alt.layer(*drawn), intervals, title, least=height / 2).properties(height=height)
 
 
 def _most_places(frame: pd.DataFrame) -> int:
@@ -129,7 +138,7 @@ def shades(frame: pd.DataFrame, *, legend: str, sites: Sequence[str], breaks: Se
     alt = extra("altair")
     columns = _order(frame["metric"])
     base = _filtered(alt, frame, "site", "metric").encode(
-        x=alt.X("metric:N", sort=columns, title=None, axis=alt.Axis(orient="top", labelAngle=-40)),
+        x=alt.X("metric:N", sort=columns, title=None, axis=alt.Axis(orient="top", labelAngle=-55)),
         y=alt.Y("site:N", sort=None, title=None, scale=alt.Scale(domain=list(sites)), axis=alt.Axis(ticks=False)),
         tooltip=_numbers(alt, frame.drop(columns=["shade", "shown"])),
     )
@@ -144,11 +153,12 @@ def shades(frame: pd.DataFrame, *, legend: str, sites: Sequence[str], breaks: Se
         opacity=alt.condition("datum.clear", alt.value(1), alt.value(0.3)),
         strokeWidth=alt.condition(_picked(["site", "metric"]), alt.value(2.5), alt.value(0.3)),
     )
-    fits = alt.value({"expr": f"width > {52 * len(columns)} ? 1 : 0"})
-    text = base.mark_text(style="shown", cursor="pointer").encode(text="shown:N", opacity=fits)
+    fits = alt.condition(f"width > {52 * len(columns)}", alt.value({"expr": "datum.shown"}), alt.value(""))
+    text = base.mark_text(style="shown", cursor="pointer").encode(text=fits)
     marked = [alt.param(name=name, value=None) for name in ("site", "metric")]
     drawn = (rect + text).add_params(*_params(alt, frame, "site", "metric"), *marked)
-    return drawn.properties(height=24 * len(sites))
+    height, right = 24 * len(sites), {"left": 5, "top": 5, "bottom": 5, "right": 14}  # the last column's name leans out
+    return drawn.properties(height=height, padding=right, usermeta={LEAST: height / 2})
 
 
 def lines(
@@ -156,7 +166,7 @@ def lines(
     *,
     x: str,
     levels: Levels,
-    title: str,
+    title: Title,
     log: bool = False,
     size: str = "",
     references: pd.DataFrame | None = None,
@@ -168,7 +178,7 @@ def lines(
         frame: x, level, mean, low, high, and perhaps columns to choose by.
         x: The column along which lines run: step, site, or x for a size.
         levels: The levels of the column `level`.
-        title: The title of the values' axis, if the metric cannot be chosen.
+        title: The title of the values' axis; if the metric can be chosen, that of each.
         log: Whether that axis is logarithmic.
         size: The title of x if x is a size.
         references: Values to see the lines against, dashed: reference (their name), value, and perhaps x and level; without
@@ -194,9 +204,10 @@ def lines(
     if references is not None and len(references):
         drawn += _references(alt, frame, references, x, along, at("value"))
     if said is not None and len(said):
-        text = _filtered(alt, said).mark_text(style="said", align="left", dx=6, dy={"expr": "-8 - 16 * datum.line"})
-        drawn.append(text.encode(x=alt.value(0), y=alt.value({"expr": "height"}), text="said:N", color=level.hue))
-    return _finished(alt, alt.layer(*drawn), frame, x).properties(height=270)
+        place = {"x": alt.value(0), "y": alt.value({"expr": "height"})}
+        look = {"align": "left", "dx": 6, "dy": {"expr": "-8 - 16 * datum.line"}}
+        drawn += _written(_filtered(alt, said).encode(**place, text="said:N"), "said", look, color=level.hue)
+    return _finished(alt, alt.layer(*drawn), frame, title, x).properties(height=270)
 
 
 def _references(alt: Any, frame: pd.DataFrame, references: pd.DataFrame, x: str, along: Any, value: Any) -> list[Any]:
@@ -215,25 +226,31 @@ def _references(alt: Any, frame: pd.DataFrame, references: pd.DataFrame, x: str,
         )
     names = [name for name in ("reference", "level") if name in references]
     detail = [f"{name}:N" for name in names]
-    last = references.drop_duplicates([*choices(references, x), *names], keep="last")
+    last = references.drop_duplicates([*choices(references, x), "reference"], keep="last")  # once, whatever the levels
     rule = _filtered(alt, references, x).mark_line(style="none", strokeWidth=1)
-    named = _filtered(alt, last, x).mark_text(style="named", align="right", dy=-6)
-    return [
-        rule.encode(along, value, detail=detail),
-        named.encode(value, x=alt.value({"expr": "width"}), text="reference:N"),
-    ]
+    named = _filtered(alt, last, x).encode(value, x=alt.value({"expr": "width"}), text="reference:N")
+    return [rule.encode(along, value, detail=detail), *_written(named, "named", {"align": "right", "dy": -6})]
 
 
-def _axis(frame: pd.DataFrame, title: str) -> str | None:
-    """Return the title of the values' axis, or None if the chart's own title names the chosen metric."""
-    return None if "metric" in frame and frame["metric"].nunique() > 1 else title
+def _written(chart: Any, style: str, look: Mapping[str, Any], **channels: Any) -> list[Any]:
+    """Return the texts of a chart, before a shade of paper that parts them from lines."""
+    return [chart.mark_text(style=[style, "halo"], **look), chart.mark_text(style=style, **look).encode(**channels)]
 
 
-def _finished(alt: Any, drawn: Any, frame: pd.DataFrame, *axes: str) -> Any:
+def _axis(frame: pd.DataFrame, title: Title) -> str | None:
+    """Return the title of the values' axis, or None if it follows the chosen metric, which is `spec`'s to write."""
+    if isinstance(title, str):
+        return title
+    metrics = _order(frame["metric"]) if "metric" in frame else list(title)[:1]
+    return title[metrics[0]] if len(metrics) == 1 else None
+
+
+def _finished(alt: Any, drawn: Any, frame: pd.DataFrame, title: Title, *axes: str, least: float = 60) -> Any:
     """Return the chart with its parameters, and with a title that names the chosen metric and norm if they can be chosen."""
-    drawn = drawn.add_params(*_params(alt, frame, *axes))
-    if _axis(frame, "x") is not None:
+    drawn = drawn.add_params(*_params(alt, frame, *axes)).properties(usermeta={LEAST: least})
+    if isinstance(title, str) or _axis(frame, title) is not None:
         return drawn
+    drawn.usermeta[TITLES] = {visible(metric): words for metric, words in title.items()}
     norm = " + (site ? ' at ' + site : '')" if "site" in choices(frame, *axes) else ""
     if norm and (frame["site"] == "").any():
         of_runs = [f"metric !== {json.dumps(name)}" for name in _order(frame["metric"][frame["site"] == ""])]
@@ -243,8 +260,13 @@ def _finished(alt: Any, drawn: Any, frame: pd.DataFrame, *axes: str) -> Any:
 
 # How they look
 
+TITLES, LEAST = "titles", "least"
+"""Notes of a picture: the title of each metric, and the pixels of height below which its rows would overlap."""
 
-def spec(picture: Picture, *, width: int | str, palette: str | None = None) -> dict[str, Any]:
+
+def spec(
+    picture: Picture, *, width: float | str, height: float | None = None, palette: str | None = None
+) -> dict[str, Any]:
     """Return the chart as Vega-Lite.
 
     In every text, data and titles alike, a character that cannot be seen is replaced by its code point: a line break
@@ -252,13 +274,17 @@ def spec(picture: Picture, *, width: int | str, palette: str | None = None) -> d
 
     Args:
         picture: The chart.
-        width: Pixels, or "container" for the space there is.
+        width: Pixels of all of it, or "container" for the space there is.
+        height: Pixels of all of it; the chart's own unless given.
         palette: The palette of its colours, light or dark; those of the page that holds the chart unless given.
     """
+    sizes = {"width": width} | ({"height": height} if height is not None else {})
     with extra("altair").data_transformers.disable_max_rows():
-        found: dict[str, Any] = picture.properties(width=width).to_dict(validate=False)
-    # ticks, rules and areas have no size of their own in a container whose width is still to come
-    found["autosize"] = {"type": "fit-x" if width == "container" else "pad", "contains": "padding"}
+        found: dict[str, Any] = picture.properties(**sizes).to_dict(validate=False)
+    # without it ticks, rules and areas have no size of their own in a container whose width is still to come
+    found["autosize"] = {"type": "fit-x" if height is None else "fit", "contains": "padding"}
+    if titles := found["usermeta"].pop(TITLES, None):
+        _retitle(found, {"signal": f"{json.dumps(visible_within(titles), ensure_ascii=False)}[metric]"})
     data = found.pop("datasets")
     looks = json.dumps(dict(visible_within(found)) | {"config": THEME["config"]})
     if palette:
@@ -266,28 +292,116 @@ def spec(picture: Picture, *, width: int | str, palette: str | None = None) -> d
     return dict(json.loads(looks)) | {"datasets": visible_within(data)}
 
 
+def _retitle(found: dict[str, Any], title: dict[str, str]) -> None:
+    """Give the axes of values without a title this one, a signal: Vega knows it there, and Vega-Lite's grammar does not."""
+    for layer in found["layer"]:
+        for axis in ("x", "y"):
+            channel = layer["encoding"].get(axis, {})
+            if channel.get("type") == "quantitative" and channel.get("title", "") is None:
+                channel["title"] = title
+
+
+# Pictures in files
+
 FORMATS = (".svg", ".png", ".pdf")
+INCH = 72
+"""Points of an inch, the unit of sizes in files."""
+DPI = 300
+ROOM = 60
+"""Pixels of width below which the numbers of a chart have no room."""
+FILE_FONT = "Arial, 'Liberation Sans', Helvetica, 'DejaVu Sans Condensed', sans-serif"
+"""Fonts whose letters are as wide as those that the chart was laid out with, so that an SVG is whole wherever it is shown."""
 
 
-def save(picture: Picture, path: Path, palette: str, *, width: int, title: str) -> None:
+class Size(NamedTuple):
+    """The size of a picture in points: its width, its height (the chart's own unless given), and the height of its text.
+
+    A picture is drawn as on a page and scaled until its text has that height; lines, dots and rows keep their proportion.
+    """
+
+    width: float = 6.5 * INCH
+    height: float | None = None
+    font: float = 9.0
+
+
+def save(picture: Picture, path: Path, palette: str, size: Size = Size(), *, title: str | None) -> None:
     """Write the chart as the kind of picture that the path's suffix, one of FORMATS, names.
 
-    The title is followed by the choices that are shown.
+    Args:
+        picture: The chart.
+        path: Its file.
+        palette: The palette of its colours, light or dark.
+        size: Its size.
+        title: The title, which is followed by the choices that are shown; without one there is neither.
+
+    Raises:
+        ConfigError: If the size leaves no room for the chart's numbers, or the report extra is not installed.
     """
-    found = spec(picture, width=width, palette=palette)
-    chosen = [f"{one['value']}" for one in found.get("params", ()) if one.get("value") is not None]
-    lines = [
-        line for text in (visible(title), *chosen) for line in textwrap.wrap(text, width // 6)
-    ]  # pixels a character
-    found["title"] = {"text": lines, "anchor": "start", "frame": "bounds", "offset": 12}
     converter = extra("vl_convert")
+    drawn = _drawn(converter, picture, palette, size, title)
+    _require_room(converter, picture, drawn, size, title)
+    height = size.height or size.width * drawn.height / drawn.width
+    unit = "pt" if path.suffix == ".svg" else ""
+    sides = f'width="{size.width:g}{unit}" height="{height:.6g}{unit}"'
+    svg = re.sub(r'width="[\d.]+" height="[\d.]+"', sides, drawn.svg, count=1)
     if path.suffix == ".svg":
-        made = converter.vegalite_to_svg(found).encode()
+        made = svg.encode()
     elif path.suffix == ".png":
-        made = converter.vegalite_to_png(found, scale=2)
+        made = converter.svg_to_png(svg, ppi=DPI)
     else:
-        made = converter.vegalite_to_pdf(found)
+        made = converter.svg_to_pdf(svg)
     write_atomically(path, lambda temporary: temporary.write_bytes(made))
+
+
+class _Drawn(NamedTuple):
+    """An SVG in pixels of a page, of which its text has FONT: its sides, and those of the part that shows the numbers."""
+
+    svg: str
+    width: float
+    height: float
+    inner_width: float
+    inner_height: float
+    least: float
+    """The smallest height of that part."""
+
+
+def _drawn(converter: Any, picture: Picture, palette: str, size: Size, title: str | None) -> _Drawn:
+    scale = FONT / size.font
+    width, height = size.width * scale, None if size.height is None else size.height * scale
+    found = spec(picture, width=width, height=height, palette=palette)
+    found["config"] = {**found["config"], "font": FILE_FONT}
+    if width < NARROW:
+        for name, looks in THEME["narrow"].items():
+            found["config"][name] = found["config"].get(name, {}) | looks
+    found.pop("title", None)
+    if title is not None:
+        chosen = [f"{one['value']}" for one in found.get("params", ()) if one.get("value") is not None]
+        per_line = max(1, int(width // 6))  # pixels a character
+        lines = [line for text in (visible(title), *chosen) for line in textwrap.wrap(text, per_line)]
+        found["title"] = {"text": lines, "anchor": "start", "frame": "bounds", "offset": 12}
+    svg = converter.vegalite_to_svg(found)
+    sides = re.search(r'width="([\d.]+)" height="([\d.]+)"', svg)
+    inner = re.search(r'class="background"[^>]* d="M[\d.]+,[\d.]+h(-?[\d.]+)v(-?[\d.]+)', svg)
+    assert sides is not None
+    assert inner is not None
+    return _Drawn(svg, *map(float, (*sides.groups(), *inner.groups())), found["usermeta"][LEAST])
+
+
+def _require_room(converter: Any, picture: Picture, drawn: _Drawn, size: Size, title: str | None) -> None:
+    """Raise ConfigError unless the numbers have room, with the size that gives it: what is beside them in a large picture."""
+    if drawn.inner_width < ROOM:
+        large = _drawn(converter, picture, "light", size._replace(width=20 * INCH), title)
+        side, given, pixels = "width", size.width, large.width - large.inner_width + ROOM
+    elif size.height is not None and drawn.inner_height < drawn.least:
+        large = _drawn(converter, picture, "light", size._replace(height=None), title)
+        side, given, pixels = "height", size.height, large.height - large.inner_height + drawn.least
+    else:
+        return
+    enough = math.ceil(100 * pixels * size.font / FONT / INCH + 1) / 100
+    raise ConfigError(
+        f"--{side} {given / INCH:.3g}in leaves the chart's numbers no room: "
+        f"try --{side} {enough}in, or a smaller --font-size"
+    )
 
 
 class _Level(NamedTuple):
@@ -342,7 +456,7 @@ def _along(alt: Any, values: "pd.Series[Any]", size: str) -> Any:
     Updates are on a linear axis, or on a logarithmic one that has a 0 if the steps grow like that.
     """
     if values.name == "site":
-        return alt.X("site:N", sort=_order(values), title=None, axis=alt.Axis(labelAngle=-30))
+        return alt.X("site:N", sort=_order(values), title="Norm, from first to last", axis=alt.Axis(labelAngle=-30))
     known = sorted(values.unique().tolist())
     if values.name == "x":
         scale = alt.Scale(type="log", nice=False, padding=20)
@@ -350,11 +464,11 @@ def _along(alt: Any, values: "pd.Series[Any]", size: str) -> Any:
     gaps = [b - a for a, b in pairwise(known)] or [1]
     if max(gaps) < 8 * min(gaps):
         axis = alt.Axis(tickMinStep=1, format="d", tickCount=12)
-        return alt.X("step:Q", title="updates", scale=alt.Scale(nice=False), axis=axis)
+        return alt.X("step:Q", title="Updates", scale=alt.Scale(nice=False), axis=axis)
     round_ones = [0, *(m * 10**k for k in range(9) for m in (1, 2, 5))]
     ticks = known if len(known) < 9 else [one for one in round_ones if known[0] <= one <= known[-1]]
     axis = alt.Axis(values=ticks, labelOverlap="greedy", labelSeparation=8)
-    return alt.X("step:Q", title="updates", scale=alt.Scale(type="symlog", nice=False), axis=axis)
+    return alt.X("step:Q", title="Updates", scale=alt.Scale(type="symlog", nice=False), axis=axis)
 
 
 def choices(frame: pd.DataFrame, *axes: str) -> dict[str, list[str]]:

@@ -2,7 +2,7 @@
 (async () => {
   const bytes = Uint8Array.from(atob(document.getElementById("data").textContent), (c) => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  const { charts, datasets } = await new Response(stream).json();
+  const { charts, datasets, narrow } = await new Response(stream).json();
 
   const rows = Object.fromEntries(
     Object.entries(datasets).map(([name, columns]) => {
@@ -17,8 +17,7 @@
     actions: false,
     defaultStyle: false,
     tooltip: { disableDefaultStyle: true },
-    // a narrow page keeps most of its width for the numbers
-    config: innerWidth < 600 ? { axisY: { labelLimit: 130 }, legend: { gradientLength: 200 } } : {},
+    config: innerWidth < 600 ? narrow : {},
   };
 
   // What is chosen is in the lists, in the address, and in the parameters of the charts that know it.

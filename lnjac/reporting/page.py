@@ -99,7 +99,11 @@ class Charts:
 
     def packed(self) -> str:
         """Return all charts and their data as base64."""
-        text = json.dumps({"charts": self.specs, "datasets": self.datasets}, separators=(",", ":"), allow_nan=False)
+        text = json.dumps(
+            {"charts": self.specs, "datasets": self.datasets, "narrow": marks.THEME["narrow"]},
+            separators=(",", ":"),
+            allow_nan=False,
+        )
         return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 

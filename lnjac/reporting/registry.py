@@ -76,6 +76,14 @@ class Chart(NamedTuple):
                 raise ConfigError(need.lacking(view))
         return self.function(view, metric)
 
+    def lacking(self, view: View) -> str | None:
+        """Return the reason for which the chart cannot be drawn; None if it can."""
+        try:
+            self.draw(view)
+        except ConfigError as error:
+            return str(error)
+        return None
+
 
 CHARTS: dict[str, Chart] = {}
 """Every chart by its name, in the order of a page."""
