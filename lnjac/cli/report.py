@@ -80,6 +80,7 @@ def plot(
     from lnjac.reporting.charts import CHARTS
     from lnjac.reporting.view import view
 
+    marks.require_extra()  # without it every chart would be one that these runs cannot show
     points = None if height is None else length(height, "--height")
     size = marks.Size(length(width, "--width"), points, font_size)
     if figure is None:
@@ -90,7 +91,6 @@ def plot(
     require_column(figure, list(CHARTS), "no chart for --figure is called")
     if output is None or output.suffix not in marks.FORMATS:
         raise ConfigError(f"the output {output or ''} must end in {', '.join(marks.FORMATS)}: try -o {figure}.svg")
-    marks.extra("altair")
     shown = view(open_tables(sources), by, where)
     if metric is None and (reason := CHARTS[figure].lacking(shown)):
         able = [name for name, other in CHARTS.items() if other.lacking(shown) is None]
@@ -109,9 +109,7 @@ def plot(
 def _list(shown: "View", as_json: bool) -> None:
     """Print each chart: what it shows, or the reason for which it cannot be drawn."""
     from lnjac.reporting.charts import CHARTS
-    from lnjac.reporting.marks import extra
 
-    extra("altair")  # without it every chart would be one that these runs cannot show
     lacking = {name: chart.lacking(shown) for name, chart in CHARTS.items()}
     if as_json:
         print(

@@ -29,6 +29,8 @@ from lnjac.text import listed, word
 
 LAYER_METRICS = ("radial_share", "cos_center_vs_true", "flat_cos_ste", "sigma_mean")
 RUN_METRICS = ("val_loss_nats", "train_loss_nats")
+HOLM = "p adjusted by Holm's method"
+"""How a note on adjusted p values begins."""
 EXACT = "exact"
 MOST_LEVELS = 30
 """Levels beyond which each is compared with the first alone, unless a reference is given."""
@@ -286,7 +288,7 @@ def _tests(found: Measurements, rows: pd.DataFrame, how: Inference) -> list[str]
         size = f"{sizes[-1]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
         of = "all norms, " * ("site" in rows) + "all backwards, " * (len(found.by) > 1) + "all pairs of levels"
         notes.append(
-            f"p adjusted by Holm's method over the {size} p value{'s' * (sizes[-1] > 1)} of one metric in one cell ({of}); "
+            f"{HOLM} over the {size} p value{'s' * (sizes[-1] > 1)} of one metric in one cell ({of}); "
             "never over metrics or cells"
         )
     return notes

@@ -33,6 +33,7 @@ from lnjac.reporting.marks import Levels, choices
 from lnjac.reporting.registry import CHARTS as CHARTS
 from lnjac.reporting.registry import Drawing, Function, Need, chart
 from lnjac.reporting.view import MOST, View, arranged, finite, thinned
+from lnjac.reporting.wording import counted
 from lnjac.runs.folder import DIVERGED
 
 MOST_STEPS = 40
@@ -85,7 +86,7 @@ def cost(view: View, metric: str | None) -> Drawing:
     whole = rows
     rows, seeds, left = strongest_places(rows, seeds)
     of = "cost of the backward" + " in {}" * (name != LOSS)
-    picture = _dots(rows, seeds, title=named(view, [name], of), levels=levels)
+    picture = _dots(rows, seeds, title=named(view, [name], of), rows_title="Backward", levels=levels)
     caption = f"What training with each backward costs in {name}: every seed, the mean, its 95% interval{left}."
     table = whole.rename(
         columns={"place": "backward", "mean_a": "loss", "mean_b": "exact's loss", "difference": "cost"}
@@ -117,7 +118,8 @@ def ranking(view: View, metric: str | None) -> Drawing:
         "the lowest are chosen by their mean: chance is part of why they are the lowest, and no interval allows for that"
     ]
     shown = seeds[seeds["place"].isin(view.levels)]
-    picture = marks.dots(shown, drawn.drop(columns="n"), title=named(view, [name]), zero=False)
+    title, by = named(view, [name]), worded(view.by)
+    picture = marks.dots(shown, drawn.drop(columns="n"), title=title, rows_title=by, zero=False)
     return Drawing(picture, caption, rows.rename(columns={"place": view.by}), notes, choices(drawn), seeds)
 
 
@@ -152,7 +154,7 @@ def headline(view: View, metric: str | None) -> Drawing:
         rows, seeds, whole = (
             part.drop(columns=["cell", *["pair"] * (place == "pair")]) for part in (rows, seeds, whole)
         )
-    picture = _dots(rows, seeds, title=named(view, rows["metric"], "difference in {}"))
+    picture = _dots(rows, seeds, title=named(view, rows["metric"], "difference in {}"), rows_title="Norm" if of_norms else None)
     of, where = (names[0] if len(names) == 1 else "the chosen loss"), " at each norm" * of_norms
     which = f" ({whole['pair'].iloc[0]})" if "pair" in whole and whole["pair"].nunique() == 1 else ""
     caption = (
@@ -175,7 +177,8 @@ def cost_difference(view: View, metric: str | None) -> Drawing:
     rows, seeds = (strongest_pairs(view, part.assign(place=part["ln_backward"])) for part in (rows, seeds))
     whole = rows
     rows, seeds, left = strongest_places(rows, seeds)
-    picture = _dots(rows, seeds, title=named(view, [name], "difference of costs" + " in {}" * (name != LOSS)))
+    title = named(view, [name], "difference of costs" + " in {}" * (name != LOSS))
+    picture = _dots(rows, seeds, title=title, rows_title="Backward")
     which = f" ({rows['pair'].iloc[0]})" if rows["pair"].nunique() == 1 else ""
     of = f"How the cost of each backward in {name} differs between levels of {found.by}{which}"
     caption = f"{of}: every seed, the mean, its 95% interval{left}."
@@ -188,20 +191,22 @@ def cost_difference(view: View, metric: str | None) -> Drawing:
 @chart("diverged", "Comparison", needs=[Need("runs", ["diverged_step"], 1, "no run diverged, which is good")])
 def diverged(view: View, metric: str | None) -> Drawing:
     """The update at which each run diverged."""
-    lost = view.runs[(view.runs["status"] == DIVERGED) & view.runs["level"].isin(view.levels)]
+    lost = view.runs[view.runs["status"] == DIVERGED]
     seeds = lost.dropna(subset="diverged_step")[["cell", "level", "seed", "diverged_step"]]
     seeds = seeds.rename(columns={"diverged_step": "value"})
     if seeds.empty:
         raise ConfigError("no run diverged, which is good")
-    seeds = seeds.assign(place=seeds["level"] if len(view.levels) > 1 else seeds["cell"])
+    by = view.runs["level"].nunique() > 1
+    seeds = seeds.assign(place=seeds["level"] if by else seeds["cell"])
     rows = seeds.groupby("place", sort=False)["value"].agg(["mean", "size"]).reset_index()
     rows = rows.rename(columns={"size": "n"}).assign(low=np.nan, high=np.nan)
-    caption = (
-        f"The update at which each of {len(lost)} diverged runs, of {len(view.runs)}, was stopped: every run, the mean."
-    )
     drawn = rows.head(MOST)
+    left = f"; the first {MOST} of {len(rows):,}, the others are in the CSV" * (len(rows) > MOST)
+    of = f"{counted(len(lost), 'diverged run')}, of {len(view.runs):,}"
+    caption = f"The update at which each of {of}, was stopped: every run, the mean{left}."
     of_drawn = seeds.loc[seeds["place"].isin(drawn["place"]), ["place", "level", "seed", "value"]]
-    picture = marks.dots(of_drawn, drawn.drop(columns="n"), title="Updates until the run diverged")
+    title, rows_title = "Updates until the run diverged", worded(view.by) if by else None
+    picture = marks.dots(of_drawn, drawn.drop(columns="n"), title=title, rows_title=rows_title)
     return Drawing(picture, caption, rows[["place", "mean", "n"]], seeds=seeds.drop(columns="place"))
 
 
@@ -343,7 +348,7 @@ def backwards(view: View, metric: str | None) -> Drawing:
     ]
     if rows["among"].nunique() < 2:
         rows = rows.drop(columns="among")
-    return _of_learning(view, rows, None, Levels("ln_backward", names), notes, " with each backward")
+    return _of_learning(view, rows, None, Levels(worded("ln_backward"), names), notes, " with each backward")
 
 
 def _learning(view: View, metric: str | None) -> tuple[pd.DataFrame, list[str]]:
@@ -448,10 +453,12 @@ def scaling(view: View, metric: str | None, size: str) -> Drawing:
 
 
 def _levels(view: View) -> Levels:
-    return Levels(view.by, view.levels)
+    return Levels(worded(view.by), view.levels)
 
 
-def _dots(rows: pd.DataFrame, seeds: pd.DataFrame, *, title: str, levels: Levels = marks.ONE) -> marks.Picture:
+def _dots(
+    rows: pd.DataFrame, seeds: pd.DataFrame, *, title: marks.Title, rows_title: str | None, levels: Levels = marks.ONE
+) -> marks.Picture:
     """Draw differences, of which the columns to choose by are kept."""
     own = [name for name in ("cell", "pair", "metric") if name in rows and rows[name].nunique() > 1]
     keys = [*own, "place", *["level"] * bool(levels.names)]
@@ -460,6 +467,7 @@ def _dots(rows: pd.DataFrame, seeds: pd.DataFrame, *, title: str, levels: Levels
         dots[[*keys, "seed", "value"]],
         rows.rename(columns={"difference": "mean"})[[*keys, "mean", "low", "high"]].dropna(subset="mean"),
         title=title,
+        rows_title=rows_title,
         levels=levels,
     )
 

@@ -32,6 +32,10 @@ REMEDIES = {
 """For the warnings of a merge (lnjac.runs.merge): what a reader can do."""
 
 
+SENTENCE = re.compile(r"[a-z]+ (?!holds no run folders)")
+"""How a doubt begins that may be given a capital: with a word, and not with a path."""
+
+
 class Facts:
     """The runs of a view in words."""
 
@@ -76,7 +80,7 @@ class Facts:
                 f"{lost} of {of} diverged and {'is' if lost == 1 else 'are'} in no mean, which flatters their levels: "
                 "lower optimizer.lr and run them again."
             )
-        return [found_one[:1].upper() + found_one[1:] for found_one in found]
+        return [text[0].upper() + text[1:] if SENTENCE.match(text) else text for text in found]
 
     def varies(self) -> list[tuple[str, str]]:
         """Return the columns in which runs differ, with their values."""

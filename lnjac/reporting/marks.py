@@ -58,6 +58,12 @@ def extra(module: str) -> Any:
         raise ConfigError(MISSING) from None
 
 
+def require_extra() -> None:
+    """Raise ConfigError, with the command that installs it, unless the report extra is installed."""
+    for module in ("altair", "jinja2", "vl_convert"):
+        extra(module)
+
+
 # Three kinds of drawing
 
 
@@ -77,6 +83,7 @@ def dots(
     intervals: pd.DataFrame,
     *,
     title: Title,
+    rows_title: str | None = None,
     levels: Levels = ONE,
     zero: bool = True,
     joined: bool = False,
@@ -87,6 +94,7 @@ def dots(
         seeds: place, level, seed, value, and perhaps columns to choose by. Of a place, each part between commas is a line.
         intervals: place, level, mean, low, high, and perhaps columns to choose by.
         title: The title of the axis; if the metric can be chosen, that of each.
+        rows_title: The title of the places.
         levels: The levels of the column `level`.
         zero: Whether 0 is shown, as a line.
         joined: Whether the dots of one seed are joined from place to place.
@@ -95,7 +103,7 @@ def dots(
     places = _order(intervals["place"])
     level = _level(alt, intervals, levels)
     parts = max((name.count(", ") + 1 for name in places), default=1)
-    rows = [alt.Y("place:N", sort=places, title=None, axis=alt.Axis(labelExpr="split(datum.label, ', ')"))]
+    rows = [alt.Y("place:N", sort=places, title=rows_title, axis=alt.Axis(labelExpr="split(datum.label, ', ')"))]
     step = max(26 if len(places) < 16 else 17, 15 * parts + 6)
     if level.names and not intervals["level"].equals(intervals["place"]):
         rows.append(alt.YOffset("level:N", sort=level.names, scale=alt.Scale(domain=level.names)))
@@ -105,9 +113,9 @@ def dots(
         axis = alt.Axis(tickCount={"expr": "min(7, ceil(width / 55))"}, labelExpr=NUMBER, labelSeparation=6)
         return alt.X(f"{column}:Q", title=_axis(intervals, title), scale=alt.Scale(zero=zero), axis=axis)
 
-    bars = _bounded(_filtered(alt, intervals)).encode(*rows, *level.colour(), tooltip=_numbers(alt, intervals))
+    bars = _told(alt, _bounded(_filtered(alt, intervals)), intervals).encode(*rows, *level.colour())
     base = _filtered(alt, seeds).encode(*rows, at("value"))
-    drawn = [base.mark_point(style="seed").encode(*level.colour(shape=True), tooltip=_numbers(alt, seeds))]
+    drawn = [_told(alt, base, seeds).mark_point(style="seed").encode(*level.colour(shape=True))]
     drawn.append(bars.mark_tick(style="middle", orient="vertical").encode(at("mean")))
     drawn.insert(0, bars.mark_rule(style="interval").encode(at("from"), alt.X2("to:Q")))
     if joined:
@@ -137,10 +145,9 @@ def shades(frame: pd.DataFrame, *, legend: str, sites: Sequence[str], breaks: Se
     """
     alt = extra("altair")
     columns = _order(frame["metric"])
-    base = _filtered(alt, frame, "site", "metric").encode(
+    base = _told(alt, _filtered(alt, frame, "site", "metric"), frame.drop(columns=["shade", "shown"])).encode(
         x=alt.X("metric:N", sort=columns, title=None, axis=alt.Axis(orient="top", labelAngle=-55)),
         y=alt.Y("site:N", sort=None, title=None, scale=alt.Scale(domain=list(sites)), axis=alt.Axis(ticks=False)),
-        tooltip=_numbers(alt, frame.drop(columns=["shade", "shown"])),
     )
     shade = alt.Color(
         "shade:Q",
@@ -196,7 +203,7 @@ def lines(
         )
 
     along = _along(alt, frame[x], size)
-    base = _bounded(_filtered(alt, frame, x)).encode(along, *level.colour(), tooltip=_numbers(alt, frame))
+    base = _told(alt, _bounded(_filtered(alt, frame, x)), frame).encode(along, *level.colour())
     band = base.mark_area(style="band").encode(at("from"), alt.Y2("to:Q"))
     drawn = [band, base.mark_line().encode(at("mean"), *level.dashes())]
     if not many:
@@ -377,7 +384,8 @@ def _drawn(converter: Any, picture: Picture, palette: str, size: Size, title: st
     if title is not None:
         chosen = [f"{one['value']}" for one in found.get("params", ()) if one.get("value") is not None]
         per_line = max(1, int(width // 6))  # pixels a character
-        lines = [line for text in (visible(title), *chosen) for line in textwrap.wrap(text, per_line)]
+        shown = [f"Shown: {', '.join(chosen)}."] if chosen else []
+        lines = [line for text in (visible(title), *shown) for line in textwrap.wrap(text, per_line)]
         found["title"] = {"text": lines, "anchor": "start", "frame": "bounds", "offset": 12}
     svg = converter.vegalite_to_svg(found)
     sides = re.search(r'width="([\d.]+)" height="([\d.]+)"', svg)
@@ -508,10 +516,18 @@ def _picked(names: Iterable[str], whatever: Collection[str] = ()) -> str:
     return " && ".join(f"(!datum.{name} || {one})" if name in whatever else one for name, one in chosen.items())
 
 
-def _numbers(alt: Any, frame: pd.DataFrame) -> list[Any]:
-    """Return a tooltip of all columns."""
-    kinds = {True: {"type": "quantitative", "format": ".4~g"}, False: {"type": "nominal"}}
-    return [alt.Tooltip(str(name), **kinds[frame[name].dtype.kind == "f"]) for name in frame]
+def _told(alt: Any, chart: Any, frame: pd.DataFrame) -> Any:
+    """Return the chart with a tooltip of all columns of a frame, in which a missing number is a dash."""
+    told, numbers = [], {}
+    for name in map(str, frame):
+        if frame[name].dtype.kind != "f":
+            told.append(alt.Tooltip(name, type="nominal"))
+        elif frame[name].notna().all():
+            told.append(alt.Tooltip(name, type="quantitative", format=".4~g"))
+        else:
+            numbers[f"told {name}"] = f"datum.{name} === null ? '–' : format(datum.{name}, '.4~g')"
+            told.append(alt.Tooltip(f"told {name}", type="nominal", title=name))
+    return (chart.transform_calculate(**numbers) if numbers else chart).encode(tooltip=told)
 
 
 def _order(values: "pd.Series[Any]") -> list[str]:

@@ -1,5 +1,6 @@
 """Report on merged runs as one offline page: what was run, what differs, where and since when, what it costs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from os import PathLike
@@ -7,13 +8,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from lnjac.comparing.compare import HOLM
 from lnjac.comparing.experiment import RUN
 from lnjac.comparing.tables import FRAMES, MergedTables, Sources, open_tables
 from lnjac.errors import ConfigError
 from lnjac.files import write_atomically
 from lnjac.reporting.charts import CHARTS, lead
 from lnjac.reporting.facts import PROVENANCE, Facts
-from lnjac.reporting.marks import extra
+from lnjac.reporting.marks import require_extra
 from lnjac.reporting.page import BAR, Charts, Figure, Section, offered, render
 from lnjac.reporting.verdict import verdict
 from lnjac.reporting.view import View, view
@@ -56,6 +58,7 @@ def report(
     path = Path(output)
     if path.suffix != ".html":
         raise ConfigError(f"the output {path} must end in .html: try {path.name}.html")
+    require_extra()
     made = make(open_tables(sources), title or _name(sources), by, where)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: temporary.write_text(made.html, encoding="utf-8"))
@@ -64,7 +67,7 @@ def report(
 
 def make(merged: MergedTables, title: str, by: str | None = None, where: str | None = None) -> Report:
     """Return the page of merged tables. For a chart that cannot be drawn it has a line with what is lacking."""
-    extra("altair")  # without it every chart would be one that cannot be drawn
+    require_extra()  # without it every chart would be one that cannot be drawn
     shown, charts = view(merged, by, where), Charts()
     if lacking := [name for name in (*PROVENANCE, "dirty", "started_at", "wall_s") if name not in shown.runs]:
         raise ConfigError(
@@ -94,7 +97,7 @@ def make(merged: MergedTables, title: str, by: str | None = None, where: str | N
         varies=facts.varies(),
         fixed=facts.fixed(),
         provenance=facts.provenance(),
-        computed=list(dict.fromkeys(note for figure in figures for note in figure.drawing.notes)),
+        computed=_computed(figures),
         skipped=[f"{skip['path']}: {skip['reason']}" for skip in merged.report.get("skipped", [])],
         diverged=_diverged(shown),
         sections=sections,
@@ -126,6 +129,18 @@ def _name(sources: Sources) -> str:
 def _columns(merged: MergedTables, table: str) -> pd.DataFrame:
     """Return the described columns of a table, a row for each."""
     return pd.DataFrame(merged.described(table).values())[["name", "dtype", "unit", "meaning"]]
+
+
+def _computed(figures: Sequence[Figure]) -> list[str]:
+    """Return the notes of all figures, each once; those on adjusted p values, which differ in their numbers, as one."""
+    notes = dict.fromkeys(note for figure in figures for note in figure.drawing.notes)
+    if sum(note.startswith(HOLM) for note in notes) < 2:
+        return list(notes)
+    once = (
+        f"{HOLM} over the p values of one metric in one cell (all norms or backwards, and all pairs of levels), which the "
+        "column family counts; never over metrics or cells"
+    )
+    return list(dict.fromkeys(once if note.startswith(HOLM) else note for note in notes))
 
 
 def _diverged(view: View) -> dict[str, pd.DataFrame] | None:

@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +157,7 @@ class Sweeper(HydraSweeper):
 
     def _folder(self) -> Path:
         """Return the sweep's own folder, its name and the sweep's other settings checked."""
+        settings.require_heard(self.config)
         for name in ("retry_failed", "stop_on_failure", "dry_run"):
             if not isinstance(value := getattr(self, name), bool):
                 raise CompactHydraException(f"{self.key(name)}={value} must be true or false")
@@ -382,10 +382,15 @@ def _say(folder: Path) -> None:
 
 def _report(folder: Path) -> None:
     """Write the report of the merged table. No sweep fails for want of a report."""
-    if not (find_spec("altair") and find_spec("vl_convert")):
-        return
+    from lnjac.errors import ConfigError
+    from lnjac.reporting.marks import require_extra
     from lnjac.reporting.report import report
 
+    try:
+        require_extra()
+    except ConfigError as error:
+        log.info("no report: %s", error)
+        return
     try:
         report(folder / "all.parquet", output=folder / REPORT, title=folder.name)
     except Exception as error:

@@ -239,7 +239,25 @@ def test_means_of_one_seed_have_a_band_of_no_width():
     (band,) = layers(spec, "area")
     ends = {one["as"]: one["calculate"] for one in band["transform"] if "calculate" in one}
     assert ends["from"] == "datum.low === null ? datum.mean : datum.low"
-    assert {band["encoding"][axis]["field"] for axis in ("y", "y2")} == set(ends)
+    assert {band["encoding"][axis]["field"] for axis in ("y", "y2")} == {"from", "to"} < set(ends)
+
+
+def test_a_tooltip_shows_a_missing_number_as_a_dash():
+    """Vega-Lite would show it as null."""
+    import vl_convert
+
+    frame = lines(site=SITES).assign(high=np.nan, low=[0.5, np.nan] * 3)
+    spec = vl_convert.vegalite_to_vega(marks.spec(drawn_lines(frame, "site"), width=400))
+    said = [mark["encode"]["update"].get("tooltip", {}).get("signal", "") for mark in walked(spec["marks"])]
+    assert any('"low": isValid(datum["told low"])' in one and '"mean": format(datum["mean"]' in one for one in said)
+    assert not any('datum["low"]' in one or 'datum["high"]' in one for one in said)
+    formulas = {one["as"]: one["expr"] for data in spec["data"] for one in data.get("transform", ()) if "as" in one and "expr" in one}
+    assert formulas["told low"] == "datum.low === null ? '–' : format(datum.low, '.4~g')"
+
+
+def walked(marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Marks, and those within them."""
+    return [found for mark in marks for found in (mark, *walked(mark.get("marks", [])))]
 
 
 def test_a_maps_shades_are_centred():

@@ -47,6 +47,18 @@ def test_an_experiment_may_zip_beside_its_params(add_experiment: Any) -> None:
     assert (one[-2:], other[-2:]) == (["+experiment=mine", "steps=5"],) * 2
 
 
+def test_a_typed_zip_that_an_experiments_own_would_silence_is_refused(add_experiment: Any) -> None:
+    add_experiment("hydra: {mode: MULTIRUN, sweeper: {zip: [{steps: 10}, {steps: 20}], params: {seed: '1,2'}}}\n")
+    assert [job[-1] for job in jobs("+experiment=mine")] == ["steps=10", "steps=20"] * 2
+    for words, said in (
+        (("zip=[{steps:5}]",), r"zip=\[\{steps:5\}\] has no effect, since hydra.sweeper.zip is set too.*: write hydra.sweeper.zip"),
+        (("hydra.sweeper.dry_run=true", "dry_run=false"), "dry_run=false has no effect, since hydra.sweeper.dry_run is set"),
+    ):
+        with pytest.raises(CompactHydraException, match=said):
+            sweeper_of("+experiment=mine", *words)._folder()
+    sweeper_of("+experiment=mine", "hydra.sweeper.zip=[{steps:5}]", "steps=3")._folder()
+
+
 @pytest.fixture
 def add_experiment(add_member: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     def add(text: str) -> None:
