@@ -84,7 +84,7 @@ _LATEX |= {
     "~": "\\textasciitilde{}",
     '"': "{\\char34}",
 }
-_LATEX |= {"<": "\\textless{}", ">": "\\textgreater{}", "|": "\\textbar{}", "…": "\\ldots{}", "–": "--", "—": "---"}
+_LATEX |= {"<": "$<$", ">": "$>$", "|": "\\textbar{}", "…": "\\ldots{}", "–": "--", "—": "---"}
 _LATEX |= {"−": "$-$", "×": "$\\times$", "±": "$\\pm$", "≤": "$\\leq$", "≥": "$\\geq$", "∞": "$\\infty$"}
 _LATEX |= dict(zip("ßæÆøØ", ("\\ss{}", "\\ae{}", "\\AE{}", "\\o{}", "\\O{}"), strict=True))
 _GREEK = {"αβγδεζηθικλμν": "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu"}

@@ -118,9 +118,9 @@ def test_latex_is_ascii_without_a_bare_special(text: str):
 
 
 def test_latex_has_its_own_signs():
-    assert escape.latex("a − b <1e-4 50% x_1") == r"a $-$ b \textless{}1e-4 50\% x\_1"
+    assert escape.latex("a − b <1e-4 50% x_1") == r"a $-$ b $<$1e-4 50\% x\_1"
     assert escape.latex("--?`") == "-{}-{}?{}`"
-    assert escape.latex("éσΛ中") == r"\'{e}$\sigma$$\Lambda$\textless{}U+4E2D\textgreater{}"
+    assert escape.latex("éσΛ中") == r"\'{e}$\sigma$$\Lambda$$<$U+4E2D$>$"
     assert escape.latex_paragraph("a_b" + "x" * 30).count(r"\allowbreak") == 3
 
 
@@ -185,6 +185,9 @@ def test_each_export_holds_each_level_once(lnjac: Any, study: Path, tmp_path: Pa
     assert all(escape.latex_paragraph(note) in tex for note in notes)
     tex = tex.replace("\\allowbreak{}", "").replace("{}", "")
     assert all(escape.latex(name).replace("{}", "") in tex for name in HOSTILE)
+    labels = re.findall(r"\\label\{(.*?)\}", tex)
+    assert len(labels) == len(set(labels)) == tex.count(r"\lnjaccaption{") > 0
+    assert all(re.fullmatch("tab:[a-z0-9.-]+", label) for label in labels)
 
 
 def compiled(tex: Path) -> str:
@@ -232,8 +235,10 @@ def test_latex_says_what_the_terminal_says(lnjac: Any, tmp_path: Path):
     first = lines.index("val_loss_nats") + 1
     assert rows == [" ".join(line.split()) for line in lines[first : first + 4]]
     assert "softmax − sigmoid" in rows[-2] + rows[-1] + rows[1]
-    assert r"\textbf{val_loss_nats}" in body
-    assert all(f"noindent {line}" in body for line in lines if line.startswith("- "))
+    label = r"\label{tab:difference-by-attn-mode-val-loss-nats}"
+    assert rf"\lnjaccaption{{val_loss_nats: difference by attn_mode}}{label}" in body
+    under = body.split(r"\end{tabular}")[1]
+    assert all(f"noindent {line.removeprefix('- ')}" in under for line in lines if line.startswith("- "))
 
 
 COLUMN = 'method.\\u "x"|\n= $_'

@@ -206,6 +206,9 @@ def _choices(found: "Choices | None") -> list[Grid]:
 
 # An answer as tables
 
+PAIR = "pair of levels"
+"""The name of the pair in words among a row's values."""
+
 Row = dict[str, Any]
 Column = tuple[str, str, int]
 """The head of a column, the name of its values in rows, and the digits of those that are numbers."""
@@ -223,10 +226,10 @@ def _differences(found: "Differences", confidence: float, seeds: bool, what: str
     labels = named if named and len(a) == len(b) == 1 else [*named, pair]
     lines = []
     for row in _records(rows):
-        sides = f"{word(row['a'])} − {word(row['b'])}" if pair == "a − b" else word(row["a"])
         diverged = " ".join(f"{row[f'diverged_{side}']}/{row[f'runs_{side}']}" for side in "ab")
         p = "<1e-4" if row["p_adjusted"] < 1e-4 else row["p_adjusted"]
-        more = {pair: sides, "interval": _interval(row), "p": p, "diverged": diverged}
+        both = f"{word(row['a'])} − {word(row['b'])}"
+        more = {pair: both if pair == "a − b" else word(row["a"]), PAIR: both, "interval": _interval(row), "p": p, "diverged": diverged}
         lines.append(row | {name: _level(row, name) for name in key} | more)
     columns = [(head_a, "mean_a", 5), (head_b, "mean_b", 5), (what, "difference", 4)]
     columns += [(_percent(confidence), "interval", 0), ("effect", "effect", 2), ("p adj.", "p", 2), ("n", "n", 0)]
@@ -236,7 +239,8 @@ def _differences(found: "Differences", confidence: float, seeds: bool, what: str
         columns.append(("diverged", "diverged", 0))
     each = found.seeds.rename(columns={"value_a": "mean_a", "value_b": "mean_b"}) if seeds else None
     strong = set(rows.index[found.headline()]) if "site" in key else set()
-    return _grids(lines, apart, labels, columns, each, strong, spare=("effect", "mean_a", "mean_b", "diverged"))
+    spare, of = ("effect", "mean_a", "mean_b", "diverged"), f"{what} by {found.by}"
+    return _grids(lines, apart, labels, columns, each, strong, spare=spare, of=of)
 
 
 def _slopes(found: "Scaling", confidence: float, seeds: bool) -> list[Grid]:
@@ -266,7 +270,7 @@ def _slopes(found: "Scaling", confidence: float, seeds: bool) -> list[Grid]:
         *(f"x={head}" for head in levels),
     ]
     each = found.seeds if seeds else None
-    return _grids(lines, apart, named or ["metric"], columns, each, by=f", by {found.x}", spare=spare)
+    return _grids(lines, apart, named or ["metric"], columns, each, by=f", by {found.x}", spare=spare, of="slope")
 
 
 def _grids(
@@ -278,23 +282,26 @@ def _grids(
     strong: Collection[Any] = (),
     by: str = "",
     spare: Sequence[str] = (),
+    of: str = "",
 ) -> list[Grid]:
     """Return a table for each metric and each value of `apart`: a line for each row, and under it one for each seed.
 
-    The index of `seeds` is the number of the row. `spare` names values that a narrow terminal may leave out, in that order.
+    The index of `seeds` is the number of the row. `spare` names values that a narrow terminal may leave out, in that order,
+    `of` what the numbers are of.
     """
     below: dict[Any, list[Row]] = {} if seeds is None else {at: _records(part) for at, part in seeds.groupby(level=0)}
     heads, names = [*labels, *(head for head, *_ in columns)], [*labels, *(name for _, name, _ in columns)]
     ends = [names.index(name) for name in dict.fromkeys(spare) if name in names]
-    found: dict[str, Grid] = {}
+    found, pairs = dict[str, Grid](), dict[str, list[str]]()
     for at, row in enumerate(lines):
         title = " ".join([row["metric"], *(f"{name}={row[name]}" for name in apart)]) + by
-        grid = found.setdefault(title, Grid(title, heads, len(labels), [], set(), ends))
+        grid = found.setdefault(title, Grid(title, heads, len(labels), [], set(), ends, of, pairs.setdefault(title, [])))
         if at in strong:
             grid.strong.add(len(grid.lines))
         for one in (row, *below.get(at, ())):
             seed = [*[""] * (len(labels) - 1), f"  seed {one.get('seed')}"]
             names = [row[name] for name in labels] if one is row else seed
+            pairs[title].append(row.get(PAIR, ""))
             grid.lines.append([*names, *(_cell(one.get(name, ""), digits) for _, name, digits in columns)])
     return list(found.values())
 

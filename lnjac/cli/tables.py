@@ -7,6 +7,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,8 @@ FORMATS = (".csv", ".md", ".tex", ".parquet")
 class Grid(NamedTuple):
     """A table of text under its title: `labels` columns of names, then numbers; `strong` lines are the headline.
 
-    `spare` are columns that a narrow terminal may leave out, the least needed first.
+    `spare` are columns that a narrow terminal may leave out, the least needed first. `of` tells what the numbers are of.
+    `pairs` has for each line the pair of levels that the last column of names tells, by which a wide table may be split.
     """
 
     title: str
@@ -32,6 +34,8 @@ class Grid(NamedTuple):
     lines: list[list[str]]
     strong: set[int]
     spare: Sequence[int] = ()
+    of: str = ""
+    pairs: Sequence[str] = ()
 
     def text(self, without: Collection[int] = ()) -> str:
         """Return the heads and lines in aligned columns, some of which may be left out."""
@@ -142,17 +146,24 @@ def _markdown(part: Part) -> str:
 ROWS_OF_A_PAGE = 36
 """Lines of a table in LaTeX, after which it is continued in another: a table cannot be broken between pages."""
 
-LATEX_BEGIN = r"""% A document of its own, or part of another by \input.
-% There the package graphicx shrinks wide tables, and booktabs draws their rules.
+POINTS_OF_A_COLUMN = 6.5 * 72
+"""Width of the text column that a table is to fit, in points; a character has about CHARACTER, and between columns are GAP."""
+CHARACTER, GAP = 5.0, 12.0
+
+LATEX_BEGIN = r"""% A document of its own, or part of another by \input. Each table has a \label for \ref.
+% There the package graphicx shrinks tables that are too wide, and booktabs draws their rules.
 \makeatletter
 \def\lnjacend{}
 \ifx\@nodocument\relax\else
   \documentclass{article}
   \usepackage{graphicx}
   \IfFileExists{booktabs.sty}{\usepackage{booktabs}}{}
+  \setlength{\textwidth}{6.5in}
+  \setlength{\oddsidemargin}{0in}
   \begin{document}
   \def\lnjacend{\end{document}}
 \fi
+\providecommand{\lnjaccaption}[1]{\def\@captype{table}\caption{#1}}
 \makeatother
 \providecommand{\resizebox}[3]{#3}
 \providecommand{\toprule}{\hline}
@@ -162,17 +173,44 @@ LATEX_BEGIN = r"""% A document of its own, or part of another by \input.
 
 
 def _latex(parts: Sequence[Part]) -> str:
-    """Return tables and notes in ASCII and without a package, so that any LaTeX compiles them."""
-    body = [_latex_table(part) if isinstance(part, Grid) else _latex_line(part) for part in parts]
-    return "\n".join([LATEX_BEGIN, *body, "\\lnjacend\n"])
+    """Return tables, each with its label and its notes, in ASCII and without a package, so that any LaTeX compiles them."""
+    body, above, labels = [LATEX_BEGIN], "", list[str]()
+    for part in parts:
+        if isinstance(part, Grid):
+            for each in _by_pair(part):
+                labels.append(_label(each, labels))
+                body.append(_latex_table(each, labels[-1]))
+            above = "\\nopagebreak\\smallskip"
+        elif above and part.startswith("- "):
+            note = latex_paragraph(part.removeprefix("- "))
+            body.append(f"{above}{{\\footnotesize\\raggedright\\noindent {note}\\par}}")
+            above = "\\nopagebreak"
+        else:
+            body.append(f"{{\\raggedright\\noindent {latex_paragraph(part)}\\par}}" if part else "\\medskip")
+            above = ""
+    return "\n".join([*body, "\\lnjacend\n"])
 
 
-def _latex_line(text: str) -> str:
-    return f"{{\\raggedright\\noindent {latex_paragraph(text)}\\par}}" if text else "\\medskip"
+def _by_pair(grid: Grid) -> list[Grid]:
+    """Return a table that is wider than a column of text as one for each pair of levels, which its title names."""
+    wide = sum(max(map(len, column)) for column in zip(grid.heads, *grid.lines, strict=True)) * CHARACTER
+    wide += GAP * (len(grid.heads) - 1)
+    if wide <= POINTS_OF_A_COLUMN or grid.labels < 2 or len(set(grid.pairs)) < 2:
+        return [grid]
+    at, found = grid.labels - 1, list[Grid]()
+    heads = [*grid.heads[:at], *grid.heads[at + 1 :]]
+    for pair in dict.fromkeys(grid.pairs):
+        own = [line for line, name in zip(grid.lines, grid.pairs, strict=True) if name == pair]
+        # a seed is named in the column that goes
+        lines = [[*line[: at - 1], line[at - 1] or line[at], *line[at + 1 :]] for line in own]
+        found.append(Grid(f"{grid.title}, {pair}", heads, at, lines, set(), of=grid.of))
+    return found
 
 
 def _latex_cell(text: str) -> str:
     """Return a cell for LaTeX; the numbers of an interval, a bound or a value stand in maths, where `-` is a minus sign."""
+    if text == "-":  # nothing is there
+        return "--"
     if not re.fullmatch(rf"<?{_NUMBER}( to {_NUMBER})?", text):
         return latex(text)
     return re.sub(rf"<?{_NUMBER}", lambda found: f"${re.sub('e(.*)', _power, found[0])}$", text)
@@ -185,27 +223,34 @@ def _power(found: "re.Match[str]") -> str:
     return rf" \cdot 10^{{{int(found[1])}}}"
 
 
-def _latex_table(grid: Grid) -> str:
-    title, grid = latex_paragraph(grid.title), grid.escaped(_latex_cell)
+def _label(grid: Grid, taken: Collection[str]) -> str:
+    """Return a label made of what is compared, with a number where other letters than ASCII's leave two alike."""
+    plain = "tab:" + re.sub("[^a-z0-9.]+", "-", f"{grid.of} {grid.title}".lower()).strip("-")
+    return next(label for n in count(1) if (label := f"{plain}-{n}" if n > 1 else plain) not in taken)
+
+
+def _latex_table(grid: Grid, label: str) -> str:
+    """Return a table with a caption and a label, in pieces that fit a page."""
+    said = f"{grid.title}: {grid.of}" if grid.of else grid.title
+    caption = f"\\lnjaccaption{{{latex_paragraph(said)}}}\\label{{{label}}}"
+    grid = grid.escaped(_latex_cell)
     sides = "l" * grid.labels + "r" * (len(grid.heads) - grid.labels)
     found = []
     for first in range(0, len(grid.lines), ROWS_OF_A_PAGE):
         rows = [grid.heads, *grid.lines[first : first + ROWS_OF_A_PAGE]]
         head, *lines = [" & ".join(re.sub("^  ", r"\\quad ", cell) for cell in row) + r" \\" for row in rows]
-        inside = "\n".join(
-            [
-                rf"\begin{{tabular}}{{@{{}}{sides}@{{}}}}",
-                r"\toprule",
-                head,
-                r"\midrule",
-                *lines,
-                r"\bottomrule",
-                r"\end{tabular}",
-            ]
-        )
-        said = title + (" (continued)" if first else "")
-        found.append(
-            f"{{\\raggedright\\noindent\\textbf{{{said}}}\\par\\nobreak\\smallskip\\noindent\n"
-            f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%\n{inside}}}\\par\\medskip}}\n"
-        )
+        found += [
+            r"\par\medskip\noindent\begin{minipage}{\linewidth}\centering",
+            f"{latex_paragraph(said)} (continued)\\par" if first else caption,
+            "\\smallskip",
+            "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
+            rf"\begin{{tabular}}{{@{{}}{sides}@{{}}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}}",
+            r"\end{minipage}\par",
+        ]
     return "\n".join(found)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import re
-import sys
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
