@@ -41,9 +41,9 @@ ELSEWHERE = {
 
 BEGIN = """# Gallery
 
-Every chart that a report shows and `lnjac plot` draws. `python docs/gallery.py` draws them with the commands below, from tables
-in `studies/`, and writes this page. `lnjac plot TABLE` lists the charts that your own table can show, and
-for each other chart what it lacks.
+Every chart that a report shows and `lnjac plot` draws. `python docs/gallery.py` draws them with the commands below,
+from tables in `studies/`, and writes this page. `lnjac plot TABLE` lists the charts that your own table can show, and what it
+lacks for each other chart.
 
 For a paper, add the size: `--width 3.25in --font-size 8 --no-title -o X.pdf` ([Save one chart](report.md#save-one-chart)).
 """

@@ -229,7 +229,8 @@ def _differences(found: "Differences", confidence: float, seeds: bool, what: str
         diverged = " ".join(f"{row[f'diverged_{side}']}/{row[f'runs_{side}']}" for side in "ab")
         p = "<1e-4" if row["p_adjusted"] < 1e-4 else row["p_adjusted"]
         both = f"{word(row['a'])} − {word(row['b'])}"
-        more = {pair: both if pair == "a − b" else word(row["a"]), PAIR: both, "interval": _interval(row), "p": p, "diverged": diverged}
+        names = {PAIR: both, pair: both if pair == "a − b" else word(row["a"])}
+        more = names | {"interval": _interval(row), "p": p, "diverged": diverged}
         lines.append(row | {name: _level(row, name) for name in key} | more)
     columns = [(head_a, "mean_a", 5), (head_b, "mean_b", 5), (what, "difference", 4)]
     columns += [(_percent(confidence), "interval", 0), ("effect", "effect", 2), ("p adj.", "p", 2), ("n", "n", 0)]
@@ -295,7 +296,9 @@ def _grids(
     found, pairs = dict[str, Grid](), dict[str, list[str]]()
     for at, row in enumerate(lines):
         title = " ".join([row["metric"], *(f"{name}={row[name]}" for name in apart)]) + by
-        grid = found.setdefault(title, Grid(title, heads, len(labels), [], set(), ends, of, pairs.setdefault(title, [])))
+        grid = found.setdefault(
+            title, Grid(title, heads, len(labels), [], set(), ends, of, pairs.setdefault(title, []))
+        )
         if at in strong:
             grid.strong.add(len(grid.lines))
         for one in (row, *below.get(at, ())):

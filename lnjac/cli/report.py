@@ -76,21 +76,21 @@ def plot(
     """
     from lnjac.comparing.filter import require_column
     from lnjac.comparing.tables import open_tables
-    from lnjac.reporting import marks
+    from lnjac.reporting import marks, pictures
     from lnjac.reporting.charts import CHARTS
     from lnjac.reporting.view import view
 
     marks.require_extra()  # without it every chart would be one that these runs cannot show
     points = None if height is None else length(height, "--height")
-    size = marks.Size(length(width, "--width"), points, font_size)
+    size = pictures.Size(length(width, "--width"), points, font_size)
     if figure is None:
         if output is not None:
             raise ConfigError(f"--figure is missing, the chart to draw: choose one of {', '.join(CHARTS)}")
         _list(view(open_tables(sources), by, where), as_json)
         return
     require_column(figure, list(CHARTS), "no chart for --figure is called")
-    if output is None or output.suffix not in marks.FORMATS:
-        raise ConfigError(f"the output {output or ''} must end in {', '.join(marks.FORMATS)}: try -o {figure}.svg")
+    if output is None or output.suffix not in pictures.FORMATS:
+        raise ConfigError(f"the output {output or ''} must end in {', '.join(pictures.FORMATS)}: try -o {figure}.svg")
     shown = view(open_tables(sources), by, where)
     if metric is None and (reason := CHARTS[figure].lacking(shown)):
         able = [name for name, other in CHARTS.items() if other.lacking(shown) is None]
@@ -98,7 +98,7 @@ def plot(
     drawing = CHARTS[figure].draw(shown, metric)
     output.parent.mkdir(parents=True, exist_ok=True)
     said = drawing.caption + (f" Where {where}." if where else "")
-    marks.save(drawing.picture, output, "dark" if dark else "light", size, title=said if title else None)
+    pictures.save(drawing.picture, output, "dark" if dark else "light", size, title=said if title else None)
     if as_json:
         print(ascii_json({"output": str(output), "caption": drawing.caption, "notes": list(drawing.notes)}))
         return

@@ -147,8 +147,9 @@ ROWS_OF_A_PAGE = 36
 """Lines of a table in LaTeX, after which it is continued in another: a table cannot be broken between pages."""
 
 POINTS_OF_A_COLUMN = 6.5 * 72
-"""Width of the text column that a table is to fit, in points; a character has about CHARACTER, and between columns are GAP."""
+"""Points of the text column that a table is to fit."""
 CHARACTER, GAP = 5.0, 12.0
+"""Points of a character, about, and between the columns of a table."""
 
 LATEX_BEGIN = r"""% A document of its own, or part of another by \input. Each table has a \label for \ref.
 % There the package graphicx shrinks tables that are too wide, and booktabs draws their rules.

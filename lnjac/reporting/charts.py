@@ -154,7 +154,8 @@ def headline(view: View, metric: str | None) -> Drawing:
         rows, seeds, whole = (
             part.drop(columns=["cell", *["pair"] * (place == "pair")]) for part in (rows, seeds, whole)
         )
-    picture = _dots(rows, seeds, title=named(view, rows["metric"], "difference in {}"), rows_title="Norm" if of_norms else None)
+    title = named(view, rows["metric"], "difference in {}")
+    picture = _dots(rows, seeds, title=title, rows_title="Norm" if of_norms else None)
     of, where = (names[0] if len(names) == 1 else "the chosen loss"), " at each norm" * of_norms
     which = f" ({whole['pair'].iloc[0]})" if "pair" in whole and whole["pair"].nunique() == 1 else ""
     caption = (

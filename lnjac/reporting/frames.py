@@ -1,7 +1,7 @@
 """Make the frames that charts draw: the strongest of many rows, what lines are seen against, and names in words."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -199,7 +199,7 @@ def require_known(view: View, metric: str | None) -> None:
         require_column(metric, [*measured, *names], "no column for --metric is called")
 
 
-def named(view: View, metrics: Sequence[str], of: str = "{}") -> dict[str, str]:
+def named(view: View, metrics: Iterable[str], of: str = "{}") -> dict[str, str]:
     """Return the title of the axis of each metric: its words and its unit; `of` is the thing shown, as `difference in {}`."""
     held = view.merged.columns("layers") if view.metrics else []
     found = {}

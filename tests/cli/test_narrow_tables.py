@@ -1,4 +1,4 @@
-"""Tables of text: a narrow terminal leaves spare columns out, in order; LaTeX has numbers in maths, and a wide table in parts."""
+"""Tables of text: a narrow terminal leaves out spare columns; LaTeX has numbers in maths, and a wide table in parts."""
 
 import os
 import sys
@@ -103,4 +103,8 @@ def test_labels_differ_whatever_the_letters() -> None:
 def test_a_long_table_is_continued_under_its_own_number() -> None:
     grid = Grid("loss", ["norm", "n"], 1, [[f"ln_{i}", "1"] for i in range(80)], set())
     text = tables._latex([grid])
-    assert (text.count("\\begin{tabular}"), text.count("\\label"), text.count("(continued)")) == (3, 2, 2)  # one is a comment
+    assert (text.count("\\begin{tabular}"), text.count("\\label"), text.count("(continued)")) == (
+        3,
+        2,
+        2,
+    )  # one is a comment

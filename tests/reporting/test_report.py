@@ -454,7 +454,10 @@ def test_plot_lists_what_a_table_can_show_and_why_not_the_rest(lnjac: Any, tmp_p
         (("plot", "-o", "x.svg"), "--figure is missing"),
         (("plot", "--figure", "cost"), "try -o cost.svg"),
         (("plot", "-o", "x.svg", "--figure", "cost"), "; these runs can show headline, heatmap, seeds, curves, depth"),
-        (("plot", "-o", "x.svg", "--figure", "depth", "--width", "3.25"), "write a number and its unit, as 3.25in, 8.2cm"),
+        (
+            ("plot", "-o", "x.svg", "--figure", "depth", "--width", "3.25"),
+            "write a number and its unit, as 3.25in, 8.2cm",
+        ),
         (("plot", "-o", "x.svg", "--figure", "depth", "--height", "0cm"), "--height 0cm is no length of a picture"),
         (("plot", "-o", "x.svg", "--figure", "depth", "--width", "2mm"), "no room: try --width"),
     ],
@@ -470,7 +473,9 @@ def test_bad_input_is_one_line(lnjac: Any, tmp_path: Path, monkeypatch: pytest.M
 def test_plot_draws_in_the_size_of_a_papers_column(lnjac: Any, tmp_path: Path):
     path, out = write_study(tmp_path, TWO, blocks=0, steps=(100,)), tmp_path / "x.pdf"
     for width, points in (("3.25in", b"234"), ("82.55mm", b"234"), ("8.255 cm", b"234"), ("234pt", b"234")):
-        code, *_ = lnjac("plot", path, "--figure", "headline", "-o", out, "--width", width, "--font-size", "8", "--no-title")
+        code, *_ = lnjac(
+            "plot", path, "--figure", "headline", "-o", out, "--width", width, "--font-size", "8", "--no-title"
+        )
         assert code == 0
         assert b"/MediaBox [0 0 " + points + b" " in out.read_bytes()
 

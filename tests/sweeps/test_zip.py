@@ -51,8 +51,14 @@ def test_a_typed_zip_that_an_experiments_own_would_silence_is_refused(add_experi
     add_experiment("hydra: {mode: MULTIRUN, sweeper: {zip: [{steps: 10}, {steps: 20}], params: {seed: '1,2'}}}\n")
     assert [job[-1] for job in jobs("+experiment=mine")] == ["steps=10", "steps=20"] * 2
     for words, said in (
-        (("zip=[{steps:5}]",), r"zip=\[\{steps:5\}\] has no effect, since hydra.sweeper.zip is set too.*: write hydra.sweeper.zip"),
-        (("hydra.sweeper.dry_run=true", "dry_run=false"), "dry_run=false has no effect, since hydra.sweeper.dry_run is set"),
+        (
+            ("zip=[{steps:5}]",),
+            r"zip=\[\{steps:5\}\] has no effect, since hydra.sweeper.zip is set too.*: write hydra.sweeper.zip",
+        ),
+        (
+            ("hydra.sweeper.dry_run=true", "dry_run=false"),
+            "dry_run=false has no effect, since hydra.sweeper.dry_run is set",
+        ),
     ):
         with pytest.raises(CompactHydraException, match=said):
             sweeper_of("+experiment=mine", *words)._folder()
