@@ -30,9 +30,12 @@ def visible_within(tree: Any) -> Any:
     """Replace as `visible` does in every text of nested dicts and lists."""
     if isinstance(tree, str):
         return visible(tree)
+    nested = (str, dict, list)  # a number is no call: charts have many
     if isinstance(tree, dict):
-        return {name: visible_within(inner) for name, inner in tree.items()}
-    return [visible_within(inner) for inner in tree] if isinstance(tree, list) else tree
+        return {name: visible_within(inner) if isinstance(inner, nested) else inner for name, inner in tree.items()}
+    if isinstance(tree, list):
+        return [visible_within(inner) if isinstance(inner, nested) else inner for inner in tree]
+    return tree
 
 
 class LogFormatter(logging.Formatter):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from lnjac.comparing.compare import RUN_METRICS
 from lnjac.comparing.experiment import IDENTITY, varying
 from lnjac.comparing.notes import FEW
 from lnjac.reporting.view import View
@@ -85,6 +86,16 @@ class Facts:
     def varies(self) -> list[tuple[str, str]]:
         """Return the columns in which runs differ, with their values."""
         return [(name, _values(self.runs[name])) for name in self.vary]
+
+    def every(self) -> pd.DataFrame:
+        """Return each run: what varies, its status and loss, and the id by which a command names it."""
+        losses = [name for name in RUN_METRICS if name in self.runs and self.runs[name].notna().any()][:1]
+        runs = self.runs[[*(name for name in self.vary if name in self.runs), "status", *losses]]
+        runs = runs.assign(**{name: self.runs[name].map(word) for name in self.vary if name in self.runs})
+        ids = self.runs["run_id"]
+        if "diag_id" in self.runs:  # other diagnostics of one run are a row of their own
+            ids = ids.where(~ids.duplicated(keep=False), ids + "/" + self.runs["diag_id"])
+        return runs.assign(run_id=ids)
 
     def fixed(self) -> list[tuple[str, str]]:
         """Return the config that all runs have in common."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ MISSING = "–"
 
 MOST_TABLE_ROWS = 60
 """Rows of a table on the page, of those that are chosen."""
+MOST = {"most": MOST_TABLE_ROWS, "most_runs": 300}
+"""Rows of the page's tables, for the template."""
 NARROW = (
     *("loss", "exact's loss", "cost", "mean", "mean_a", "mean_b", "difference", "slope"),
     *("interval", "p_adjusted", "r2", "n"),
@@ -84,11 +87,12 @@ class Charts:
         spec = marks.spec(drawing.picture, width="container")
         data = {name: self._added(rows) for name, rows in spec.pop("datasets").items()}
         self.specs[place] = {"spec": spec, "uses": data, "choices": visible_within(dict(drawing.choices))}
-        table, seeds = (
-            self._added(frame.to_dict("records")) if frame is not None else ""
-            for frame in (drawing.table, drawing.seeds)
-        )
+        table, seeds = (self.table(frame) if frame is not None else "" for frame in (drawing.table, drawing.seeds))
         return Figure(name, place, drawing, table, seeds)
+
+    def table(self, frame: pd.DataFrame) -> str:
+        """Add a table without a chart, and return the name of its dataset."""
+        return self._added(frame.to_dict("records"))
 
     def _added(self, rows: Sequence[Mapping[Any, Any]]) -> str:
         """Add rows as columns, and return the name of their dataset, the same for the same rows."""
@@ -172,7 +176,7 @@ def render(charts: Charts, **parts: Any) -> str:
         "data": charts.packed(),
     }
     template = environment.get_template("page.html.jinja")
-    html: str = template.render({name: markup(text) for name, text in own.items()} | {"most": MOST_TABLE_ROWS} | parts)
+    html: str = template.render({name: markup(text) for name, text in own.items()} | MOST | parts)
     return html
 
 
@@ -203,11 +207,20 @@ def _style() -> str:
     return palettes + (HERE / "page.css").read_text(encoding="utf-8")
 
 
+def bundle_ahead() -> None:
+    """Begin to put the page's libraries together in a thread of their own, which takes about as long as all charts."""
+    _bundling(marks.extra("vl_convert"))
+
+
 def _bundle() -> str:
     """Return Vega, Vega-Lite and vega-embed as one script."""
-    return _put_together(marks.extra("vl_convert"))
+    return str(_bundling(marks.extra("vl_convert")).result())
 
 
 @cache
-def _put_together(converter: Any) -> str:
-    return str(converter.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+def _bundling(converter: Any) -> "Future[str]":
+    thread = ThreadPoolExecutor(1)
+    try:
+        return thread.submit(converter.javascript_bundle, "window.vegaEmbed = vegaEmbed;")
+    finally:
+        thread.shutdown(wait=False)

@@ -1,5 +1,6 @@
 """Report on merged runs as one offline page: what was run, what differs, where and since when, what it costs."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -16,12 +17,16 @@ from lnjac.files import write_atomically
 from lnjac.reporting.charts import CHARTS, lead
 from lnjac.reporting.facts import PROVENANCE, Facts
 from lnjac.reporting.marks import require_extra
-from lnjac.reporting.page import BAR, Charts, Figure, Section, offered, render
+from lnjac.reporting.page import BAR, Charts, Figure, Section, bundle_ahead, offered, render
 from lnjac.reporting.verdict import verdict
 from lnjac.reporting.view import View, view
+from lnjac.runs.configs import CONFIGS
 from lnjac.runs.folder import DIVERGED
 from lnjac.runs.merged import companions
 from lnjac.text import listed
+
+TABLE = "TABLE"
+"""The word for tables without one name."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +64,26 @@ def report(
     if path.suffix != ".html":
         raise ConfigError(f"the output {path} must end in .html: try {path.name}.html")
     require_extra()
-    made = make(open_tables(sources), title or _name(sources), by, where)
+    made = make(open_tables(sources), title or _name(sources), by, where, _told(sources))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: temporary.write_text(made.html, encoding="utf-8"))
     return made
 
 
-def make(merged: MergedTables, title: str, by: str | None = None, where: str | None = None) -> Report:
-    """Return the page of merged tables. For a chart that cannot be drawn it has a line with what is lacking."""
+def make(
+    merged: MergedTables, title: str, by: str | None = None, where: str | None = None, table: str = TABLE
+) -> Report:
+    """Return the page of merged tables. For a chart that cannot be drawn it has a line with what is lacking.
+
+    `table` is what `lnjac command` may call the tables.
+    """
     require_extra()  # without it every chart would be one that cannot be drawn
     shown, charts = view(merged, by, where), Charts()
     if lacking := [name for name in (*PROVENANCE, "dirty", "started_at", "wall_s") if name not in shown.runs]:
         raise ConfigError(
             f"the runs lack {listed(lacking)}, of which a page tells: give the whole DataFrame of runs too"
         )
+    bundle_ahead()
     figures: list[Figure] = []
     absent: dict[str, str] = {}
     for name, chart in CHARTS.items():
@@ -86,6 +97,9 @@ def make(merged: MergedTables, title: str, by: str | None = None, where: str | N
         if own := [figure for figure in of_title if figure.name != first]:
             sections.append(Section(heading.lower(), heading, own))
     facts = Facts(shown)
+    runs = facts.every()
+    if CONFIGS in companions(merged.path):
+        runs["command"] = [f"lnjac command {shlex.quote(table)} {run}" for run in runs["run_id"]]
     html = render(
         charts,
         title=title,
@@ -100,6 +114,8 @@ def make(merged: MergedTables, title: str, by: str | None = None, where: str | N
         computed=_computed(figures),
         skipped=[f"{skip['path']}: {skip['reason']}" for skip in merged.report.get("skipped", [])],
         diverged=_diverged(shown),
+        runs=runs,
+        runs_data=charts.table(runs),
         sections=sections,
         absent=list(absent.items()),
         columns={name: _columns(merged, name) for name in companions(merged.path)},
@@ -124,6 +140,17 @@ def _name(sources: Sources) -> str:
     given = [sources] if isinstance(sources, (str, PathLike, pd.DataFrame)) else sources
     paths = [Path(FRAMES if isinstance(one, pd.DataFrame) else one) for one in given]
     return ", ".join(dict.fromkeys(path.name or str(path) for path in paths))
+
+
+def _told(sources: Sources) -> str:
+    """Return what a command calls the sources: one path as it was given, of an absolute one the name alone."""
+    if isinstance(sources, MergedTables | pd.DataFrame):
+        return TABLE
+    paths = [Path(sources)] if isinstance(sources, str | PathLike) else sources
+    if len(paths) != 1 or isinstance(paths[0], pd.DataFrame):
+        return TABLE
+    path = Path(paths[0])
+    return path.name if path.is_absolute() else str(path)
 
 
 def _columns(merged: MergedTables, table: str) -> pd.DataFrame:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -35,10 +36,15 @@ BUNDLE = "window.vegaEmbed = null;"
 EVIL = "</script><script>alert(1)</script>"
 
 
+def without_vega(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(report, "bundle_ahead", lambda: None)
+    patch.setattr(page, "_bundle", lambda: BUNDLE)
+
+
 @pytest.fixture
 def light(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Vega's own 0.9 MB, which take two seconds to put together."""
-    monkeypatch.setattr(page, "_bundle", lambda: BUNDLE)
+    without_vega(monkeypatch)
 
 
 class Page(HTMLParser):
@@ -94,7 +100,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> report.Report:
     factors = {"attn_mode": ["softmax", EVIL], "ln_backward": ["exact", "center_scale"], "model.n_embd": [32, 64]}
     path = write_study(tmp_path_factory.mktemp("whole"), factors, blocks=1, skipped=[(EVIL, EVIL)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "_bundle", lambda: BUNDLE)
+        without_vega(patch)
         return made(path, title=f"sweep {EVIL}")
 
 
@@ -224,6 +230,18 @@ def test_doubts_are_in_sight_each_with_what_to_do(tmp_path: Path):
     assert 'class="warn" role="note"' not in made(write_study(tmp_path, TWO)).html
 
 
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize(("warning", "shown"), [
+    ("mixed commits: a (2 runs), b (4 runs)", "<li>Mixed commits: a (2 runs)"),
+    ("results/a holds no run folders: its merged table x.parquet is read", "<li>results/a holds"),
+    ("results holds no run folders: its merged table x.parquet is read", "<li>results holds"),
+    ("data=play is not one corpus, its data_sha256 are 1, 2", "<li>data=play is"),
+])  # fmt: skip
+def test_a_doubt_begins_with_a_capital_unless_with_a_name(tmp_path: Path, warning: str, shown: str):
+    merged = open_tables([write_study(tmp_path, TWO, blocks=0, steps=(100,))])
+    assert shown in report.make(replace(merged, warnings=[warning]), "t").html
+
+
 def test_every_warning_of_a_merge_has_a_remedy():
     """The patterns are those of what lnjac.runs.merge writes."""
     frame = pd.DataFrame(
@@ -275,6 +293,7 @@ def test_how_it_was_computed_is_told_once(tmp_path: Path):
     for note in ("paired by seed", "Holm&#39;s method", "effect: d_z"):
         assert html.count(note) == computed.count(note) > 0
     assert html.count("<li>paired by seed, 95% t interval</li>") == 1
+    assert html.count("<li>p adjusted by Holm") == 1  # though the families of runs and of norms differ in size
 
 
 @pytest.mark.usefixtures("light")

@@ -17,6 +17,7 @@ import pytest
 from support.paths import STUDY
 from support.studies import write_study
 
+from lnjac.reporting.frames import worded
 from lnjac.reporting.report import report
 
 pytest.importorskip("altair", reason="the extra [report] is not installed")
@@ -217,6 +218,9 @@ def test_a_click_on_the_map_shows_its_norm_and_metric(browser: Any, file: Path):
     assert now["cell"] == before["cell"]
     title = "return document.querySelector('.curves .role-title-text').textContent"
     assert browser.execute_script(title) == f"{now['metric']} at {now['site']}"
+    axes = "return [...document.querySelectorAll('.curves .role-axis-title text')].map((one) => one.textContent)"
+    assert browser.execute_script(axes) == ["Updates", worded(now["metric"])]
+    assert worded(now["metric"]) != worded(before["metric"])
 
 
 def test_a_view_is_shared_by_its_address(browser: Any, file: Path):
@@ -308,6 +312,19 @@ def test_colours_follow_the_readers_preference_and_paper_is_light(browser: Any, 
     assert shown == [f"rgb({paper})", f"rgb({label})"]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": []})
     assert browser.execute_script(style, ":root", "background-color") == "rgb(255, 255, 255)"
+
+
+@pytest.mark.rare
+def test_a_click_on_a_runs_command_selects_it_whole(browser: Any, pages: dict[str, Path]):
+    from selenium.webdriver.common.by import By
+
+    opened(browser, pages["recorded"])
+    browser.execute_script("document.getElementById('runs').open = true")
+    cell = browser.find_element(By.CSS_SELECTOR, "#runs td.command")
+    cell.click()
+    assert browser.execute_script("return getSelection().toString()") == cell.text
+    assert re.fullmatch("lnjac command recorded [0-9a-f]+", cell.text)
+    assert browser.get_log("browser") == []
 
 
 @pytest.mark.rare
