@@ -66,7 +66,12 @@ def _sections() -> Iterator[str]:
             words = command(chart.name, *TABLES[chart.name], output=f"{chart.name}.svg")
             yield f"### {chart.name}\n{chart.summary}\n"
             yield f"![{chart.summary}]({IMAGES}/{chart.name}.svg)\n"
-            yield f"```sh\n{shlex.join(words)}\n```\n"
+            yield f"```sh\n{' '.join(map(_quoted, words))}\n```\n"
+
+
+def _quoted(word: str) -> str:
+    """Return a word for a shell, in double quotes where single ones would hide a text that holds them."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def main() -> None:
