@@ -213,4 +213,5 @@ def worded(column: str, of: str = "{}") -> str:
     """Return a column in words that begin with a capital; its name if it has no words."""
     forms = (re.sub(form, words, column) for form, words in FORMS.items() if re.fullmatch(form, column))
     text = of.format(next(forms, WORDS.get(column, column)))
-    return text[0].upper() + text[1:] if text != column and re.match(r"[a-z]+(?: |$)", text) else text
+    plain = (column in WORDS or text != column) and re.match(r"[a-z]+(?: |$)", text)  # no symbol, and no bare name
+    return text[0].upper() + text[1:] if plain else text

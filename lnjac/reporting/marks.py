@@ -157,8 +157,11 @@ def shades(frame: pd.DataFrame, *, legend: str, sites: Sequence[str], breaks: Se
     text = base.mark_text(style="shown", cursor="pointer").encode(text=fits)
     marked = [alt.param(name=name, value=None) for name in ("site", "metric")]
     drawn = (rect + text).add_params(*_params(alt, frame, "site", "metric"), *marked)
-    height, right = 24 * len(sites), {"left": 5, "top": 5, "bottom": 5, "right": 14}  # the last column's name leans out
-    return drawn.properties(height=height, padding=right, usermeta={LEAST: height / 2})
+    height, padding = (
+        24 * len(sites),
+        {"left": 5, "top": 5, "bottom": 5, "right": 14},
+    )  # the last column's name leans out
+    return drawn.properties(height=height, padding=padding, usermeta={LEAST: height / 2})
 
 
 def lines(

@@ -1,5 +1,6 @@
 """The charts of a study: their numbers, their order, and the notes and the reasons that go with them."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from support.studies import write_study
 from lnjac.comparing.compare import compare
 from lnjac.comparing.tables import open_tables
 from lnjac.errors import ConfigError
-from lnjac.reporting import frames, registry
+from lnjac.reporting import frames, marks, registry
 from lnjac.reporting.charts import CHARTS
 from lnjac.reporting.registry import Drawing
 from lnjac.reporting.view import METRICS, View, view
@@ -431,3 +432,32 @@ def test_an_unknown_metric_is_named(tmp_path: Path):
             drawn(name, study, "radial_shar")
     with pytest.raises(ConfigError, match="--metric val_loss_nats is a column of runs"):
         drawn("heatmap", shown, "val_loss_nats")
+
+
+@pytest.mark.parametrize(("column", "words"), [
+    ("val_loss_nats", "Validation loss"),
+    ("method", "Method"),
+    ("sigma_mean", "σ at the norm's input, token mean"),
+    ("flat_cos_ste", "cos(ste, true), all tokens as one"),
+    ("gain_center", "Length of center over that of true"),
+    ("entropy", "entropy"),
+    ("my_own{}", "my_own{}"),
+])  # fmt: skip
+def test_a_column_is_named_in_words_where_it_has_any(column: str, words: str):
+    assert frames.worded(column) == words
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_every_axis_of_values_has_its_words_and_unit(studies: dict[str, View], name: str):
+    spec = marks.spec(CHARTS[name].draw(studies.get(name, studies[""])).picture, width=400)
+    titles = [
+        channel.get("title")
+        for layer in spec["layer"]
+        for channel in layer["encoding"].values()
+        if isinstance(channel, dict) and channel.get("type") == "quantitative" and "axis" in channel
+    ]
+    assert name == "heatmap" or titles
+    for title in titles:
+        of_each = json.loads(title["signal"].removesuffix("[metric]")).values() if isinstance(title, dict) else [title]
+        assert all(words and not re.search("_nats|updates$", words) for words in of_each)
+        assert all("(nats a token)" in words for words in of_each if "loss" in words or words.startswith("Cost"))
