@@ -46,8 +46,8 @@ from tables in `studies/`, and writes this page. `lnjac plot TABLE` lists the ch
 lacks for each other chart.
 
 `studies/cost` is [the study](study.md)'s. `studies/tiny` has three small sweeps of `model=tiny method=bp`: the tutorial's
-(`first`), 36 learning rates of SGD (`rates`), and depths and numbers of updates (`sizes`). `lnjac command TABLE RUN_ID` prints
-how each of their runs was made.
+(`first`), 36 learning rates of SGD (`rates`), and depths and numbers of updates (`sizes`). `lnjac command TABLE RUN_ID`
+prints how each of their runs was made.
 
 For a paper, add the size: `--width 3.25in --font-size 8 --no-title -o X.pdf` ([Save one chart](report.md#save-one-chart)).
 """
