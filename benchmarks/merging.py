@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +63,8 @@ def _make(numbers: range, folder: Path, steps: int) -> None:
             values = {c.name: (identity | known[name]).get(c.name, value) for c, value in columns}
             arrays = [value if np.ndim(value) else [value] * n_rows for value in values.values()]
             data = pa.table(arrays, schema=runs.schema(c for c, _ in columns))
-            out.save(runs.FILES[name], partial(runs.write_table, data=data, metadata={"table": name, **metadata}))
+            out.save_table(name, data, {"table": name, **metadata})
+        out.pack()
         out.status(runs.DONE)
         out.release()
 

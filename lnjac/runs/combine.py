@@ -15,7 +15,7 @@ from lnjac.columns import KEY, VOLATILE, Column
 from lnjac.errors import ConfigError
 from lnjac.runs.configs import CONFIGS
 from lnjac.runs.folder import SMALL
-from lnjac.runs.read import Contents, Integers, Source, owner, positions
+from lnjac.runs.read import Contents, Integers, Source, owner
 from lnjac.runs.schema import CORE, OWNER, Known, in_order, with_role
 
 if TYPE_CHECKING:
@@ -54,13 +54,11 @@ class Combined(NamedTuple):
     duplicates: dict[str, int]
 
 
-def stacked(source: Source, found: Contents) -> Stacked:
-    """Return the tables of one source."""
+def stacked(sources: Sequence[Source], found: Contents) -> Stacked:
+    """Return the tables of sources, given the one of each run."""
     schemas = {name: table.schema for name, table in found.tables.items()}
-    runs = found.tables["runs"]
-    numbers = {name: positions(table, runs, owner(found.known[name])) for name, table in found.tables.items()}
     kind = (tuple(schemas.items()), tuple(tuple(known.values()) for known in found.known.values()))
-    return Stacked([source] * runs.num_rows, found.tables, numbers, {kind: Kind(schemas, found.known, source)})
+    return Stacked([*sources], found.tables, found.numbers, {kind: Kind(schemas, found.known, sources[0])})
 
 
 def together(parts: Sequence[Stacked]) -> Stacked:

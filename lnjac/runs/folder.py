@@ -23,6 +23,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 from lnjac.columns import Column
 from lnjac.errors import ConfigError
 from lnjac.files import file_sha256, why, write_atomically
+from lnjac.runs.packed import PACKED, Table, as_stored, pack
 from lnjac.runs.schema import CORE, DTYPES, FROZEN, SCHEMA_VERSION, describe, in_order
 
 STATUS = "status.json"
@@ -159,6 +160,7 @@ class RunFolder:
         for left in self.path.glob(".*.tmp"):  # by a writer that was killed: nobody else may write here
             left.unlink(missing_ok=True)
         self.written: dict[str, str] = {}
+        self.small: dict[str, Table] = {}
 
     def release(self) -> None:
         self.lock.release()
@@ -194,7 +196,18 @@ class RunFolder:
         data = table(columns, config if name in ("layers", "runs") else (), rows)
         own = describe(column for column in columns if column.name not in FROZEN.get(name, {}))
         note = {"table": name, **metadata, **({"columns": own} if own else {})}
-        self.save(file_of(name), lambda path: write_table(path, data, note))
+        self.save_table(name, data, note)
+
+    def save_table(self, name: str, data: pa.Table, metadata: Mapping[str, Any]) -> None:
+        """Write a table, and keep it for `pack` if it is small."""
+        file, note = file_of(name), {"schema_version": SCHEMA_VERSION, **metadata}
+        self.save(file, lambda path: write_table(path, data, note))
+        if data.num_rows < SMALL:
+            self.small[self.written[file]] = as_stored(data, note)
+
+    def pack(self) -> None:
+        """Write the small tables once more, into one file, from which a merge has them sooner."""
+        self.save(PACKED, lambda path: path.write_bytes(pack(self.small)))
 
     def save(self, file: str, write: Callable[[Path], object]) -> None:
         """Let `write` make one of the folder's files; on any error it stays as it was."""

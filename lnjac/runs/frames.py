@@ -37,7 +37,7 @@ def contents(frames: Sequence[pd.DataFrame]) -> Contents:
     Raises:
         ConfigError: A frame is no table of lnjac, lacks a column, holds a row twice, or is there twice.
     """
-    found = Contents({}, {})
+    found = Contents({}, {}, {})
     for frame in frames:
         note = _note(frame)
         name, known = note["table"], dict(described(note["table"], note))

@@ -5,14 +5,14 @@ import pickle
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from lnjac.machine import cores
 from lnjac.runs.combine import Stacked, stacked, together
-from lnjac.runs.read import Skip, Source, Unfit, read
+from lnjac.runs.read import Opened, Skip, Source, Unfit, contents, opened
 
 BATCHES = 100
 """Batches of sources, each of which one process reads: many share the work evenly, few take less memory."""
@@ -68,14 +68,33 @@ def read_all(sources: Sequence[Source], progress: Callable[[int, int], None] | N
 
 
 def read_batch(sources: Sequence[Source]) -> Read:
-    """Read these sources in this process."""
-    found, skipped = [], []
+    """Read these sources in this process, those of one kind together."""
+    kinds: dict[Hashable, list[Opened]] = {}
+    found, unfit = [], dict[Source, Unfit]()
     for source in sources:
         try:
-            found.append(stacked(source, read(source)))
+            each = opened(source)
         except Unfit as error:
-            skipped.append(Skip(str(source.path), str(error)))
-    return Read(together(found), skipped)
+            unfit[source] = error
+        else:
+            kinds.setdefault(each.kind, []).append(each)
+    for group in kinds.values():
+        try:
+            found.append(_stacked(group))
+        except Unfit:
+            for each in group:
+                try:
+                    found.append(_stacked([each]))
+                except Unfit as error:
+                    unfit[each.source] = error
+    return Read(together(found), [Skip(str(source.path), str(unfit[source])) for source in sources if source in unfit])
+
+
+def _stacked(group: Sequence[Opened]) -> Stacked:
+    found = contents(group)
+    if group[0].source.merged:
+        return stacked([group[0].source] * found.tables["runs"].num_rows, found)
+    return stacked([each.source for each in group], found)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Find run folders and earlier merges, and read one: whole, unaltered, in its columns' types, or not at all."""
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from lnjac.files import why
 from lnjac.runs import configs
 from lnjac.runs import folder as runs
 from lnjac.runs.merged import companion, finish, layers_file
+from lnjac.runs.packed import PACKED, Table, as_stored, unpack
 from lnjac.runs.schema import CORE, NEEDED, OWNER, SCHEMA_VERSION, Known, described, with_role
 
 _MARKS = {runs.STATUS, *runs.FILES.values()}
@@ -139,70 +141,135 @@ def _add_from(folder: Path, real: str, seen: dict[str, bool], found: Found, merg
 
 
 class Contents(NamedTuple):
-    """The tables of a source, and what is known of their columns."""
+    """The tables of a source, or of several on top of one another, and what is known of their columns."""
 
     tables: dict[str, pa.Table]
     known: dict[str, Known]
+    numbers: dict[str, Integers]
+    """For each row of a table the place of its run in `runs`."""
+
+
+class Opened(NamedTuple):
+    """The tables of a source as its files hold them: unaltered and of one run or merge, their columns not checked yet."""
+
+    source: Source
+    tables: dict[str, Table]
+
+    @property
+    def kind(self) -> Hashable:
+        """What is equal for runs whose tables have the same columns, described in the same words."""
+        if self.source.merged:
+            return self.source
+        return tuple((name, table.schema, json.dumps(table.note.get("columns"))) for name, table in self.tables.items())
+
+    def file(self, table: str) -> str:
+        """Return the name of a table's file."""
+        return companion(self.source.path, table).name if self.source.merged else runs.file_of(table)
 
 
 def read(source: Source) -> Contents:
     """Return the tables of a source, their types and that they belong together checked. Raises Unfit."""
-    found = _of_merge(source.path) if source.merged else _of_run(source.path)
-    _require_whole(found)
+    return contents([opened(source)])
+
+
+def opened(source: Source) -> Opened:
+    """Return the tables of a source, its files verified. Raises Unfit."""
+    return Opened(source, _of_merge(source.path) if source.merged else _of_run(source.path))
+
+
+def contents(group: Sequence[Opened]) -> Contents:
+    """Return the tables of sources of one kind, their types and that rows and runs belong together checked.
+
+    Raises Unfit, with the reason for one of them: to know for which, try each alone.
+    """
+    found, first = Contents({}, {}, {}), group[0]
+    for name, table in first.tables.items():
+        rows = pa.Table.from_batches([rows for each in group for rows in each.tables[name].rows])
+        found.known[name] = described(name, table.note)
+        try:
+            found.tables[name] = conform(rows.combine_chunks() if len(group) > 1 else rows, name, found.known[name])
+        except Unfit as error:
+            raise Unfit(f"{first.file(name)} {error}") from None
+    if first.source.merged:
+        _number_rows(found)
+        return found
+    for name in found.tables:
+        found.numbers[name] = np.repeat(np.arange(len(group)), [each.tables[name].n_rows for each in group])
+    _require_own_rows(found)
+    notes = [each.tables["runs"].note for each in group]
+    told = np.flatnonzero(["config" in note for note in notes])
+    found.tables[configs.CONFIGS] = configs.of_runs(found.tables["runs"].take(told), [notes[number] for number in told])
+    found.known[configs.CONFIGS], found.numbers[configs.CONFIGS] = configs.KNOWN, told
     return found
 
 
-def _of_run(folder: Path) -> Contents:
-    sha256, found, notes = _finished(folder).get("sha256"), Contents({}, {}), dict[str, dict[str, Any]]()
+def _of_run(folder: Path) -> dict[str, Table]:
+    sha256, found = _finished(folder).get("sha256"), dict[str, Table]()
     if not isinstance(sha256, dict):
         raise Unfit(f"{runs.STATUS} lists no files")
     written = [file.removesuffix(".parquet") for file in sha256 if file.endswith(".parquet")]
+    small = _small_tables(folder / PACKED, sha256.get(PACKED))
     for name in (*CORE, *runs.in_long_form(written)):
         path = folder / runs.file_of(name)
         try:
             blob = path.read_bytes()
         except OSError as error:
             raise Unfit(_unread(path, error)) from None
-        found.tables[name], note = read_checked(path, name, merged=False, blob=blob)
-        found.known[name], notes[name] = described(name, note), note
-        if sha256.get(path.name) != hashlib.sha256(blob).hexdigest():
+        digest = hashlib.sha256(blob).hexdigest()
+        found[name] = small[digest] if digest in small else as_stored(*read_noted(path, blob))
+        _require_noted(path, found[name].note, name, merged=False)
+        if sha256.get(path.name) != digest:
             raise Unfit(f"{path.name} is not the file that the run wrote: its SHA-256 differs from {runs.STATUS}'s")
-    if (n_runs := found.tables["runs"].num_rows) != 1:
+    if (n_runs := found["runs"].n_rows) != 1:
         raise Unfit(f"holds {n_runs} runs")
-    found.tables[configs.CONFIGS] = configs.of_run(found.tables["runs"], notes["runs"])
-    found.known[configs.CONFIGS] = configs.KNOWN
     return found
 
 
-def _of_merge(layers: Path) -> Contents:
-    found, notes = Contents({}, {}), list[Any]()
+def _small_tables(path: Path, sha256: str | None) -> dict[str, Table]:
+    """Return the tables that `path` holds by the SHA-256 of their Parquet files; none if it is not as the run wrote it."""
+    try:
+        blob = path.read_bytes() if sha256 else b""
+    except OSError:
+        return {}
+    return unpack(blob) if hashlib.sha256(blob).hexdigest() == sha256 else {}
+
+
+def _of_merge(layers: Path) -> dict[str, Table]:
+    found, written = dict[str, Table](), list[Any]()
     names = [*CORE]
     for name in names:
-        found.tables[name], note = read_checked(companion(layers, name), name, merged=True)
-        found.known[name] = described(name, note)
-        notes.append((note.get("merge_id"), rows := note.get("rows")))
+        path = companion(layers, name)
+        found[name] = as_stored(*read_noted(path))
+        note = found[name].note
+        _require_noted(path, note, name, merged=True)
+        written.append((note.get("merge_id"), rows := note.get("rows")))
         if name == "layers" and isinstance(rows, dict):  # which says what else the merge consists of
             names += runs.in_long_form(rows)
-    n_rows = {name: table.num_rows for name, table in found.tables.items()}
-    if any(note != notes[0] or note[1] != n_rows for note in notes):
+    n_rows = {name: table.n_rows for name, table in found.items()}
+    if any(note != written[0] or note[1] != n_rows for note in written):
         raise Unfit("its files are not of one merge: merge again")
     if not n_rows["runs"]:
         raise Unfit("holds 0 runs")
     return found
 
 
-def read_checked(path: Path, name: str, merged: bool, blob: bytes | None = None) -> tuple[pa.Table, dict[str, Any]]:
-    """Return one table of a run or of a merge, in its columns' types, and its note. Raises Unfit."""
-    data, note = read_noted(path, blob)
+def read_checked(path: Path, name: str) -> tuple[pa.Table, dict[str, Any]]:
+    """Return one table of a run, in its columns' types, and its note. Raises Unfit."""
+    data, note = read_noted(path)
+    _require_noted(path, note, name, merged=False)
+    try:
+        return conform(data, name, described(name, note)), note
+    except Unfit as error:
+        raise Unfit(f"{path.name} {error}") from None
+
+
+def _require_noted(path: Path, note: Mapping[str, Any], name: str, merged: bool) -> None:
+    """Raise Unfit unless a file's note says that it holds this table, of this version."""
     if note.get("table") != name or bool(note.get("merged")) != merged:
         kind = "of an earlier merge" if merged else "of a run"
         raise Unfit(f"{path.name} does not hold the {name} {kind}")
     if (version := note.get("schema_version")) != SCHEMA_VERSION:
         raise Unfit(f"{path.name} has schema version {version}, this lnjac reads {SCHEMA_VERSION}")
-    try:
-        return conform(data, name, described(name, note)), note
-    except Unfit as error:
-        raise Unfit(f"{path.name} {error}") from None
 
 
 def read_noted(
@@ -234,27 +301,32 @@ def _finished(folder: Path) -> dict[str, Any]:
     return status
 
 
-def _require_whole(found: Contents) -> None:
-    """Every row belongs to a run of this source, every run is there once."""
+def _require_own_rows(found: Contents) -> None:
+    """Raise Unfit unless every row holds the identity of the run in whose folder it is."""
+    table = found.tables["runs"]
+    for name, rows in found.tables.items():
+        for key in owner(found.known[name]):
+            own = pc.equal(rows[key], table[key].take(found.numbers[name]))
+            if not pc.all(own, skip_nulls=False, min_count=0).as_py():
+                raise Unfit(f"its {name} hold rows of a run that it does not have")
+
+
+def _number_rows(found: Contents) -> None:
+    """Number the rows of an earlier merge by its runs. Raises Unfit if one is of none, or a run is there twice."""
     table = found.tables["runs"]
     if len(pc.unique(_joined(table, OWNER))) != table.num_rows:
         raise Unfit("holds the same run twice")
     for name, rows in found.tables.items():
         by = owner(found.known[name])
-        if not pc.all(pc.is_in(_joined(rows, by), value_set=_joined(table, by)), min_count=0).as_py():
+        number = pc.index_in(_joined(rows, by), value_set=_joined(table, by))
+        if number.null_count:
             raise Unfit(f"its {name} hold rows of a run that it does not have")
+        found.numbers[name] = np.asarray(number.to_numpy(), np.int64)
 
 
 def owner(known: Known) -> list[str]:
     """Return the columns of a table that name the run of a row."""
     return [name for name in OWNER if name in known and known[name].role == KEY]
-
-
-def positions(rows: pa.Table, known: pa.Table, names: Sequence[str]) -> Integers:
-    """Return for each row the number of the run in `known` that has the same values in these columns."""
-    if known.num_rows == 1:
-        return np.zeros(rows.num_rows, np.int64)
-    return np.asarray(pc.index_in(_joined(rows, names), value_set=_joined(known, names)).to_numpy(), np.int64)
 
 
 def _joined(table: pa.Table, names: Sequence[str]) -> pa.ChunkedArray:

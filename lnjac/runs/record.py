@@ -267,6 +267,7 @@ class Record:
                 sites = sorted(self.coverage, key=self.coverage.__getitem__)
                 note["coverage"] = {state: list(of) for state, of in groupby(sites, key=self.coverage.__getitem__)}
             self.out.write(name, table.columns, table.written(), self.columns, note)
+        self.out.pack()
         more = {"step": row["diverged_step"]} if status == runs.DIVERGED else {"val_loss_nats": row["val_loss_nats"]}
         self.out.status(status, **more)
         self.status = status

@@ -121,7 +121,7 @@ class Run:
     def _read(self, name: str) -> tuple[pa.Table, dict[str, Any]]:
         """Read a table and its note, and check schema version, columns and types as a merge does."""
         try:
-            return sources.read_checked(self._verified(runs.file_of(name)), name, merged=False)
+            return sources.read_checked(self._verified(runs.file_of(name)), name)
         except sources.Unfit as error:
             raise ConfigError(f"{self.folder}: {error}") from None
 
