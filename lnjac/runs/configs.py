@@ -27,29 +27,25 @@ KNOWN: Known = {column.name: column for column in COLUMNS}
 
 
 def of_runs(runs: pa.Table, notes: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Return the table of runs, from their rows in `runs` and the note of each one's file; without those that tell no config."""
-    configs = [json.dumps(without_paths(note.get("config"))) for note in notes]
+    """Return the table, given the rows of runs and for each the note in its file, which tells its config."""
+    configs = [json.dumps(without_paths(note["config"])) for note in notes]
     commands = [[_without_path(word) for word in note.get("command", ())] for note in notes]
     values = {
         **{name: runs[name] for name in OWNER},
         "config": pa.array(configs, pa.string()),
         "command": pa.array([json.dumps(words) if words else None for words in commands], pa.string()),
     }
-    return pa.table(values).filter(pa.array(["config" in note for note in notes]))
+    return pa.table(values)
 
 
 def without_paths(value: Any) -> Any:
     """Return plain values with PATH for each absolute path, which no other machine has."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: without_paths(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [without_paths(inner) for inner in value]
-    return PATH if isinstance(value, str) and _may_be_path(value) and is_absolute(value) else value
-
-
-def _may_be_path(text: str) -> bool:
-    """Return whether a text has a sign that every absolute path has: a hundredth of the time that pathlib takes."""
-    return "/" in text or "\\" in text or "~" in text
+    # a plain word is no path, and is told so in a hundredth of the time
+    return PATH if isinstance(value, str) and not value.isidentifier() and is_absolute(value) else value
 
 
 def _without_path(word: str) -> str:

@@ -14,8 +14,11 @@ from lnjac.machine import cores
 from lnjac.runs.combine import Stacked, stacked, together
 from lnjac.runs.read import Opened, Skip, Source, Unfit, contents, opened
 
-BATCHES = 100
-"""Batches of sources, each of which one process reads: many share the work evenly, few take less memory."""
+AT_ONCE = 200
+"""Sources in a batch, which one process reads, at most: runs of one kind are checked together."""
+
+SHARES = 4
+"""Batches for each process, at least: many share the work evenly."""
 
 FEW = 100
 """Sources that this process has read sooner than another one has started."""
@@ -33,7 +36,8 @@ class Read(NamedTuple):
 
 def read_all(sources: Sequence[Source], progress: Callable[[int, int], None] | None = None) -> Read:
     """Read every source, in order; `progress(done, total)` is called after each batch."""
-    size = max(10, len(sources) // BATCHES)
+    helpers = min(cores(), MOST) - 1 if len(sources) > FEW else 0
+    size = min(AT_ONCE, max(10, len(sources) // (SHARES * (1 + helpers))))
     batches = [sources[first : first + size] for first in range(0, len(sources), size)]
     todo, done = deque(range(len(batches))), dict[int, Read]()
 
@@ -51,7 +55,6 @@ def read_all(sources: Sequence[Source], progress: Callable[[int, int], None] | N
         with _helper() as read_one:
             work(read_one)
 
-    helpers = min(cores(), MOST) - 1 if len(sources) > FEW else 0
     with ThreadPoolExecutor(helpers or 1) as threads:  # each waits for a process
         try:
             for _ in range(helpers):

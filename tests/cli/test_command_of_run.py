@@ -14,7 +14,7 @@ from lnjac import load, merge
 from lnjac.config import identity
 from lnjac.config.compose import as_typed, compose
 from lnjac.runs import folder as runs
-from lnjac.runs.configs import CONFIGS, of_run
+from lnjac.runs.configs import CONFIGS, of_runs
 from lnjac.runs.folder import provenance
 from lnjac.runs.merged import companion
 from lnjac.runs.record import record
@@ -133,7 +133,7 @@ def test_a_run_of_another_loop_shows_its_config(lnjac: Any, tmp_path: Path) -> N
 def test_many_configs_take_little_space(tmp_path: Path) -> None:
     config = identity.to_dict(compose("diagnostics=full"))
     row = pa.table({"run_id": ["r"], "diag_id": ["d"]})
-    rows = [of_run(row, {"config": config | {"seed": seed, "batch_size": seed % 97}}) for seed in range(3000)]
+    rows = [of_runs(row, [{"config": config | {"seed": seed, "batch_size": seed % 97}}]) for seed in range(3000)]
     path = tmp_path / "all.configs.parquet"
     runs.write_table(path, pa.concat_tables(rows).combine_chunks(), {"table": CONFIGS})
     assert path.stat().st_size < 60 * 3000

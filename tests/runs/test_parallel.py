@@ -45,7 +45,7 @@ def rows_in_one_piece(folder: Path) -> dict[str, tuple[str, str]]:
     parts = []
     for source in search([folder]).sources:
         with contextlib.suppress(reader.Unfit):
-            parts.append(combine.stacked(source, reader.read(source)))
+            parts.append(combine.stacked([source], reader.read(source)))
     tables = combine.combine(combine.together(parts), 0).tables
     return {name: (str(table.schema), repr(table.to_pylist())) for name, table in tables.items()}
 

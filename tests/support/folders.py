@@ -49,11 +49,13 @@ def make_run(
     curves: Mapping[str, Any] | None = None,
     long: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     note: Mapping[str, Any] | None = None,
+    packed: bool = True,
 ) -> Path:
     """A run's folder as the trainer would write it; equal arguments give equal science.
 
     Values that are not given depend on the run, the step and the norm alone. `layers` gives values of every norm's row,
-    or is a function of step and norm; `long` gives those of each row of each table in long form.
+    or is a function of step and norm; `long` gives those of each row of each table in long form. One that is not `packed` is as
+    earlier versions wrote it.
     """
     run_id = run_id or f"{attn_mode}-{seed}"
     ids = {"run_id": run_id, "diag_id": diag_id}
@@ -86,6 +88,8 @@ def make_run(
     out = runs.RunFolder(folder, ids)
     for name, content in rows.items():
         out.write(name, RUNS if name == "runs" else list(FROZEN[name].values()), content, columns, note or {})
+    if packed:
+        out.pack()
     out.status(status)
     return folder
 
