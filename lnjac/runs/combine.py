@@ -100,7 +100,7 @@ def _one_table(name: str, tables: Sequence[pa.Table], kinds: Iterable[Kind]) -> 
 
 
 def combine(found: Stacked, rtol: float) -> Combined:
-    """Return the tables in the order of docs/merging.md, each row once.
+    """Return the tables in the order of docs/merging.md, each row once. Those of `found` are dropped, as memory is short.
 
     Raises:
         ConfigError: Two sources hold the same run with other rows, or with science that differs by more than `rtol`; or
@@ -151,8 +151,8 @@ def _ordered(found: Stacked) -> Stacked:
     now = np.empty(len(before), np.int64)
     now[before] = np.arange(len(before))
     tables, numbers = {}, {}
-    for name, rows in found.tables.items():
-        number = now[found.numbers[name]]
+    for name in [*found.tables]:
+        rows, number = found.tables.pop(name), now[found.numbers[name]]
         order = np.lexsort((rows["step"].to_numpy(), number) if "step" in rows.column_names else (number,))
         in_place = (np.diff(order) == 1).all()
         tables[name], numbers[name] = rows if in_place else rows.take(order), number[order]

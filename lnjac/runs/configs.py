@@ -44,8 +44,8 @@ def without_paths(value: Any) -> Any:
         return {key: without_paths(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [without_paths(inner) for inner in value]
-    # a plain word is no path, and is told so in a hundredth of the time
-    return PATH if isinstance(value, str) and not value.isidentifier() and is_absolute(value) else value
+    may_be = isinstance(value, str) and (value[:1] in "/\\~" or value[1:2] == ":")  # pathlib takes a hundred times as long
+    return PATH if may_be and is_absolute(value) else value
 
 
 def _without_path(word: str) -> str:

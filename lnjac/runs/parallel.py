@@ -14,7 +14,7 @@ from lnjac.machine import cores
 from lnjac.runs.combine import Stacked, stacked, together
 from lnjac.runs.read import Opened, Skip, Source, Unfit, contents, opened
 
-AT_ONCE = 200
+AT_ONCE = 100
 """Sources in a batch, which one process reads, at most: runs of one kind are checked together."""
 
 SHARES = 4

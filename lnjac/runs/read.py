@@ -1,7 +1,6 @@
 """Find run folders and earlier merges, and read one: whole, unaltered, in its columns' types, or not at all."""
 
 import hashlib
-import json
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -160,7 +159,7 @@ class Opened(NamedTuple):
         """What is equal for runs whose tables have the same columns, described in the same words."""
         if self.source.merged:
             return self.source
-        return tuple((name, table.schema, json.dumps(table.note.get("columns"))) for name, table in self.tables.items())
+        return tuple((name, table.schema, repr(table.note.get("columns"))) for name, table in self.tables.items())
 
     def file(self, table: str) -> str:
         """Return the name of a table's file."""
@@ -208,30 +207,36 @@ def _of_run(folder: Path) -> dict[str, Table]:
     if not isinstance(sha256, dict):
         raise Unfit(f"{runs.STATUS} lists no files")
     written = [file.removesuffix(".parquet") for file in sha256 if file.endswith(".parquet")]
-    small = _small_tables(folder / PACKED, sha256.get(PACKED))
+    small = _small_tables(folder, sha256.get(PACKED))
     for name in (*CORE, *runs.in_long_form(written)):
-        path = folder / runs.file_of(name)
+        file = runs.file_of(name)
         try:
-            blob = path.read_bytes()
+            content, digest = _content(folder, file)
         except OSError as error:
-            raise Unfit(_unread(path, error)) from None
-        digest = hashlib.sha256(blob).hexdigest()
-        found[name] = small[digest] if digest in small else as_stored(*read_noted(path, blob))
-        _require_noted(path, found[name].note, name, merged=False)
-        if sha256.get(path.name) != digest:
-            raise Unfit(f"{path.name} is not the file that the run wrote: its SHA-256 differs from {runs.STATUS}'s")
+            raise Unfit(_unread(file, error)) from None
+        found[name] = small[digest] if digest in small else as_stored(*read_noted(folder / file, content))
+        _require_noted(file, found[name].note, name, merged=False)
+        if sha256.get(file) != digest:
+            raise Unfit(f"{file} is not the file that the run wrote: its SHA-256 differs from {runs.STATUS}'s")
     if (n_runs := found["runs"].n_rows) != 1:
         raise Unfit(f"holds {n_runs} runs")
     return found
 
 
-def _small_tables(path: Path, sha256: str | None) -> dict[str, Table]:
-    """Return the tables that `path` holds by the SHA-256 of their Parquet files; none if it is not as the run wrote it."""
+def _small_tables(folder: Path, sha256: str | None) -> dict[str, Table]:
+    """Return a run's small tables by the SHA-256 of their Parquet files; none if their one file is not as the run wrote it."""
     try:
-        blob = path.read_bytes() if sha256 else b""
+        content, digest = _content(folder, PACKED) if sha256 else (b"", "")
     except OSError:
         return {}
-    return unpack(blob) if hashlib.sha256(blob).hexdigest() == sha256 else {}
+    return unpack(content) if digest == sha256 else {}
+
+
+def _content(folder: Path, file: str) -> tuple[bytes, str]:
+    """Return a file's content and its SHA-256."""
+    with open(f"{folder}/{file}", "rb") as opened:  # a Path takes as long to make as the file to read
+        content = opened.read()
+    return content, hashlib.sha256(content).hexdigest()
 
 
 def _of_merge(layers: Path) -> dict[str, Table]:
@@ -241,7 +246,7 @@ def _of_merge(layers: Path) -> dict[str, Table]:
         path = companion(layers, name)
         found[name] = as_stored(*read_noted(path))
         note = found[name].note
-        _require_noted(path, note, name, merged=True)
+        _require_noted(path.name, note, name, merged=True)
         written.append((note.get("merge_id"), rows := note.get("rows")))
         if name == "layers" and isinstance(rows, dict):  # which says what else the merge consists of
             names += runs.in_long_form(rows)
@@ -256,20 +261,20 @@ def _of_merge(layers: Path) -> dict[str, Table]:
 def read_checked(path: Path, name: str) -> tuple[pa.Table, dict[str, Any]]:
     """Return one table of a run, in its columns' types, and its note. Raises Unfit."""
     data, note = read_noted(path)
-    _require_noted(path, note, name, merged=False)
+    _require_noted(path.name, note, name, merged=False)
     try:
         return conform(data, name, described(name, note)), note
     except Unfit as error:
         raise Unfit(f"{path.name} {error}") from None
 
 
-def _require_noted(path: Path, note: Mapping[str, Any], name: str, merged: bool) -> None:
+def _require_noted(file: str, note: Mapping[str, Any], name: str, merged: bool) -> None:
     """Raise Unfit unless a file's note says that it holds this table, of this version."""
     if note.get("table") != name or bool(note.get("merged")) != merged:
         kind = "of an earlier merge" if merged else "of a run"
-        raise Unfit(f"{path.name} does not hold the {name} {kind}")
+        raise Unfit(f"{file} does not hold the {name} {kind}")
     if (version := note.get("schema_version")) != SCHEMA_VERSION:
-        raise Unfit(f"{path.name} has schema version {version}, this lnjac reads {SCHEMA_VERSION}")
+        raise Unfit(f"{file} has schema version {version}, this lnjac reads {SCHEMA_VERSION}")
 
 
 def read_noted(
@@ -279,7 +284,7 @@ def read_noted(
     try:
         data = runs.read_table(path if blob is None else pa.BufferReader(blob), columns)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise Unfit(_unread(path, error)) from None
+        raise Unfit(_unread(path.name, error)) from None
     try:
         note = runs.note_in(data.schema.metadata)
     except ValueError:
@@ -287,8 +292,8 @@ def read_noted(
     return data.replace_schema_metadata(), note
 
 
-def _unread(path: Path, error: Exception) -> str:
-    return f"{path.name} is missing" if isinstance(error, FileNotFoundError) else f"{path.name} cannot be read: {error}"
+def _unread(file: str, error: Exception) -> str:
+    return f"{file} is missing" if isinstance(error, FileNotFoundError) else f"{file} cannot be read: {error}"
 
 
 def _finished(folder: Path) -> dict[str, Any]:
