@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Event
 from typing import NamedTuple
 
 from lnjac.machine import cores
@@ -20,8 +21,8 @@ AT_ONCE = 100
 SHARES = 4
 """Batches for each process, at least: many share the work evenly."""
 
-FEW = 100
-"""Sources that this process has read sooner than another one has started."""
+PATIENCE_S = 0.5
+"""Seconds for which this process reads alone: another one takes about as long to start."""
 
 MOST = 8
 """Processes that read at once: beyond this the disk, or the unpacking of what they send, is the limit."""
@@ -36,36 +37,43 @@ class Read(NamedTuple):
 
 def read_all(sources: Sequence[Source], progress: Callable[[int, int], None] | None = None) -> Read:
     """Read every source, in order; `progress(done, total)` is called after each batch."""
-    helpers = min(cores(), MOST) - 1 if len(sources) > FEW else 0
-    size = min(AT_ONCE, max(10, len(sources) // (SHARES * (1 + helpers))))
+    processes, all_taken = min(cores(), MOST), Event()
+    size = min(AT_ONCE, max(10, len(sources) // (SHARES * processes)))
     batches = [sources[first : first + size] for first in range(0, len(sources), size)]
-    todo, done = deque(range(len(batches))), dict[int, Read]()
+    todo, done, said = deque(range(len(batches))), dict[int, Read](), 0
 
-    def work(read_one: Callable[[Sequence[Source]], Read], say: Callable[[int, int], None] | None = None) -> None:
+    def say() -> None:
+        nonlocal said
+        n_done = sum(len(batches[each]) for each in list(done))
+        if progress and n_done > said:
+            said = n_done
+            progress(n_done, len(sources))
+
+    def work(read_one: Callable[[Sequence[Source]], Read], then: Callable[[], None] = lambda: None) -> None:
         while todo:
             try:
                 number = todo.popleft()
             except IndexError:  # another thread took the last one
                 return
             done[number] = read_one(batches[number])
-            if say:
-                say(sum(len(batches[each]) for each in list(done)), len(sources))
+            then()
 
     def work_elsewhere() -> None:
-        with _helper() as read_one:
-            work(read_one)
+        if not all_taken.wait(PATIENCE_S):
+            with _helper() as read_one:
+                work(read_one)
 
-    with ThreadPoolExecutor(helpers or 1) as threads:  # each waits for a process
+    with ThreadPoolExecutor(processes) as threads:  # each waits for a process
         try:
-            for _ in range(helpers):
+            for _ in range(processes - 1):
                 threads.submit(work_elsewhere)
-            work(read_batch, progress)
+            work(read_batch, say)
         finally:
             todo.clear()
+            all_taken.set()
     todo.extend(number for number in range(len(batches)) if number not in done)  # those at which a helper failed
-    work(read_batch, progress)
-    if progress and helpers:
-        progress(len(sources), len(sources))
+    work(read_batch, say)
+    say()
     parts = [done.pop(number) for number in range(len(batches))]
     return Read(together([part.found for part in parts]), [skip for part in parts for skip in part.skipped])
 

@@ -31,7 +31,7 @@ def test_runs_read_by_several_processes_are_as_if_read_by_one(many: Path, out: P
     one_batch = merge([many], out)
     expected = rows_of(out)
     assert expected == rows_in_one_piece(many)
-    monkeypatch.setattr(parallel, "FEW", 1)
+    monkeypatch.setattr(parallel, "PATIENCE_S", 0)
     monkeypatch.setattr(parallel, "cores", lambda: cores)
     calls: list[tuple[int, int]] = []
     assert merge([many], out, progress=lambda done, total: calls.append((done, total))) == one_batch
@@ -57,7 +57,7 @@ def test_a_helper_reads_and_one_that_fails_costs_nothing(many: Path, monkeypatch
             found, skipped = read_there(batch)
             assert found.sources == [source for source in batch if source.path.name != unfit]
             assert [skip.path for skip in skipped] == [str(many / unfit)]
-    monkeypatch.setattr(parallel, "FEW", 1)
+    monkeypatch.setattr(parallel, "PATIENCE_S", 0)
     monkeypatch.setattr(parallel, "cores", lambda: 2)
     for broken in ("/bin/false", "/nowhere"):
         monkeypatch.setattr(sys, "executable", broken)
@@ -69,7 +69,7 @@ def test_a_helper_that_meets_an_error_leaves_it_to_the_caller(tmp_path: Path, ou
         make_run(
             tmp_path / "s" / str(i), seed=i, config=[(Column("method.b", dtype, "", ""), {"int64": 1}.get(dtype, "x"))]
         )
-    monkeypatch.setattr(parallel, "FEW", 1)
+    monkeypatch.setattr(parallel, "PATIENCE_S", 0)
     monkeypatch.setattr(parallel, "cores", lambda: 2)
     with pytest.raises(ConfigError, match=r"method\.b is int64 in .* but string in"):
         merge([tmp_path / "s"], out)
