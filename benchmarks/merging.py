@@ -1,9 +1,10 @@
 """Merging many runs.
 
-python benchmarks/merging.py FOLDER N_RUNS [STEPS] [ROUNDS]
+python benchmarks/merging.py FOLDER N_RUNS [STEPS] [ROUNDS] [PYTHON]
 
-FOLDER is filled with runs first if it is not there. Each round takes in turns the merge and what it needs to start, each
-in a process of its own, whose helpers count in its CPU time.
+FOLDER is filled with runs first if it is not there. Each round takes in turns the merge, what it needs to start, and as a
+yardstick the reading alone of the same Parquet files by polars, if PYTHON is an interpreter that has it. Each is a process
+of its own, whose helpers count in its CPU time.
 """
 
 import hashlib
@@ -26,6 +27,13 @@ from lnjac.runs.schema import FROZEN
 
 SITES = [*(f"blocks.{i}.ln_{j}" for i in range(4) for j in (1, 2)), "ln_f", "ln_out"]
 GRID = [f"ln_backward={way} model.n_embd={d}" for way in ("exact", "center_scale", "ste", "scale") for d in (64, 128)]
+POLARS = """
+import glob, sys, polars
+for name in ("layers", "run", "curve"):
+    files = sorted(glob.glob(f"{sys.argv[1]}/*/{name}.parquet"))
+    print(polars.scan_parquet(files, missing_columns="insert", extra_columns="ignore").collect().shape)
+"""
+"""Neither sums nor keys are checked, nor are columns joined that the first file lacks."""
 AT_ONCE = 50
 """Runs that one process writes in a row."""
 
@@ -88,19 +96,21 @@ class Cost(NamedTuple):
 
 def cost(*words: object) -> Cost:
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     assert status == 0, words
     return Cost(time.perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss / 1e3)
 
 
-def main(folder: Path, n_runs: int, steps: int = 1, rounds: int = 1) -> None:
+def main(folder: Path, n_runs: int, steps: int = 1, rounds: int = 1, python: str = "") -> None:
     if not folder.exists():
         make(folder, range(n_runs), steps)
     commands = {
-        "merge": ("-m", "lnjac", "merge", folder, "-o", folder / "all.parquet"),
-        "start-up": ("-c", "import lnjac.runs.merge, pandas"),
+        "merge": (sys.executable, "-m", "lnjac", "merge", folder, "-o", folder / "all.parquet"),
+        "start-up": (sys.executable, "-c", "import lnjac.runs.merge, pandas"),
     }
+    if python:
+        commands["polars"] = (python, "-c", POLARS, folder)
     for _ in range(rounds):
         for name, words in commands.items():
             used = cost(*words)
@@ -108,4 +118,4 @@ def main(folder: Path, n_runs: int, steps: int = 1, rounds: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]), *sys.argv[5:])

@@ -44,7 +44,9 @@ def without_paths(value: Any) -> Any:
         return {key: without_paths(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [without_paths(inner) for inner in value]
-    may_be = isinstance(value, str) and (value[:1] in "/\\~" or value[1:2] == ":")  # pathlib takes a hundred times as long
+    may_be = isinstance(value, str) and (
+        value[:1] in "/\\~" or value[1:2] == ":"
+    )  # pathlib takes a hundred times as long
     return PATH if may_be and is_absolute(value) else value
 
 

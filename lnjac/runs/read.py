@@ -224,7 +224,7 @@ def _of_run(folder: Path) -> dict[str, Table]:
 
 
 def _small_tables(folder: Path, sha256: str | None) -> dict[str, Table]:
-    """Return a run's small tables by the SHA-256 of their Parquet files; none if their one file is not as the run wrote it."""
+    """Return a run's small tables by the SHA-256 of their Parquet files; none if they are not as the run wrote them."""
     try:
         content, digest = _content(folder, PACKED) if sha256 else (b"", "")
     except OSError:

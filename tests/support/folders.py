@@ -54,8 +54,8 @@ def make_run(
     """A run's folder as the trainer would write it; equal arguments give equal science.
 
     Values that are not given depend on the run, the step and the norm alone. `layers` gives values of every norm's row,
-    or is a function of step and norm; `long` gives those of each row of each table in long form. One that is not `packed` is as
-    earlier versions wrote it.
+    or is a function of step and norm; `long` gives those of each row of each table in long form. A run that is not
+    `packed` is as earlier versions wrote it.
     """
     run_id = run_id or f"{attn_mode}-{seed}"
     ids = {"run_id": run_id, "diag_id": diag_id}
