@@ -154,8 +154,11 @@ def _ordered(found: Stacked) -> Stacked:
     for name in [*found.tables]:
         rows, number = found.tables.pop(name), now[found.numbers[name]]
         order = np.lexsort((rows["step"].to_numpy(), number) if "step" in rows.column_names else (number,))
-        in_place = (np.diff(order) == 1).all()
-        tables[name], numbers[name] = rows if in_place else rows.take(order), number[order]
+        if (np.diff(order) != 1).any():
+            schema, columns, places = rows.schema, rows.columns[::-1], pa.array(order)
+            del rows  # so each column is freed when it has been copied
+            rows = pa.Table.from_arrays([columns.pop().take(places) for _ in schema], schema=schema)
+        tables[name], numbers[name] = rows, number[order]
     return Stacked([found.sources[number] for number in before], tables, numbers, found.kinds)
 
 
