@@ -21,8 +21,8 @@ AT_ONCE = 100
 SHARES = 4
 """Batches for each process, at least: many share the work evenly."""
 
-PATIENCE_S = 0.5
-"""Seconds for which this process reads alone: another one takes about as long to start."""
+PATIENCE_S = 1.0
+"""Seconds for which this process reads alone: another one takes half of it to start."""
 
 MOST = 8
 """Processes that read at once: beyond this the disk, or the unpacking of what they send, is the limit."""
