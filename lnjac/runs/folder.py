@@ -23,7 +23,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 from lnjac.columns import Column
 from lnjac.errors import ConfigError
 from lnjac.files import file_sha256, why, write_atomically
-from lnjac.runs.packed import PACKED, Table, as_stored, pack
+from lnjac.runs import packed
 from lnjac.runs.schema import CORE, DTYPES, FROZEN, SCHEMA_VERSION, describe, in_order
 
 STATUS = "status.json"
@@ -160,7 +160,7 @@ class RunFolder:
         for left in self.path.glob(".*.tmp"):  # by a writer that was killed: nobody else may write here
             left.unlink(missing_ok=True)
         self.written: dict[str, str] = {}
-        self.small: dict[str, Table] = {}
+        self.small: dict[str, packed.Table] = {}
 
     def release(self) -> None:
         self.lock.release()
@@ -202,12 +202,12 @@ class RunFolder:
         """Write a table, and keep it for `pack` if it is small."""
         file, note = file_of(name), {"schema_version": SCHEMA_VERSION, **metadata}
         self.save(file, lambda path: write_table(path, data, note))
-        if data.num_rows < SMALL:
-            self.small[self.written[file]] = as_stored(data, note)
+        if data.nbytes <= packed.LARGEST:
+            self.small[self.written[file]] = packed.as_stored(data, note)
 
     def pack(self) -> None:
         """Write the small tables once more, into one file, from which a merge has them sooner."""
-        self.save(PACKED, lambda path: path.write_bytes(pack(self.small)))
+        self.save(packed.PACKED, lambda path: path.write_bytes(packed.pack(self.small)))
 
     def save(self, file: str, write: Callable[[Path], object]) -> None:
         """Let `write` make one of the folder's files; on any error it stays as it was."""

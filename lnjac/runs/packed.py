@@ -13,6 +13,9 @@ import pyarrow as pa
 
 PACKED = "rows.arrows"
 
+LARGEST = 200_000
+"""Bytes in memory up to which a table is packed: Parquet keeps a larger one in fewer, and is quick to read it."""
+
 INDEX = pa.schema([("sha256", pa.string()), ("note", pa.string())])
 """The table that comes first: for each of the others its Parquet file's SHA-256 and note."""
 

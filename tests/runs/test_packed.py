@@ -12,7 +12,7 @@ from support.folders import make_run, rewrite, rows_of, with_column
 from lnjac import load
 from lnjac.runs import folder as runs
 from lnjac.runs.merge import merge
-from lnjac.runs.packed import PACKED, as_stored, pack, unpack
+from lnjac.runs.packed import LARGEST, PACKED, as_stored, pack, unpack
 
 SEEDS = range(4)
 
@@ -21,7 +21,7 @@ def sweep(folder: Path, *, packed: bool) -> Path:
     """Runs of two kinds, with nulls, numbers that are none, an empty table, and one too large to be packed."""
     for seed in SEEDS:
         values = {"r_mean": [None, math.nan, -0.0, math.inf][seed]}
-        swaps = [{"step": step, "place": "é"} for step in range(runs.SMALL + 1)]
+        swaps = [{"step": step, "place": "é" * LARGEST} for step in range(2)]
         make_run(
             folder / str(seed),
             seed=seed,
