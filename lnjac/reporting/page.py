@@ -9,8 +9,9 @@ import gzip
 import hashlib
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,11 +93,11 @@ class Charts:
 
     def table(self, frame: pd.DataFrame) -> str:
         """Add a table without a chart, and return the name of its dataset."""
-        return self._added(frame.to_dict("records"))
+        return self._added(visible_within(frame.to_dict("records")))
 
     def _added(self, rows: Sequence[Mapping[Any, Any]]) -> str:
         """Add rows as columns, and return the name of their dataset, the same for the same rows."""
-        found = visible_within(columns(rows))
+        found = columns(rows)
         name = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
         self.datasets[name] = found
         return name
@@ -207,20 +208,23 @@ def _style() -> str:
     return palettes + (HERE / "page.css").read_text(encoding="utf-8")
 
 
-def bundle_ahead() -> None:
-    """Begin to put the page's libraries together in a thread of their own, which takes about as long as all charts."""
-    _bundling(marks.extra("vl_convert"))
-
-
-def _bundle() -> str:
-    """Return Vega, Vega-Lite and vega-embed as one script."""
-    return str(_bundling(marks.extra("vl_convert")).result())
+BUNDLING = (
+    "import sys, vl_convert\n"
+    "sys.stdout.buffer.write(vl_convert.javascript_bundle('window.vegaEmbed = vegaEmbed;').encode())"
+)
 
 
 @cache
-def _bundling(converter: Any) -> "Future[str]":
-    thread = ThreadPoolExecutor(1)
-    try:
-        return thread.submit(converter.javascript_bundle, "window.vegaEmbed = vegaEmbed;")
-    finally:
-        thread.shutdown(wait=False)
+def bundle_ahead() -> "subprocess.Popen[bytes]":
+    """Begin to put the page's libraries together, in a process of its own: vl_convert holds the GIL for over a second."""
+    marks.extra("vl_convert")
+    return subprocess.Popen([sys.executable, "-c", BUNDLING], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@cache
+def _bundle() -> str:
+    """Return Vega, Vega-Lite and vega-embed as one script."""
+    script, errors = bundle_ahead().communicate()
+    if not script:
+        raise RuntimeError(f"vl_convert made no script of Vega: {errors.decode()}")
+    return script.decode()
