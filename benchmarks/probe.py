@@ -1,8 +1,9 @@
-"""What does a probe cost? Time and peak memory against one forward and backward pass, at GPT-2's shape.
+"""What does a probe cost? Time and peak memory at GPT-2's shape, of `measure` against a forward and backward pass, of
+`watch` against the step that it watches: a forward and backward pass, and AdamW's update.
 
     OMP_NUM_THREADS=2 python benchmarks/probe.py [width layers batch length rounds]
 
-Times are medians of interleaved rounds, as ratios to the plain pass of the same round. Each peak is a process of its own.
+Ratios of times are medians over interleaved rounds. Each peak is a process of its own.
 """
 
 import statistics
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 import lnjac
 
 VOCAB = 8192
+AGAINST = {"pass": "pass", "measure": "pass", "step": "step", "watch": "step"}
+"""With which way each is compared."""
 
 
 class Block(nn.Module):
@@ -60,14 +63,18 @@ def loss(model: nn.Module, ids: Tensor) -> tuple[Tensor, int]:
 
 
 def passes(d: int, layers: int, batch: int, length: int) -> dict[str, Callable[[], object]]:
-    """The ways of one forward and backward pass, by name."""
+    """What is timed, by name."""
     torch.manual_seed(0)
     model, ids = Model(d, layers, length), torch.randint(VOCAB, (batch, length))
-    probe = lnjac.probe(model)
+    probe, optimizer = lnjac.probe(model), torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def plain() -> None:
         model.zero_grad()
         loss(model, ids)[0].backward()
+
+    def step() -> None:
+        plain()
+        optimizer.step()
 
     def watched() -> None:
         model.zero_grad()
@@ -75,8 +82,9 @@ def passes(d: int, layers: int, batch: int, length: int) -> dict[str, Callable[[
             mean, tokens = loss(model, ids)
             seen.tokens(tokens)
             mean.backward()
+        optimizer.step()
 
-    return {"plain": plain, "watch": watched, "measure": lambda: probe.measure([ids], loss)}
+    return {"pass": plain, "measure": lambda: probe.measure([ids], loss), "step": step, "watch": watched}
 
 
 def main(d: int = 384, layers: int = 8, batch: int = 2, length: int = 256, rounds: int = 15) -> None:
@@ -101,10 +109,11 @@ def main(d: int = 384, layers: int = 8, batch: int = 2, length: int = 256, round
         for name in ("none", *ways)
     }
     for name, taken in times.items():
-        ratio = statistics.median(a / b for a, b in zip(taken, times["plain"], strict=True))
-        memory = (peak[name] - peak["none"]) / (peak["plain"] - peak["none"])
+        base = AGAINST[name]
+        ratio = statistics.median(a / b for a, b in zip(taken, times[base], strict=True))
+        memory = (peak[name] - peak["none"]) / (peak[base] - peak["none"])
         print(
-            f"{name:8} {1e3 * statistics.median(taken):8.1f} ms  {ratio:5.2f} x time  {memory:5.2f} x memory of a pass"
+            f"{name:8} {1e3 * statistics.median(taken):8.1f} ms  {ratio:5.2f} x time  {memory:5.2f} x memory of a {base}"
         )
 
 
