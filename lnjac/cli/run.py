@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,13 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lnjac.config.compose import RunComposed, RunComposer
-    from lnjac.sweeps.protocol import Planned
+    from lnjac.sweeps.jobs import Job
+    from lnjac.sweeps.protocol import Planned, Starts
 
 log = logging.getLogger("lnjac")
+
+OUTPUTS = Path("outputs")
+"""The folder of single runs."""
 
 preload = ("lnjac.training.run",)
 
@@ -26,6 +30,7 @@ def task(cfg: "DictConfig") -> str:
     from hydra.types import RunMode
 
     from lnjac import errors
+    from lnjac.cli.starts import searched
     from lnjac.config import compose, schema
     from lnjac.escape import visible_lines
     from lnjac.training import run as train
@@ -36,10 +41,13 @@ def task(cfg: "DictConfig") -> str:
     try:
         settings = schema.build(compose.plain(cfg), job.runtime.choices, compose.folders(job.runtime))
         corpus = train.admit(settings)
+        reuse = searched(
+            cfg.reuse, OUTPUTS if job.mode == RunMode.RUN and OUTPUTS.absolute() in folder.parents else None
+        )
         if cfg.dry_run:
-            log.info("dry_run: the config is sound; nothing was started")
+            log.info("dry_run: the config is sound%s; nothing was started", train.would_begin(settings, corpus, reuse))
             return "dry_run"
-        return train.run(settings, folder, corpus)
+        return train.run(settings, folder, corpus, reuse=reuse)
     except errors.ConfigError as error:
         raise CompactHydraException(visible_lines(str(error))) from None
     except Exception:
@@ -82,7 +90,14 @@ def plan(composed: "RunComposed", here: bool) -> "Planned":
     config = composed.build()
     sha256 = train.admit(config, here=here).sha256
     ids = {"run_id": identity.run_id(config, sha256), "diag_id": identity.diag_id(config)}
-    return Planned(ids, identity.column_values(config))
+    return Planned(ids, identity.column_values(config), sha256)
+
+
+def starts(jobs: "Sequence[Job]", config: "DictConfig", folder: Path, here: bool) -> "Starts":
+    """Tell how a sweep's jobs begin (lnjac.sweeps.protocol). Raises ConfigError if `reuse` names no folder."""
+    from lnjac.cli import starts as of_jobs
+
+    return of_jobs.starts(jobs, of_jobs.searched(config.reuse, folder), here=here)
 
 
 def after_interruption(folder: Path) -> str:

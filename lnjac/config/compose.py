@@ -64,7 +64,7 @@ def _composer(folder: Path, changed_ns: int) -> "RunComposer":
 NOT_OURS = ("hydra", *SWEEP)
 """Keys of a composed config that are no part of a run's."""
 
-TEXTS = ("sweep", "hydra.run.dir", "hydra.sweep.dir", "data.dir", "data.source", "data.files")
+TEXTS = ("sweep", "reuse", "hydra.run.dir", "hydra.sweep.dir", "data.dir", "data.source", "data.files")
 """Keys whose values are text, because they name files and folders."""
 
 

@@ -14,7 +14,7 @@ from lnjac.files import digest
 NUMERICS_VERSION = 2
 """Part of every run's identity, raised whenever the same config would give other numbers than before."""
 
-EXECUTION = ("device", "threads", "deterministic", "save_model", "checkpoint", "tracker")
+EXECUTION = ("device", "threads", "deterministic", "save_model", "keep_state", "checkpoint", "tracker")
 """How a run is executed: left out of its identity and of its config columns."""
 
 

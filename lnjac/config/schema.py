@@ -28,8 +28,8 @@ from lnjac.diagnostics.settings import Diagnostics
 from lnjac.errors import ConfigError
 from lnjac.gpt.settings import Model, Precision
 
-SWEEP = ("sweep", "retry_failed", "stop_on_failure", "dry_run", "report", "zip")
-"""The keys of a whole sweep, which are no part of a run's config."""
+SWEEP = ("sweep", "retry_failed", "stop_on_failure", "dry_run", "report", "zip", "reuse")
+"""The keys of a whole command, which are no part of a run's config."""
 
 MISSING = "???"
 """The value by which a yaml file asks for one."""
@@ -93,6 +93,7 @@ class RunConfig:
     save_model: bool
     checkpoint: Checkpoints
     tracker: Any
+    keep_state: bool = False  # as in the configs of runs from before there was such a key
 
     def parts(self) -> dict[str, Any]:
         """Return the values that are dataclasses, by name, and the members among the model's values."""

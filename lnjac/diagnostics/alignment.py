@@ -179,6 +179,7 @@ class Alignment(Diagnostic):
     table = "tensors"
     columns = TENSORS
     cost = "a pass by backprop; for the control, where blocks have moved, one of each, which mostly share their forward pass"
+    needs_optimizer = False
 
     def begin(self, subject: Subject) -> None:
         self.subject, self.batches = subject, list[Any]()

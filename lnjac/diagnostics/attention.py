@@ -71,6 +71,7 @@ class Mechanism(Diagnostic):
     columns = MECHANISM
     quantities = QUANTITIES
     cost = "no pass of its own, but hooks on the shared one"
+    needs_optimizer = False
 
     def begin(self, subject: Subject) -> None:
         self.model = subject.model

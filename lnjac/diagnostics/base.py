@@ -56,6 +56,8 @@ class Diagnostic:
     """The time that a measurement takes, in words."""
     needs_tokens: ClassVar[bool] = False
     """Whether `passed` needs each token's numbers, beside the sums at each call of a norm."""
+    needs_optimizer: ClassVar[bool] = True
+    """Whether it reads the optimizer's state, which finished runs keep only with keep_state=true."""
 
     def before(self, subject: Subject) -> Rows:
         """Measure once, before the first update, whatever the schedule; return the rows."""

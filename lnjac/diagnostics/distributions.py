@@ -15,6 +15,7 @@ class Distributions(Diagnostic):
     table = "distributions"
     columns = COLUMNS
     cost = "no pass of its own"
+    needs_optimizer = False
     needs_tokens = True
 
     bins: int

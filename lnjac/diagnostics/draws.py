@@ -35,6 +35,7 @@ class FeedbackDraws(Diagnostic):
     columns = MECHANISM
     quantities = QUANTITIES
     cost = "a measurement of the norms for each draw, once"
+    needs_optimizer = False
 
     draws: int
 

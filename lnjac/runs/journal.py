@@ -64,7 +64,7 @@ class Journal:
 
     def keep(self, header: Entry, entries: Iterable[Entry]) -> None:
         """Replace the file by one with this header and these entries alone, to which `add` appends."""
-        lines = [_line(header), *map(_line, entries)]
+        lines = [_line({"format": FORMAT, **header}), *map(_line, entries)]
         write_atomically(self.path, lambda temporary: temporary.write_bytes(b"".join(lines)))
         self.lines = len(lines) - 1
         self.file = self.path.open("ab", buffering=0)

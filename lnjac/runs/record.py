@@ -241,10 +241,10 @@ class Record:
     def _finish(self) -> None:
         """Write every table, and the status last."""
         curve = self.tables["curves"].rows = [self.points[step] for step in sorted(self.points)]
-        if "diverged_step" not in self.described and (step := _diverged_at(curve)) is not None:
+        if not self.has_diverged and (step := _diverged_at(curve)) is not None:
             log.warning("the loss is not finite from step %d on: the run's status is diverged", step)
             self.diverged(step)
-        status = runs.DIVERGED if "diverged_step" in self.described else runs.DONE
+        status = runs.DIVERGED if self.has_diverged else runs.DONE
         if status == runs.DONE:
             _say_if_not_evaluated(curve)
         losses = [loss for row in curve if (loss := row["train_loss_nats"]) is not None and math.isfinite(loss)]
@@ -269,7 +269,7 @@ class Record:
             self.out.write(name, table.columns, table.written(), self.columns, note)
         self.out.pack()
         more = {"step": row["diverged_step"]} if status == runs.DIVERGED else {"val_loss_nats": row["val_loss_nats"]}
-        self.out.status(status, **more)
+        self.out.status(status, steps_done=row["steps_done"], **more)
         self.status = status
         self.journal.remove()
 
@@ -362,6 +362,11 @@ class Record:
         """Say that the loss turned non-finite after `step` updates: this will be the run's status."""
         self.described["diverged_step"] = step
 
+    @property
+    def has_diverged(self) -> bool:
+        """Whether `diverged` was called."""
+        return "diverged_step" in self.described
+
     def describe(self, **columns: Any) -> None:
         """Set columns of the run's row in the table runs, such as n_params, or ones of your own.
 
@@ -421,7 +426,7 @@ class Record:
         kept = [entry for entry in every if entry["step"] <= step]
         if calls is not None and len(kept) != calls:
             raise ConfigError(f"{path} holds {len(kept)} of the {calls} calls up to step {step}: {anew}")
-        self._replay(kept)
+        self._replay(kept, path)
         if kept:
             self.described["started_at"], self.seconds = header["started_at"], dict(kept[-1]["spent"])
             self.journal.keep(header, kept)
@@ -436,7 +441,27 @@ class Record:
             len(every) - len(kept),
         )
 
-    def _replay(self, entries: Iterable[Mapping[str, Any]]) -> None:
+    def take_over(
+        self, entries: Sequence[Mapping[str, Any]], step: int, spent: Mapping[str, float], path: Path
+    ) -> None:
+        """Take rows of another run's folder, as if they had been recorded here; what is recorded next is added to them.
+
+        Args:
+            entries: As a journal holds them.
+            step: Updates done at the state that the training begins from.
+            spent: Wall seconds that the rows and the state took, by column.
+            path: The folder, for messages.
+
+        Raises:
+            ConfigError: The rows do not fit this run's tables. The record stays as it is.
+        """
+        self._replay(entries, path)
+        self.seconds |= spent
+        self.described["resumed_at"] = step
+        self.journal.keep(self.journal.header, ({**entry, "spent": self.spent()} for entry in entries))
+        self._tell_again()
+
+    def _replay(self, entries: Iterable[Mapping[str, Any]], path: Path) -> None:
         """Take the rows of a journal; none if one does not fit the tables any more."""
         try:
             for entry in entries:
@@ -450,7 +475,7 @@ class Record:
                 table.rows.clear()
             self.points.clear()
             self.coverage.clear()
-            raise ConfigError(f"{self.journal.path} does not fit this run's tables any more: {error}") from None
+            raise ConfigError(f"{path} does not fit this run's tables any more: {error}") from None
 
     def _tell_again(self) -> None:
         """Tell the tracker all that is recorded so far, in the order of steps."""

@@ -30,7 +30,8 @@ class State:
 def state(folder: Path, identity: Mapping[str, str]) -> State:
     """Return the state of the folder as that of the run `identity`. Finished only if the rows verify, to the last bit.
 
-    Weights or a diagnostic batch that are lost leave the run finished, and are the state's reason: the rows stand.
+    Weights, a diagnostic batch or an optimizer's state that are lost leave the run finished, and are the state's reason, as
+    the rows stand.
     """
     status = runs.read_status(folder)
     if not status:
@@ -51,14 +52,14 @@ def state(folder: Path, identity: Mapping[str, str]) -> State:
         return State(BROKEN, str(error))
     if row != dict(identity):
         return State(BROKEN, "its rows are not of the run that its status names")
-    lost = [said for file in (runs.MODEL, runs.BATCH) if (said := _lost(folder / file, status))]
+    losses = [said for file in (runs.MODEL, runs.BATCH, runs.CHECKPOINT) if (said := lost(folder / file, status))]
     return State(
-        name, f"{', '.join(lost)}; the rows are whole: to make the run anew, delete its folder" if lost else ""
+        name, f"{', '.join(losses)}; the rows are whole: to make the run anew, delete its folder" if losses else ""
     )
 
 
-def _lost(path: Path, status: Mapping[str, Any]) -> str:
-    """Return what is wrong with a file that the run wrote beside its rows, if anything."""
+def lost(path: Path, status: Mapping[str, Any]) -> str:
+    """Return the damage of a file that the run wrote beside its rows; empty if there is none."""
     written = status.get("sha256", {}).get(path.name)
     try:
         if written is None or file_sha256(path) == written:

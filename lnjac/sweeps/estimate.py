@@ -15,7 +15,7 @@ PER_RUN = {"seed", "steps", "eval.every", "eval.tokens", *(column.name for colum
 """Columns of a run, beside an optimizer's numbers, that leave the time of an update as it is."""
 
 
-def seconds(todo: Sequence[Mapping[str, Any]], tables: Iterable[Path]) -> tuple[float, int]:
+def seconds(todo: Sequence[tuple[Mapping[str, Any], int]], tables: Iterable[Path]) -> tuple[float, int]:
     """Estimate the run time of these runs together.
 
     A run's time per update is the median of the finished runs of its shape: those that differ from it in nothing but
@@ -23,7 +23,7 @@ def seconds(todo: Sequence[Mapping[str, Any]], tables: Iterable[Path]) -> tuple[
     has no `steps` is taken as long as its own runs, and one that times no training is timed as a whole.
 
     Args:
-        todo: each run's config columns.
+        todo: each run's config columns, and the updates that need not be made, as a finished run made them.
         tables: merged tables of runs.
 
     Returns:
@@ -34,7 +34,7 @@ def seconds(todo: Sequence[Mapping[str, Any]], tables: Iterable[Path]) -> tuple[
         rest = row["eval_s"] + row["diagnostics_s"] if row["train_s"] >= 0 else 0.0  # else there is none
         training = row["train_s"] if row["train_s"] >= 0 else row["wall_s"]
         known[shape(row)].append((training / _steps(row), rest))
-    alike = [(_steps(row), known[shape(row)]) for row in todo]
+    alike = [(_steps(row) - done, known[shape(row)]) for row, done in todo]
     times = [median(per_update * steps + rest for per_update, rest in runs) for steps, runs in alike if runs]
     return sum(times), len(times)
 

@@ -5,14 +5,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lnjac.config.compose import Composed
 from lnjac.escape import visible
 from lnjac.runs import folder as runs
 from lnjac.runs import state as states
-from lnjac.sweeps.protocol import UNRECORDED, UNSTARTED, Planned
+from lnjac.sweeps.protocol import UNRECORDED, UNSTARTED, Planned, Start
 
 log = logging.getLogger("lnjac.sweeps")
 
@@ -31,6 +31,7 @@ class Job:
     plan: Planned
     sweep: Path
     """The sweep's folder, in which the job's own is named by its identity."""
+    start: Start = field(default_factory=Start)
 
     def __post_init__(self) -> None:
         self.folder = self.sweep / "-".join(self.plan.identity.values())
@@ -45,17 +46,21 @@ class Job:
 
 
 def to_do(jobs: Sequence[Job], *, retry: str | None) -> list[Job]:
-    """Return the jobs that are to run; log how many there are of each kind, and why a run is made again.
+    """Return the jobs that are to run.
 
     Args:
         jobs: all of the sweep.
         retry: the word by which failed runs were told to stay as they are, if they were.
     """
     kept = (*runs.FINISHED, runs.RUNNING, *((runs.FAILED,) if retry else ()))
-    todo = [job for job in jobs if job.state.name not in kept]
+    return [job for job in jobs if job.state.name not in kept]
+
+
+def say(jobs: Sequence[Job], todo: Sequence[Job], *, retry: str | None) -> None:
+    """Log how many jobs there are of each kind, how those to do begin, and why a run is made again; `retry` as in `to_do`."""
     counts = Counter(job.state.name for job in jobs)
     seen = ", ".join(f"{n} {name}" for name, n in counts.items() if name != states.MISSING)
-    log.info("%d jobs: %d to do%s", len(jobs), len(todo), f" ({seen})" if seen else "")
+    log.info("%d jobs: %d to do%s%s", len(jobs), len(todo), f" ({seen})" if seen else "", _begun(todo))
     for job in jobs:
         if job.state.name == runs.RUNNING:
             log.warning("%s is being run by another command: left to it (%s)", job.name, job.folder)
@@ -64,7 +69,15 @@ def to_do(jobs: Sequence[Job], *, retry: str | None) -> list[Job]:
             log.warning("%s: %s: %s %s", job.folder.name, again, job.state.name, job.state.reason.split("\n")[0])
         elif job.state.finished and job.state.reason:
             log.warning("%s: %s", job.folder, job.state.reason)
-    return todo
+
+
+def _begun(todo: Sequence[Job]) -> str:
+    """Return how many of the jobs are analysed, continued and trained, if any begins from a finished run."""
+    kinds = Counter(job.start.kind for job in todo)
+    if kinds.keys() <= {"train"}:
+        return ""
+    shown = [kind for kind in ("analyse", "continue", "train") if kinds[kind] or kind == "train"]
+    return ": " + ", ".join(f"{kind} {kinds[kind]}" for kind in shown)
 
 
 def settle(job: Job, reason: str, *, ended_well: bool = False) -> None:

@@ -108,7 +108,12 @@ class Sweeper(HydraSweeper):
             raise CompactHydraException(
                 f"{error.filename} cannot be read ({error.strerror}): choose another name by {self.key('sweep')}=NAME"
             ) from None
-        todo = of_jobs.to_do(jobs, retry=None if self.retry_failed else f"{self.key('retry_failed')}=false")
+        retry = None if self.retry_failed else f"{self.key('retry_failed')}=false"
+        todo = of_jobs.to_do(jobs, retry=retry)
+        notes = self._find_starts(todo, folder)
+        of_jobs.say(jobs, todo, retry=retry)
+        for note in notes:
+            log.info(note)
         if self.dry_run:
             self._estimate(todo, folder)
             return []
@@ -239,7 +244,32 @@ class Sweeper(HydraSweeper):
         OmegaConf.copy_cache(from_config=self.config, to_config=config)
         with open_dict(config):
             config.hydra.sweep.subdir = job.folder.name
+            for key, value in job.start.values.items():
+                OmegaConf.update(config, key, value)
         return config
+
+    def _given(self, job: "Job") -> list[str]:
+        """Return the words that a job gets beside its own."""
+        from lnjac.config.command import text
+
+        values = [f"{key}={text(value)}" for key, value in job.start.values.items()]
+        return [f"hydra.sweep.subdir={job.folder.name}", *values]
+
+    def _find_starts(self, todo: "Sequence[Job]", folder: Path) -> list[str]:
+        """Ask the script how each job begins; return what its user should know of that."""
+        from lnjac.errors import ConfigError
+
+        if not todo or (of_script := getattr(protocol.script(self.task_function), "starts", None)) is None:
+            return []
+        try:
+            found: protocol.Starts = of_script(
+                todo, self.config, folder, not getattr(self.launcher, "elsewhere", False)
+            )
+        except ConfigError as error:
+            raise CompactHydraException(str(error)) from None
+        for job, start in zip(todo, found.jobs, strict=True):
+            job.start = start
+        return found.notes
 
     def _distinct(self, jobs: "Sequence[Job]") -> "list[Job]":
         distinct = {job.folder: job for job in reversed(jobs)}
@@ -251,9 +281,13 @@ class Sweeper(HydraSweeper):
         from lnjac.sweeps import estimate
 
         for job in todo:
-            log.info("to do (%s): %s", job.state.name, job.name)
+            start = job.start
+            begun = f": {start.kind} {start.source.name} after update {start.done}" if start.source else ""
+            log.info("to do (%s): %s%s", job.state.name, job.name, begun)
         root = Path("multirun") if Path("multirun").is_dir() else folder
-        seconds, covered = estimate.seconds([job.plan.columns for job in todo], sorted(root.rglob("*.runs.parquet")))
+        seconds, covered = estimate.seconds(
+            [(job.plan.columns, job.start.done) for job in todo], sorted(root.rglob("*.runs.parquet"))
+        )
         if todo and covered:
             some = "" if covered == len(todo) else f" for {covered} of them; no run of the others' shape is finished"
             log.info("about %s of computing%s", estimate.in_words(seconds), some)
@@ -276,7 +310,7 @@ class Sweeper(HydraSweeper):
                 self.launcher.stop_on_failure = self.stop_on_failure
                 returned = list(self.launcher.launch_composed(configs))
             else:
-                words = [[*job.overrides, f"hydra.sweep.subdir={job.folder.name}"] for job in jobs]
+                words = [[*job.overrides, *self._given(job)] for job in jobs]
                 returned = list(self.launcher.launch(words, initial_job_idx=0))
             reasons = {
                 job.folder: reason(back)

@@ -1,4 +1,4 @@
-"""A checkpoint: all that the coming updates depend on, in one safetensors file that is replaced in one step."""
+"""A checkpoint: all that the coming updates depend on, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lnjac.files import write_atomically
 from lnjac.gpt import model as gpt
 
 if TYPE_CHECKING:
@@ -40,9 +39,12 @@ def state(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore(training: Training, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
-    """Put the training where `state` was taken."""
+    """Put the training where `state` was taken. Weights alone, of `read_weights`, are enough to measure, not to train on."""
     weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     gpt.load_saved(training.model, weights)
+    training.updates = note["updates"]
+    if "batches" not in note:
+        return
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
@@ -53,7 +55,7 @@ def restore(training: Training, tensors: Mapping[str, Tensor], note: Mapping[str
     torch.set_rng_state(tensors["generator.cpu"])
     if training.device.type == "cuda" and "generator.cuda" in tensors:  # else it was begun on a CPU
         torch.cuda.set_rng_state(tensors["generator.cuda"], training.device)
-    training.updates, training.batches.rng.bit_generator.state = note["updates"], note["batches"]
+    training.batches.rng.bit_generator.state = note["batches"]
 
 
 class Timer:
@@ -73,13 +75,13 @@ def write(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) ->
     """Write tensors and note with a SHA-256 over both.
 
     Raises:
-        OSError: There is no room; an earlier checkpoint then stays.
+        OSError: There is no room.
     """
     ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     text = json.dumps({"version": VERSION, **note})
     header = {"lnjac": text, "sha256": _sha256(ready, text)}
     try:
-        write_atomically(path, lambda temporary: save_file(ready, temporary, header))
+        save_file(ready, path, header)
     except SafetensorError as error:
         raise OSError(str(error)) from None
 
@@ -104,6 +106,11 @@ def read(path: Path, identity: Mapping[str, str]) -> tuple[dict[str, Tensor], di
     if note.get("version") != VERSION or any(note.get(key) != value for key, value in identity.items()):
         raise Unusable("it is another run's, or of another version of lnjac")
     return tensors, note
+
+
+def read_weights(path: Path, updates: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a finished run's weights, made by so many updates, as a checkpoint that holds nothing else."""
+    return {f"model.{name}": value for name, value in load_file(path).items()}, {"updates": updates}
 
 
 def _sha256(tensors: Mapping[str, Tensor], note: str) -> str:

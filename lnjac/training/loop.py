@@ -36,7 +36,7 @@ def train(training: "Training", record: Record, save: Callable[[], None]) -> Non
     """
     config = training.config
     tokens, saving = config.batch_size * config.model.block_size, Timer(config.checkpoint.every)
-    healthy = training.updates > 0 or observe(training, record)
+    healthy = not record.has_diverged and (training.updates > 0 or observe(training, record))
     with progress(config.steps, tokens, training.updates) as report, held_back() as stopping:
         while healthy and training.updates < config.steps:
             with record.timing("train_s"):
@@ -53,12 +53,28 @@ def train(training: "Training", record: Record, save: Callable[[], None]) -> Non
 
 def observe(training: "Training", record: Record, train_loss: float | None = None) -> bool:
     """Record what is due after the updates done so far; return False for a validation loss that is not finite."""
-    config, step = training.config, training.updates
+    step = training.updates
     val_loss = lr = None
-    if step == config.steps or (config.eval.every is not None and step % config.eval.every == 0):
+    if evaluates(training.config, step):
         with _timing(record, "eval_s"):
             val_loss = training.validation_loss()
     healthy = val_loss is None or math.isfinite(val_loss)
+    measure(training, record, healthy=healthy)
+    if train_loss is not None:
+        lr = training.optimizer.param_groups[0]["lr"]
+    if train_loss is not None or val_loss is not None:
+        record.scalars(step, train_loss=train_loss, val_loss=val_loss if healthy else None, lr=lr)
+    return healthy
+
+
+def evaluates(config: RunConfig, step: int) -> bool:
+    """Return whether the validation loss is due after so many updates."""
+    return step == config.steps or (config.eval.every is not None and step % config.eval.every == 0)
+
+
+def measure(training: "Training", record: Record, *, healthy: bool = True) -> None:
+    """Record the diagnostics that are due after the updates done so far."""
+    step = training.updates
     if step == 0:
         with _timing(record, "diagnostics_s"):
             for table, rows in training.before().items():
@@ -70,11 +86,6 @@ def observe(training: "Training", record: Record, train_loss: float | None = Non
         record.layers(layers, step)
         for table, rows in found.items():
             record.rows(table, rows, step)
-    if train_loss is not None:
-        lr = training.optimizer.param_groups[0]["lr"]
-    if train_loss is not None or val_loss is not None:
-        record.scalars(step, train_loss=train_loss, val_loss=val_loss if healthy else None, lr=lr)
-    return healthy
 
 
 @contextmanager

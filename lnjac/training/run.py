@@ -22,6 +22,7 @@ from lnjac.data import batches
 from lnjac.data.corpus import Corpus
 from lnjac.diagnostics.catalogue import chosen
 from lnjac.errors import ConfigError
+from lnjac.files import write_atomically
 from lnjac.gpt import model as gpt
 from lnjac.gpt import products
 from lnjac.gpt.credit import is_feedback
@@ -31,7 +32,7 @@ from lnjac.runs import folder as runs
 from lnjac.runs.record import Record
 from lnjac.seeding import sequence
 from lnjac.text import layer_table
-from lnjac.training import checkpoint
+from lnjac.training import checkpoint, kept
 from lnjac.training.loop import DTYPES, Training, device_of, train
 
 log = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ def _set_deterministic(on: bool, warn_only: bool = False) -> None:
         torch.use_deterministic_algorithms(on, warn_only=warn_only)
 
 
-def run(config: RunConfig, folder: str | Path, corpus: Corpus | None = None) -> str:
+def run(config: RunConfig, folder: str | Path, corpus: Corpus | None = None, *, reuse: str | Path | None = None) -> str:
     """Train and measure one run and write it into folder.
 
     A run that is there already is left as it is; one that was interrupted goes on from its last checkpoint.
@@ -166,6 +167,9 @@ def run(config: RunConfig, folder: str | Path, corpus: Corpus | None = None) -> 
         config: What to run, as `lnjac.compose` gives it.
         folder: Made if it is not there.
         corpus: What `admit` loaded, if it was called before.
+        reuse: A folder of finished runs, searched with all below it. Where one has this run's config and other diagnostics,
+            its weights are measured, and nothing is trained. One that has fewer `steps` and was made with keep_state=true
+            is continued.
 
     Returns:
         The run's status: done or diverged.
@@ -177,10 +181,11 @@ def run(config: RunConfig, folder: str | Path, corpus: Corpus | None = None) -> 
     with execution(config), opened(config, folder, corpus) as record:
         if record.found:
             return record.found
-        training = begin(config, corpus, record)
+        training = begin(config, corpus, record, reuse)
         train(training, record, lambda: save(training, record))
         conclude(training, record)
-    (record.path / runs.CHECKPOINT).unlink(missing_ok=True)
+    if not config.keep_state:
+        (record.path / runs.CHECKPOINT).unlink(missing_ok=True)
     _say(record)
     return record.status
 
@@ -205,46 +210,92 @@ def opened(config: RunConfig, folder: str | Path, corpus: Corpus) -> Record:
     return record
 
 
-def begin(config: RunConfig, corpus: Corpus, record: Record) -> Training:
-    """Build the training, and resume it from the run's last checkpoint if that can be used."""
+def begin(config: RunConfig, corpus: Corpus, record: Record, reuse: str | Path | None = None) -> Training:
+    """Build the training; resume it from the run's checkpoint, or begin it from a finished run below `reuse`, if one fits."""
     for part in config.parts().values():
         for warning in part.warnings(config) if hasattr(part, "warnings") else ():
             log.warning(warning)
     training = Training(config, corpus)
-    _resume(training, record)
+    if not _resume(training, record) and reuse is not None:
+        _begin_from(training, record, Path(reuse))
     log.info("run %s on %s: %s", record.identity["run_id"], training.device.type, _brief(config))
     return training
 
 
-def _resume(training: Training, record: Record) -> None:
+def _resume(training: Training, record: Record) -> bool:
     path = record.path / runs.CHECKPOINT
     if not path.exists():
-        return
+        return False
     try:
         tensors, note = checkpoint.read(path, record.identity)
         record.resume(note["updates"], note["calls"])
     except (checkpoint.Unusable, ConfigError) as error:
         log.warning("%s is not used, the run starts anew: %s", path, error)
-        return
+        return False
     checkpoint.restore(training, tensors, note)
     if note["commit"] != (commit := runs.provenance()["commit"]):
         log.warning("the checkpoint is of commit %s, this is %s", note["commit"], commit)
+    return True
+
+
+def would_begin(config: RunConfig, corpus: Corpus, reuse: Path | None) -> str:
+    """Return in words how `run` would begin from finished runs below `reuse`; empty if there are none of this config."""
+    start = kept.choose(config, corpus.sha256, kept.finished(reuse)) if reuse else kept.Start(None)
+    if start.source is None:
+        return f"; {start.problem}: it would be trained from the start" if start.problem else ""
+    kind = "continue" if start.left(config.steps) else "analyse"
+    return f"; it would {kind} {start.source.folder} after update {start.step}"
+
+
+def _begin_from(training: Training, record: Record, reuse: Path) -> None:
+    start = kept.choose(training.config, training.corpus.sha256, kept.finished(reuse))
+    if start.source is None:
+        if start.problem:
+            log.warning("%s; it is trained from the start", start.problem)
+        return
+    try:
+        differing = kept.begin_from(training, record, start)
+    except ConfigError as error:
+        log.warning("%s is not used, the run is trained from the start: %s", start.source.folder, error)
+        return
+    left = start.left(training.config.steps)
+    said = f"{left} updates are left" if left else "nothing is trained"
+    log.info("begins from %s after update %d: %s", start.source.folder, start.step, said)
+    if differing:
+        log.warning("its digits may differ from those of a run made here: it was made with %s", "; ".join(differing))
+
+
+def differing(folder: Path, config: RunConfig, *, here: bool) -> list[str]:
+    """Return a line for each thing in which a finished run was made otherwise than this config is, as far as that is known.
+
+    Args:
+        folder: The finished run's.
+        config: What is to run.
+        here: Whether it is for this machine.
+    """
+    (made,) = runs.read_table(folder / runs.FILES["runs"], list(kept.MAKING)).to_pylist()
+    known = {**_code(), **({"device": _device_name(config)} if here else {})}
+    return kept.differing(made, known if config.threads is None else known | {"threads": config.threads})
 
 
 def save(training: Training, record: Record) -> None:
     """Write a checkpoint, if any are wanted. On a full disk there is none, with a warning, and the run goes on."""
     if training.config.checkpoint.every is None:
         return
-    tensors, note = checkpoint.state(training)
-    note |= {**record.identity, "calls": record.calls, "commit": runs.provenance()["commit"]}
     try:
-        checkpoint.write(record.path / runs.CHECKPOINT, tensors, note)
+        write_atomically(record.path / runs.CHECKPOINT, lambda path: _write_state(path, training, record))
     except OSError as error:
         log.warning("no checkpoint after update %d: %s", training.updates, error)
 
 
+def _write_state(path: Path, training: Training, record: Record) -> None:
+    tensors, note = checkpoint.state(training)
+    note |= {**record.identity, "calls": record.calls, "commit": runs.provenance()["commit"]}
+    checkpoint.write(path, tensors, note)
+
+
 def conclude(training: Training, record: Record) -> None:
-    """Describe the trained run in its record, and save its weights and diagnostic batch for `load_run`."""
+    """Describe the trained run in its record, and save its weights, diagnostic batch and, if asked for, its state."""
     config = training.config
     with record.timing("eval_s"):
         baselines = batches.baselines(training.corpus, config.eval.tokens)
@@ -262,6 +313,8 @@ def conclude(training: Training, record: Record) -> None:
     if config.save_model:
         state = {name: value.detach().cpu().contiguous() for name, value in gpt.saved(training.model).items()}
         record.save(runs.MODEL, lambda path: save_file(state, path))
+    if config.keep_state:
+        record.save(runs.CHECKPOINT, lambda path: _write_state(path, training, record))
 
 
 def _size(parameters: Mapping[str, nn.Parameter]) -> int:
@@ -270,21 +323,27 @@ def _size(parameters: Mapping[str, nn.Parameter]) -> int:
 
 def _environment(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
     """Return the code, machine and data that make the numbers."""
-    from lnjac import __version__
-
-    device = device_of(config)
     return {
-        **runs.provenance(),
-        "lnjac_version": __version__,
+        **_code(),
         "numerics_version": config_identity.NUMERICS_VERSION,
-        "torch_version": str(torch.__version__),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "products": products.chosen(DTYPES[config.precision], device),
+        "device": _device_name(config),
+        "products": products.chosen(DTYPES[config.precision], device_of(config)),
         "threads": torch.get_num_threads(),
         "deterministic": config.deterministic,
         "data_sha256": corpus.sha256,
         "vocab_size": corpus.vocab_size,
     }
+
+
+def _code() -> dict[str, Any]:
+    from lnjac import __version__
+
+    return {**runs.provenance(), "lnjac_version": __version__, "torch_version": str(torch.__version__)}
+
+
+def _device_name(config: RunConfig) -> str:
+    device = device_of(config)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _brief(config: RunConfig) -> str:

@@ -35,7 +35,7 @@ class Run:
             raise ConfigError(
                 f"{folder} is not a finished run ({said}): name a folder whose status is done or diverged"
             )
-        _, self.metadata = self._read("runs")
+        _, self.metadata = self.read("runs")
         self.ours = "provenance" in self.metadata
 
     @cached_property
@@ -96,7 +96,7 @@ class Run:
         if runs.MODEL not in self.status.get("sha256", {}):  # a file there would be another run's
             raise ConfigError(f"{self.folder} holds no weights: it was run with save_model=false")
         model = gpt.build(self.config, self.metadata["provenance"]["vocab_size"])
-        gpt.load_saved(model, load_file(self._verified(runs.MODEL)))
+        gpt.load_saved(model, load_file(self.verified(runs.MODEL)))
         return model.eval()
 
     def diagnostic_batch(self) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ class Run:
         self._require_ours("diagnostic batch")
         from safetensors.torch import load_file
 
-        found = load_file(self._verified(runs.BATCH))
+        found = load_file(self.verified(runs.BATCH))
         return found["idx"], found["targets"]
 
     def _require_ours(self, what: str) -> None:
@@ -115,17 +115,17 @@ class Run:
             )
 
     def _frame(self, name: str) -> pd.DataFrame:
-        frame: pd.DataFrame = self._read(name)[0].to_pandas()
+        frame: pd.DataFrame = self.read(name)[0].to_pandas()
         return frame
 
-    def _read(self, name: str) -> tuple[pa.Table, dict[str, Any]]:
-        """Read a table and its note, and check schema version, columns and types as a merge does."""
+    def read(self, name: str) -> tuple[pa.Table, dict[str, Any]]:
+        """Return a table and its file's note, with schema version, columns and types checked as a merge does."""
         try:
-            return sources.read_checked(self._verified(runs.file_of(name)), name)
+            return sources.read_checked(self.verified(runs.file_of(name)), name)
         except sources.Unfit as error:
             raise ConfigError(f"{self.folder}: {error}") from None
 
-    def _verified(self, file: str) -> Path:
+    def verified(self, file: str) -> Path:
         """Return the file's path. Raises ConfigError unless the file is, to the last bit, the one that the run wrote."""
         path = self.folder / file
         if not path.exists() or file_sha256(path) != self.status.get("sha256", {}).get(file):

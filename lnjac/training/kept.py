@@ -1,0 +1,229 @@
+"""Begin a run where a finished one ended, from the weights and the state that its folder keeps, and with its rows."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lnjac.config import identity as config_identity
+from lnjac.config.schema import RunConfig
+from lnjac.diagnostics.catalogue import chosen
+from lnjac.errors import ConfigError
+from lnjac.runs import folder as runs
+from lnjac.runs import state as states
+from lnjac.runs.record import Record
+from lnjac.runs.schema import MEASURED_AT
+from lnjac.training import checkpoint
+from lnjac.training.loop import Training, evaluates, measure
+from lnjac.training.saved_run import Run
+
+Entry = dict[str, Any]
+"""Rows of one table and step, as a journal holds them."""
+
+MAKING = ("commit", "lnjac_version", "torch_version", "device", "threads")
+"""Columns of `runs` that must agree for two makings of one run to agree to the last bit."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run's folder, as its status tells it. `steps` is None in one from before a status told it."""
+
+    folder: Path
+    run_id: str
+    diag_id: str
+    diverged: bool
+    steps: int | None
+    files: frozenset[str]
+
+    @property
+    def has_state(self) -> bool:
+        """Whether it keeps the optimizer's state and the generators, beside the weights."""
+        return runs.CHECKPOINT in self.files
+
+
+class Start(NamedTuple):
+    """What a run begins from: a finished run that had made `step` updates, or None.
+
+    `problem` says why none of the finished runs of its config will do; it is empty if there are none.
+    """
+
+    source: Finished | None
+    step: int = 0
+    problem: str = ""
+
+    def left(self, steps: int) -> int:
+        """Return the updates that are left to a run of so many steps in all."""
+        return 0 if self.source and self.source.diverged else steps - self.step
+
+
+Known = Mapping[str, list[Finished]]
+"""Finished runs by run_id."""
+
+
+def finished(root: Path) -> Known:
+    """Return the finished runs in a folder or below it."""
+    found: dict[str, list[Finished]] = {}
+    for file in sorted(root.rglob(runs.STATUS)):
+        status = runs.read_status(file.parent)
+        if status.get("status") in runs.FINISHED and isinstance(files := status.get("sha256"), dict):
+            diverged = status["status"] == runs.DIVERGED
+            steps = status.get("step" if diverged else "steps_done")
+            one = Finished(
+                file.parent, str(status.get("run_id")), str(status.get("diag_id")), diverged, steps, frozenset(files)
+            )
+            found.setdefault(one.run_id, []).append(one)
+    return found
+
+
+def related(run_id: str, steps: int, known: Known) -> bool:
+    """Return whether `choose` need look at a run, by its identity and its `steps`."""
+    return run_id in known or any(
+        one.steps and one.steps < steps for several in known.values() for one in several if not one.diverged
+    )
+
+
+def choose(config: RunConfig, data_sha256: str, known: Known) -> Start:
+    """Return the finished run that a run begins from: of those that will do the one that leaves the least to be done.
+
+    Runs of the same config and of other diagnostics come first, then ones that differ from it in fewer `steps` alone, the
+    longest first. Among equals one that keeps the optimizer's state comes first, then the first folder by name.
+    """
+    if not known:
+        return Start(None)
+    run_id, diag_id = config_identity.run_id(config, data_sha256), config_identity.diag_id(config)
+    done = {one.steps for several in known.values() for one in several if not one.diverged}
+    shorter = sorted((steps for steps in done if steps and steps < config.steps), reverse=True)
+    of_steps = {config.steps: run_id} | {
+        steps: config_identity.run_id(replace(config, steps=steps), data_sha256) for steps in shorter
+    }
+    problems = []
+    for steps, of in of_steps.items():
+        candidates = [one for one in known.get(of, ()) if (one.run_id, one.diag_id) != (run_id, diag_id)]
+        for one in sorted(candidates, key=lambda one: (not one.has_state, one.diag_id != diag_id, one.folder)):
+            step = one.steps if one.steps is not None else steps
+            if not (problem := next(_problems(config, one, step, continues=of != run_id), "")):
+                return Start(one, step)
+            problems.append(problem)
+    return Start(None, problem=next(iter(problems), ""))
+
+
+def _problems(config: RunConfig, one: Finished, step: int, *, continues: bool) -> Iterator[str]:
+    """Yield the reasons why a run cannot begin where a finished one ended, each with its remedy."""
+    same, due = one.diag_id == config_identity.diag_id(config), config.diagnostics.at(config.steps)
+    if step == 0 or (continues and one.diverged):
+        yield f"{one.folder} made no update to begin from"
+    if not one.has_state:
+        remedy = "runs made with keep_state=true keep it"
+        if continues:
+            yield f"finished runs of steps={step} cannot be continued without the optimizer's state: {remedy}"
+        if runs.MODEL not in one.files:
+            yield "the finished runs hold no weights: runs made with save_model=true keep them"
+        if config.keep_state:
+            yield f"keep_state=true asks for the optimizer's state, which the finished runs do not hold: {remedy}"
+        needing = sorted({diagnostic.table for diagnostic in chosen(config.diagnostics) if diagnostic.needs_optimizer})
+        if needing and not one.diverged:
+            yield f"{', '.join(needing)} need the optimizer's state, which the finished runs do not hold: {remedy}"
+    if continues and not same_rates(config, step):
+        yield (
+            f"finished runs of steps={step} had other learning rates, as their schedule depends on steps: "
+            "runs with optimizer.decay=constant can be continued"
+        )
+    if not same and (between := [at for at in due if 0 < at < step]):
+        yield (
+            f"diagnostics.schedule={config.diagnostics.schedule.value} measures at step {between[0]}, before the end of the "
+            f"finished runs (step {step}), which only training passes through: diagnostics.schedule=final trains nothing"
+        )
+    needed = runs.CHECKPOINT if one.has_state else runs.MODEL
+    found = states.state(one.folder, {"run_id": one.run_id, "diag_id": one.diag_id})
+    damage = states.lost(one.folder / needed, runs.read_status(one.folder)) if found.finished else found.reason
+    if damage:
+        yield f"{one.folder} is damaged: {damage}"
+
+
+def same_rates(config: RunConfig, steps: int) -> bool:
+    """Return whether a run of so many steps had the learning rates that the first updates of this one have."""
+    rate = config.optimizer.lr_at
+    return all(rate(update, steps) == rate(update, config.steps) for update in range(steps))
+
+
+def differing(made: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Return a line for each column of MAKING in which a finished run's row differs from `here`, which may lack some."""
+    return [
+        f"{name} {made.get(name)}, here {here[name]}"
+        for name in MAKING
+        if name in here and made.get(name) != here[name]
+    ]
+
+
+def begin_from(training: Training, record: Record, start: Start) -> list[str]:
+    """Put a new training, and its record, where a finished run ended; measure what is due until then and has no rows yet.
+
+    Rows are taken over, but for those that the finished run has only because it ended there.
+
+    Returns:
+        A line for each thing in which the finished run was made otherwise, by which digits may differ.
+
+    Raises:
+        ConfigError: A file of the finished run is damaged, or its rows are not such as this lnjac makes. Training and
+            record stay as they were.
+    """
+    source, step = start.source, start.step
+    assert source is not None
+    run, same = Run(source.folder), source.diag_id == record.identity["diag_id"]
+    tensors, note = _state(run, source, step)
+    row = run.read("runs")[0].to_pylist()[0]
+    spent = {name: row[name] for name in ("train_s", "eval_s", "diagnostics_s", "wall_s")}
+    if not same:  # its measurements are not taken over
+        spent |= {"wall_s": spent["wall_s"] - spent["diagnostics_s"], "diagnostics_s": 0.0}
+    entries = [*_points(run, training.config), *(_rows(run, record, training.config) if same else ())]
+    record.take_over(sorted(entries, key=lambda entry: entry["step"]), step, spent, source.folder)
+    if not same:
+        measure(training, record)  # at step 0, of the model as its seed makes it
+    checkpoint.restore(training, tensors, note)
+    if source.diverged:
+        record.diverged(step)
+    elif not same:
+        measure(training, record)
+    return differing(row, record.described)
+
+
+def _state(run: Run, source: Finished, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors that a finished run kept, and their note. Raises ConfigError."""
+    if not source.has_state:
+        return checkpoint.read_weights(run.verified(runs.MODEL), step)
+    file = run.verified(runs.CHECKPOINT)
+    try:
+        tensors, note = checkpoint.read(file, {"run_id": source.run_id, "diag_id": source.diag_id})
+    except checkpoint.Unusable as error:
+        raise ConfigError(f"{file}: {error}") from None
+    if note["updates"] != step:
+        raise ConfigError(f"{file} is the state after update {note['updates']}, not {step}")
+    return tensors, note
+
+
+def _points(run: Run, config: RunConfig) -> Iterator[Entry]:
+    """Yield the points of a finished run's curves, without a validation loss that it has only because it ended there."""
+    for row in run.read("curves")[0].to_pylist():
+        point = {name: row[name] for name in ("train_loss_nats", "val_loss_nats", "lr") if row[name] is not None}
+        if not evaluates(config, row["step"]):
+            point.pop("val_loss_nats", None)
+        yield {"step": row["step"], "point": point}
+
+
+def _rows(run: Run, record: Record, config: RunConfig) -> Iterator[Entry]:
+    """Yield the other rows of a finished run, without those that it has only because it ended there."""
+    due = {0, *config.diagnostics.at(config.steps)}  # at step 0 is also what was measured before training
+    keys = {column.name for column in MEASURED_AT}
+    for name, table in record.tables.items():
+        if name in ("runs", "curves") or runs.file_of(name) not in run.status["sha256"]:
+            continue
+        data, note = run.read(name)
+        names = [column for column in table.declared if column in data.column_names and column not in keys]
+        coverage = {site: state for state, sites in note.get("coverage", {}).items() for site in sites}
+        for at, rows in groupby(data.to_pylist(), key=lambda row: row["step"]):
+            if at in due:
+                values = [[row[column] for column in names] for row in rows]
+                yield {"step": at, "table": name, "names": names, "values": values, "coverage": coverage}
