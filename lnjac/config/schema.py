@@ -34,6 +34,9 @@ SWEEP = ("sweep", "retry_failed", "stop_on_failure", "dry_run", "report", "zip",
 MISSING = "???"
 """The value by which a yaml file asks for one."""
 
+AS_BEFORE = {"keep_state": False}
+"""Keys that were added later, and their values in the configs of finished runs that lack them."""
+
 CHECKOUT = Path(__file__).resolve().parents[2] / "conf"
 CONF = CHECKOUT if (CHECKOUT / "config.yaml").is_file() else CHECKOUT.parent / "lnjac" / "conf"
 """The folder of the config groups: the checkout's, else the one inside the installed package."""
@@ -91,9 +94,9 @@ class RunConfig:
     deterministic: bool
     threads: int | None
     save_model: bool
+    keep_state: bool
     checkpoint: Checkpoints
     tracker: Any
-    keep_state: bool = False  # as in the configs of runs from before there was such a key
 
     def parts(self) -> dict[str, Any]:
         """Return the values that are dataclasses, by name, and the members among the model's values."""
@@ -160,6 +163,7 @@ def build(
         ConfigError: a line for each unknown, missing or ill-typed value, and for each class that its group cannot use.
     """
     problems: list[str] = []
+    values = values if choices is not None else AS_BEFORE | dict(values)
     values = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     for group in GROUPS if choices is not None else ():
         if isinstance(value := values.get(group), Mapping):

@@ -76,7 +76,7 @@ def _begun(todo: Sequence[Job]) -> str:
     kinds = Counter(job.start.kind for job in todo)
     if kinds.keys() <= {"train"}:
         return ""
-    shown = [kind for kind in ("analyse", "continue", "train") if kinds[kind] or kind == "train"]
+    shown = [kind for kind in ("analyse", "continue", "train") if kinds[kind] or kind != "continue"]
     return ": " + ", ".join(f"{kind} {kinds[kind]}" for kind in shown)
 
 

@@ -30,14 +30,16 @@ def _tables(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_takes_as_long_as_those_that_differ_in_seed_steps_and_learning_rate() -> None:
     row = {"seed": 9, "steps": 1000, "model.n_embd": 64, "optimizer.lr": 0.3, "attn_mode": "softmax", "method.scale": 2}
     tables = [Path("all.runs.parquet"), Path("broken.runs.parquet")]
-    assert estimate.seconds([row], tables) == (pytest.approx(1000 * (0.1 + 0.2) / 2 + 3), 1)
+    assert estimate.seconds([(row, 0)], tables) == (pytest.approx(1000 * (0.1 + 0.2) / 2 + 3), 1)
+    assert estimate.seconds([(row, 900), (row, 1000)], tables) == (pytest.approx(100 * (0.1 + 0.2) / 2 + 3 + 3), 2)
     small = {name: value for name, value in row.items() if name != "method.scale"} | {"model.n_embd": 32}
-    assert estimate.seconds([row, small, small | {"method.scale": None}], tables) == (pytest.approx(153 + 2 * 73), 3)
+    todo = [(row, 0), (small, 0), (small | {"method.scale": None}, 0)]
+    assert estimate.seconds(todo, tables) == (pytest.approx(153 + 2 * 73), 3)
 
 
 def test_a_run_of_a_new_shape_is_not_covered() -> None:
     row = {"steps": 10, "model.n_embd": 128, "attn_mode": "softmax"}
-    assert estimate.seconds([row], [Path("all.runs.parquet")]) == (0, 0)
+    assert estimate.seconds([(row, 0)], [Path("all.runs.parquet")]) == (0, 0)
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(52.4, "0 min 52 s"), (3599.6, "1 h 0 min"), (7500, "2 h 5 min")])
