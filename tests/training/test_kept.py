@@ -1,5 +1,6 @@
 """Runs that begin where a finished one ended: their rows against those of runs trained in one go, to the last bit."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -81,6 +82,8 @@ def test_another_diagnostic_of_a_finished_run_trains_nothing(
     assert updates == []
     assert again.run["resumed_at"].tolist() == [4]
     assert again.run["train_s"][0] == source.run["train_s"][0]
+    if "diagnostics=off" in measured:
+        assert again.run["diagnostics_s"][0] < 0.1 * source.run["diagnostics_s"][0]
     assert_same_rows(again, whole)
     kept = made(tmp_path / "source", *both, *trained)  # found as it was
     assert kept.status == source.status
@@ -104,6 +107,16 @@ def test_a_finished_run_is_continued_bit_for_bit(words: list[str], tmp_path: Pat
     assert_same_rows(longer, whole)
     assert (20 in longer.layers["step"].tolist()) == ("diagnostics.steps=[10,20]" in words)
     assert [pd.isna(run.curve.set_index("step")["val_loss_nats"][20]) for run in (longer, short)] == [True, False]
+
+
+def test_the_norms_states_are_taken_over(tmp_path: Path) -> None:
+    """They would be lost where the continued run diverges before it is measured."""
+    words = ["diagnostics=trajectory", STATE]
+    short, config = made(tmp_path / "short", *words), compose(*TINY, *words, "steps=4")
+    with suppress(KeyboardInterrupt), train.opened(config, tmp_path / "longer", corpus()) as record:
+        assert train.begin(config, corpus(), record, tmp_path / "short").updates == 3
+        assert record.coverage == dict.fromkeys(short.layers["site"], "measured")
+        raise KeyboardInterrupt
 
 
 def test_a_run_is_continued_with_another_diagnostic(tmp_path: Path, updates: list[int]) -> None:
