@@ -38,7 +38,7 @@ def starts(jobs: Sequence[Job], root: Path | None, *, here: bool) -> Starts:
         root: The folder whose finished runs they may begin from.
         here: Whether they run on this machine.
     """
-    known = kept.finished(root) if root else {}
+    known = kept.finished(root) if root else kept.Known()
     problems, differing = Counter[str](), Counter[str]()
     found = []
     for job in jobs:
@@ -72,7 +72,7 @@ def _are(n: int) -> str:
 def _start(job: Job, known: kept.Known) -> kept.Start:
     if job.state.name == runs.INTERRUPTED and (job.folder / runs.CHECKPOINT).exists():
         return kept.Start(None)  # resumed
-    if not kept.related(job.plan.identity["run_id"], job.plan.columns["steps"], known):
+    if not known.related(job.plan.identity["run_id"], job.plan.columns["steps"]):
         return kept.Start(None)
     return kept.choose(_config(job), job.plan.data_sha256, known)
 

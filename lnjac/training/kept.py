@@ -1,6 +1,6 @@
 """Begin a run where a finished one ended, from the weights and the state that its folder keeps, and with its rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -59,8 +59,15 @@ class Start(NamedTuple):
         return 0 if self.source and self.source.diverged else steps - self.step
 
 
-Known = Mapping[str, list[Finished]]
-"""Finished runs by run_id."""
+class Known(NamedTuple):
+    """Finished runs by run_id, and the numbers of updates that those which did not diverge made, the largest first."""
+
+    runs: Mapping[str, list[Finished]] = {}
+    steps: Sequence[int] = ()
+
+    def related(self, run_id: str, steps: int) -> bool:
+        """Return whether a run of this identity, with so many steps, may begin from one of these."""
+        return run_id in self.runs or any(0 < fewer < steps for fewer in self.steps)
 
 
 def finished(root: Path) -> Known:
@@ -75,14 +82,8 @@ def finished(root: Path) -> Known:
                 file.parent, str(status.get("run_id")), str(status.get("diag_id")), diverged, steps, frozenset(files)
             )
             found.setdefault(one.run_id, []).append(one)
-    return found
-
-
-def related(run_id: str, steps: int, known: Known) -> bool:
-    """Return whether `choose` need look at a run, by its identity and its `steps`."""
-    return run_id in known or any(
-        one.steps and one.steps < steps for several in known.values() for one in several if not one.diverged
-    )
+    done = {one.steps for several in found.values() for one in several if one.steps and not one.diverged}
+    return Known(found, sorted(done, reverse=True))
 
 
 def choose(config: RunConfig, data_sha256: str, known: Known) -> Start:
@@ -91,20 +92,23 @@ def choose(config: RunConfig, data_sha256: str, known: Known) -> Start:
     Runs of the same config and of other diagnostics come first, then ones that differ from it in fewer `steps` alone, the
     longest first. Among equals one that keeps the optimizer's state comes first, then the first folder by name.
     """
-    if not known:
-        return Start(None)
     run_id, diag_id = config_identity.run_id(config, data_sha256), config_identity.diag_id(config)
-    done = {one.steps for several in known.values() for one in several if not one.diverged}
-    shorter = sorted((steps for steps in done if steps and steps < config.steps), reverse=True)
     of_steps = {config.steps: run_id} | {
-        steps: config_identity.run_id(replace(config, steps=steps), data_sha256) for steps in shorter
+        steps: config_identity.run_id(replace(config, steps=steps), data_sha256)
+        for steps in known.steps
+        if steps < config.steps
     }
     problems = []
     for steps, of in of_steps.items():
-        candidates = [one for one in known.get(of, ()) if (one.run_id, one.diag_id) != (run_id, diag_id)]
+        continues = of != run_id
+        candidates = [
+            one
+            for one in known.runs.get(of, ())
+            if (one.run_id, one.diag_id) != (run_id, diag_id) and one.steps != 0 and not (continues and one.diverged)
+        ]
         for one in sorted(candidates, key=lambda one: (not one.has_state, one.diag_id != diag_id, one.folder)):
             step = one.steps if one.steps is not None else steps
-            if not (problem := next(_problems(config, one, step, continues=of != run_id), "")):
+            if not (problem := next(_problems(config, one, step, continues=continues), "")):
                 return Start(one, step)
             problems.append(problem)
     return Start(None, problem=next(iter(problems), ""))
@@ -113,8 +117,6 @@ def choose(config: RunConfig, data_sha256: str, known: Known) -> Start:
 def _problems(config: RunConfig, one: Finished, step: int, *, continues: bool) -> Iterator[str]:
     """Yield the reasons why a run cannot begin where a finished one ended, each with its remedy."""
     same, due = one.diag_id == config_identity.diag_id(config), config.diagnostics.at(config.steps)
-    if step == 0 or (continues and one.diverged):
-        yield f"{one.folder} made no update to begin from"
     if not one.has_state:
         remedy = "runs made with keep_state=true keep it"
         if continues:
@@ -175,7 +177,7 @@ def begin_from(training: Training, record: Record, start: Start) -> list[str]:
     run, same = Run(source.folder), source.diag_id == record.identity["diag_id"]
     tensors, note = _state(run, source, step)
     row = run.read("runs")[0].to_pylist()[0]
-    spent = {name: row[name] for name in ("train_s", "eval_s", "diagnostics_s", "wall_s")}
+    spent = {name: row.get(name) or 0.0 for name in ("train_s", "eval_s", "diagnostics_s", "wall_s")}
     if not same:  # its measurements are not taken over
         spent |= {"wall_s": spent["wall_s"] - spent["diagnostics_s"], "diagnostics_s": 0.0}
     entries = [*_points(run, training.config), *(_rows(run, record, training.config) if same else ())]
