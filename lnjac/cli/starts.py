@@ -49,7 +49,7 @@ def starts(jobs: Sequence[Job], root: Path | None, *, here: bool) -> Starts:
             found.append(Start({"reuse": "off"}))
             continue
         folder, left = start.source.folder, start.left(job.plan.columns["steps"])
-        found.append(Start({"reuse": str(folder)}, folder, start.step, left))
+        found.append(Start({"reuse": str(folder.absolute())}, folder, start.step, left))
         if others := train.differing(folder, _config(job), here=here):
             differing["; ".join(others)] += 1
     notes = [f"{n} of these {_are(n)} trained from the start: {problem}" for problem, n in problems.items()]
