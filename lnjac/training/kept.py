@@ -160,36 +160,50 @@ def differing(made: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def begin_from(training: Training, record: Record, start: Start) -> list[str]:
-    """Put a new training, and its record, where a finished run ended; measure what is due until then and has no rows yet.
+class Taken(NamedTuple):
+    """What was taken over from a finished run: its tensors with their note, and its row of `runs`."""
 
-    Rows are taken over, but for those that the finished run has only because it ended there.
+    tensors: Mapping[str, Tensor]
+    note: Mapping[str, Any]
+    made: Mapping[str, Any]
 
-    Returns:
-        A line for each thing in which the finished run was made otherwise, by which digits may differ.
+
+def take_over(record: Record, config: RunConfig, start: Start) -> Taken:
+    """Put a finished run's rows into a new record, but for those that it has only because it ended there; return the rest.
 
     Raises:
-        ConfigError: A file of the finished run is damaged, or its rows are not such as this lnjac makes. Training and
-            record stay as they were.
+        ConfigError: A file of the finished run is damaged, or its rows are not such as this lnjac makes. The record stays
+            as it was.
     """
     source, step = start.source, start.step
     assert source is not None
-    run, same = Run(source.folder), source.diag_id == record.identity["diag_id"]
+    run, same = Run(source.folder), _same_diagnostics(source, record)
     tensors, note = _state(run, source, step)
-    row = run.read("runs")[0].to_pylist()[0]
-    spent = {name: row.get(name) or 0.0 for name in ("train_s", "eval_s", "diagnostics_s", "wall_s")}
+    (made,) = run.read("runs")[0].to_pylist()
+    spent = {name: made.get(name) or 0.0 for name in ("train_s", "eval_s", "diagnostics_s", "wall_s")}
     if not same:  # its measurements are not taken over
         spent |= {"wall_s": spent["wall_s"] - spent["diagnostics_s"], "diagnostics_s": 0.0}
-    entries = [*_points(run, training.config), *(_rows(run, record, training.config) if same else ())]
+    entries = [*_points(run, config), *(_rows(run, record, config) if same else ())]
     record.take_over(sorted(entries, key=lambda entry: entry["step"]), step, spent, source.folder)
+    return Taken(tensors, note, made)
+
+
+def go_on(training: Training, record: Record, start: Start, taken: Taken) -> None:
+    """Put a new training where a finished run ended; measure what is due until then and has no rows yet."""
+    source = start.source
+    assert source is not None
+    same = _same_diagnostics(source, record)
     if not same:
         measure(training, record)  # at step 0, of the model as its seed makes it
-    checkpoint.restore(training, tensors, note)
+    checkpoint.restore(training, taken.tensors, taken.note)
     if source.diverged:
-        record.diverged(step)
+        record.diverged(start.step)
     elif not same:
         measure(training, record)
-    return differing(row, record.described)
+
+
+def _same_diagnostics(source: Finished, record: Record) -> bool:
+    return source.diag_id == record.identity["diag_id"]
 
 
 def _state(run: Run, source: Finished, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -254,15 +254,16 @@ def _begin_from(training: Training, record: Record, reuse: Path) -> None:
             log.warning("%s; it is trained from the start", start.problem)
         return
     try:
-        differing = kept.begin_from(training, record, start)
+        taken = kept.take_over(record, training.config, start)
     except ConfigError as error:
         log.warning("%s is not used, the run is trained from the start: %s", start.source.folder, error)
         return
     left = start.left(training.config.steps)
     said = f"{left} updates are left" if left else "nothing is trained"
     log.info("begins from %s after update %d: %s", start.source.folder, start.step, said)
-    if differing:
-        log.warning("its digits may differ from those of a run made here: it was made with %s", "; ".join(differing))
+    if others := kept.differing(taken.made, record.described):
+        log.warning("its digits may differ from those of a run made here: it was made with %s", "; ".join(others))
+    kept.go_on(training, record, start, taken)
 
 
 def differing(folder: Path, config: RunConfig, *, here: bool) -> list[str]:
