@@ -23,7 +23,7 @@ from lnjac.training.saved_run import Run
 Entry = dict[str, Any]
 """Rows of one table and step, as a journal holds them."""
 
-MAKING = ("commit", "lnjac_version", "torch_version", "device", "threads")
+MAKING = ("commit", "lnjac_version", "torch_version", "device", "products", "threads")
 """Columns of `runs` that must agree for two makings of one run to agree to the last bit."""
 
 
@@ -152,12 +152,9 @@ def same_rates(config: RunConfig, steps: int) -> bool:
 
 
 def differing(made: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Return a line for each column of MAKING in which a finished run's row differs from `here`, which may lack some."""
-    return [
-        f"{name} {made.get(name)}, here {here[name]}"
-        for name in MAKING
-        if name in here and made.get(name) != here[name]
-    ]
+    """Return a line for each column of MAKING in which a finished run's row differs from `here`; both may lack some."""
+    known = [name for name in MAKING if name in here and made.get(name) is not None]
+    return [f"{name} {made[name]}, here {here[name]}" for name in known if made[name] != here[name]]
 
 
 class Taken(NamedTuple):

@@ -275,7 +275,7 @@ def differing(folder: Path, config: RunConfig, *, here: bool) -> list[str]:
         here: Whether it is for this machine.
     """
     (made,) = runs.read_table(folder / runs.FILES["runs"], list(kept.MAKING)).to_pylist()
-    known = {**_code(), **({"device": _device_name(config)} if here else {})}
+    known = {**_code(), **(_machine(config) if here else {})}
     return kept.differing(made, known if config.threads is None else known | {"threads": config.threads})
 
 
@@ -327,8 +327,7 @@ def _environment(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
     return {
         **_code(),
         "numerics_version": config_identity.NUMERICS_VERSION,
-        "device": _device_name(config),
-        "products": products.chosen(DTYPES[config.precision], device_of(config)),
+        **_machine(config),
         "threads": torch.get_num_threads(),
         "deterministic": config.deterministic,
         "data_sha256": corpus.sha256,
@@ -342,9 +341,12 @@ def _code() -> dict[str, Any]:
     return {**runs.provenance(), "lnjac_version": __version__, "torch_version": str(torch.__version__)}
 
 
-def _device_name(config: RunConfig) -> str:
+def _machine(config: RunConfig) -> dict[str, str]:
     device = device_of(config)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "products": products.chosen(DTYPES[config.precision], device),
+    }
 
 
 def _brief(config: RunConfig) -> str:
