@@ -20,7 +20,7 @@ log = logging.getLogger("lnjac")
 OUTPUTS = Path("outputs")
 """The folder of single runs."""
 
-preload = ("lnjac.training.run",)
+preload = ("lnjac.training.run", "pandas", "torch.fx.experimental.symbolic_shapes")  # autograd imports the last
 
 
 def task(cfg: "DictConfig") -> str:

@@ -17,8 +17,11 @@ RUN = str(paths.ROOT / "run.py")
 def command(*words: str, cwd: Path, env: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
     """`python run.py WORDS`, in a folder of its own with the project's data linked in.
 
-    Another environment needs another process. Else a fork of one that has imported everything serves.
+    Another environment needs another process. Else a fork of one that has imported everything serves, which makes a sweep's
+    jobs itself unless a launcher is named: the processes of the default one would import everything once more.
     """
+    if "-m" in words and not any("launcher" in word for word in words):
+        words = (*words, "hydra.launcher.jobs=1")
     if not (cwd / "data").exists():
         (cwd / "data").symlink_to(paths.ROOT / "data")
     if env is not None:

@@ -4,15 +4,25 @@ It reads a line of JSON for each, [words, folder, environment, file of the outpu
 and answers the exit code.
 """
 
+import gc
 import json
 import os
 import runpy
 import sys
+from importlib import import_module
 
-import hydra  # noqa: F401 (imported for the children)
+from lnjac.cli.run import preload
 
-import lnjac.cli.run
-import lnjac.training.run  # noqa: F401
+for name in (
+    *preload,
+    "hydra",
+    "lnjac.cli.starts",
+    "lnjac.runs.merge",
+    "lnjac.sweeps.sweeper",
+    "lnjac.sweeps.launchers.local",
+):
+    import_module(name)
+gc.freeze()  # else each child's collector looks through all of it, and so copies its memory
 
 SCRIPT = sys.argv[1]
 

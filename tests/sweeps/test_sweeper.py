@@ -30,6 +30,7 @@ from lnjac.runs import folder as runs
 from lnjac.sweeps import jobs, protocol, sweeper
 from lnjac.sweeps.grid import grid
 from lnjac.sweeps.launchers import engine
+from lnjac.sweeps.protocol import Start
 
 PROCESSES = "hydra.launcher.jobs=2"
 
@@ -47,7 +48,7 @@ def test_jobs_are_composed_as_hydra_composes_them(words: list[str], monkeypatch:
     loader, master = sweeper.hydra_context.config_loader, sweeper.config
     composer = RunComposer(loader, lambda words: loader.load_sweep_config(master, words))
     for _ in range(2):  # the second time from what is known
-        one = sweeper._full(SimpleNamespace(composed=composer.compose(words), folder=Path("a-b")))
+        one = sweeper._full(SimpleNamespace(composed=composer.compose(words), folder=Path("a-b"), start=Start()))
         other = loader.load_sweep_config(master, words)
         with open_dict(other):
             other.hydra.sweep.subdir = "a-b"
