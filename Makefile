@@ -22,7 +22,7 @@ test: lint
 test-fast: $(VENV)/.installed-dev
 	$(PYTEST) --ignore=$(ZOO) -m "not slow and not rare"
 
-# Slow, and rarely broken: Hydra's own suites in several processes, somebody else's script that raises, dies or is stopped, and the probe
+# Slow, and rarely broken: a sweep killed at random moments, Hydra's own suites in several processes, somebody else's script that raises, dies or is stopped, and the probe
 # in the processes of DDP and FSDP2.
 test-rare: $(VENV)/.installed-dev
 	$(PYTEST) --ignore=$(ZOO) -m rare

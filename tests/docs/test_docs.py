@@ -300,7 +300,7 @@ def test_the_page_on_notebooks_runs(root: Path, tmp_path: Path, monkeypatch: pyt
     assert len(space["norms"]) == 6 * 4
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_the_notebook_reads_any_sweep(root: Path, tmp_path: Path) -> None:
     options = ["model=tiny", "steps=2", "eval.tokens=100", "batch_size=2", "sweep=OTHER", "method=bp,fa", "seed=1"]
     assert command("-m", *options, "report=off", cwd=tmp_path).returncode == 0

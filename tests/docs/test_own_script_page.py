@@ -10,7 +10,7 @@ import pytest
 from support.pages import blocks
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_the_page_about_ones_own_script(root: Path, tmp_path: Path) -> None:
     page = root / "docs" / "own-script.md"
     config, small = blocks(page, "yaml")

@@ -33,6 +33,8 @@ from lnjac.sweeps.launchers import engine
 from lnjac.sweeps.protocol import Start
 
 PROCESSES = "hydra.launcher.jobs=2"
+LAUNCHERS = ["local", pytest.param("basic", marks=pytest.mark.rare)]
+SIGNALS = [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.rare)]
 
 
 @pytest.mark.parametrize("words", [
@@ -97,7 +99,7 @@ def test_the_same_sweep_again_runs_what_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["local", "basic"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_damaged_run_is_named_and_made_again(tmp_path: Path, launcher: str) -> None:
     words = ("-m", *TINY, "seed=1,2,3,4,5", "sweep=A", f"hydra/launcher={launcher}")
     command(*words, cwd=tmp_path)
@@ -292,7 +294,7 @@ def test_a_sweep_outlives_the_reader_of_its_output_and_needs_its_folders(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["local", "basic"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_failed_job_does_not_lose_the_others(tmp_path: Path, launcher: str) -> None:
     one_job_fails(tmp_path, f"hydra/launcher={launcher}")
 
@@ -329,7 +331,7 @@ def test_a_killed_worker_costs_only_its_own_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_sweep_told_to_stop_merges_and_goes_on_later(tmp_path: Path, number: int) -> None:
     process = started(tmp_path, *LONG, "seed=1,2,3,4")
     merged = tmp_path / "multirun/A/all.runs.parquet"
@@ -367,7 +369,7 @@ def test_ctrl_c_while_hydra_is_imported_is_one_line(tmp_path: Path) -> None:
     assert done.stderr == "interrupted\n"
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the workers")
 def test_sigkill_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """While it makes runs, the whole sweep is killed outright, up to five times; then the same command finishes it."""
