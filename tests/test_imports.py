@@ -60,6 +60,17 @@ def test_a_run_waits_for_no_compiler(root: Path, tmp_path: Path, optimizer: str)
     assert json.loads((tmp_path / "out" / "status.json").read_text())["status"] == "done"
 
 
+@pytest.mark.slow
+def test_steps_are_wrapped_once_whatever_the_number_of_runs_in_a_process(root: Path, tmp_path: Path) -> None:
+    code = (
+        "from lnjac.cli.run import main; main(); import torch\nn, step = 0, torch.optim.AdamW.step\n"
+        "while step := getattr(step, '__wrapped__', None): n += 1\nassert n == 2, n"  # no_grad, and the optimizer's hooks
+    )
+    words = ["-m", *TINY, "seed=1,2,3", "sweep=A", "hydra/launcher=basic"]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_lnjac_is_quick_and_imports_next_to_nothing(root: Path) -> None:
     code = """
 import sys, time

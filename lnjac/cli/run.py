@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,10 +60,12 @@ def task(cfg: "DictConfig") -> str:
         raise
 
 
+@cache
 def spare_compiler() -> None:
     """Keep torch's optimizers from importing its compiler, which takes two seconds and is asked for nothing.
 
-    They import it to be left alone by it, so what they wrap is called in its place.
+    They import it to be left alone by it, so what they wrap is called in its place. Once a process, as an optimizer wraps
+    its class's step again when it is made.
     """
     import torch
 
