@@ -1,11 +1,11 @@
 """The gallery has every chart, its page is the one that its script writes, and its pictures are there and small."""
 
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.scripts import script
 
 from lnjac.reporting.charts import CHARTS
 
@@ -17,12 +17,7 @@ LARGEST = 60_000
 
 @pytest.fixture(scope="module")
 def gallery(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gallery", root / "docs" / "gallery.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(root / "docs" / "gallery.py")
 
 
 def test_it_has_every_chart_with_a_picture_and_a_command(gallery: ModuleType, root: Path) -> None:

@@ -1,24 +1,19 @@
 """The site's configuration page holds every setting, and a site that loads anything from elsewhere fails to build."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 from mkdocs.exceptions import PluginError
 from support.paths import ROOT
+from support.scripts import script
 
 from lnjac.config import compose, identity
 
 
 @pytest.fixture(scope="module")
 def site() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(ROOT / "docs" / "site.py")
 
 
 @pytest.mark.parametrize(

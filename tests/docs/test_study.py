@@ -1,6 +1,5 @@
 """The study's page says what its script prints from the tables beside it, and its other text holds no number of its own."""
 
-import importlib.util
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pytest
 from support.folders import with_column
 from support.paths import STUDY, STUDY_PAGE
+from support.scripts import script
 
 from lnjac.comparing import intervals as stats
 from lnjac.comparing.compare import compare
@@ -19,12 +19,7 @@ from lnjac.runs.folder import read_metadata, read_table, write_table
 
 def script_of(folder: Path) -> Any:
     """The study's script as a module; it reads the tables beside it."""
-    spec = importlib.util.spec_from_file_location("study", folder / "study.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(folder / "study.py")
 
 
 @pytest.fixture(scope="module")

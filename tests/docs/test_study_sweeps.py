@@ -1,6 +1,5 @@
 """The study's commands, as its page states them, make exactly the runs of its tables: same configs, same identities."""
 
-import importlib.util
 import re
 import shlex
 from collections import defaultdict
@@ -13,6 +12,7 @@ import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from support.paths import ROOT, STUDY, STUDY_PAGE
+from support.scripts import script
 
 from lnjac.config.compose import compose
 from lnjac.config.identity import diag_id, run_id
@@ -31,11 +31,7 @@ def commands() -> Iterator[list[str]]:
 
 def best_rates() -> Iterator[dict[str, str]]:
     """Yield the values of the command that stands for many: each cell's best rate, where no other sweep has run it."""
-    spec = importlib.util.spec_from_file_location("study", STUDY / "study.py")
-    assert spec is not None
-    assert spec.loader is not None
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
+    study = script(STUDY / "study.py")
     for (method, mode, backward), rate in study.losses_by_rate().idxmin(axis=1).items():
         if method == "fa" or rate != 0.001:
             yield {"METHOD": method, "MODE": mode, "BACKWARD": backward, "BEST": str(rate)}
