@@ -1,7 +1,9 @@
 """Forward and backward pass as one CUDA graph: a small update on a GPU is mostly time between launches of its kernels."""
 
 import logging
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +23,29 @@ def captured(passes: Passes, batch: Batch, parameters: Iterable[nn.Parameter], d
     """
     if device.type != "cuda":
         return passes
+    random = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    before = random.clone_state()
     try:
         return _Replay(passes, batch, list(parameters), device)
     except RuntimeError as error:  # say a part of one's own that looks at a value on the host
         torch.cuda.synchronize(device)
+        random.graphsafe_set_state(before)  # the generator of a capture that failed draws no more
         log.warning("updates are launched kernel by kernel, not as a CUDA graph: %s", str(error).partition("\n")[0])
         return passes
+
+
+@contextmanager
+def _waiting_for_none() -> Iterator[None]:
+    """Within the context what waits for the device raises RuntimeError: in a capture it would leave torch's allocator and
+    generator in a capture's state."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that this is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class _Replay:
@@ -37,7 +56,8 @@ class _Replay:
         aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):  # libraries set themselves up in the first passes, which no graph may hold
-            for _ in range(2):
+            passes(self.batch)
+            with _waiting_for_none():
                 passes(self.batch)
         torch.cuda.current_stream(device).wait_stream(aside)
         torch.cuda.set_rng_state(random, device)
