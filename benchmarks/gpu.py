@@ -8,6 +8,7 @@ fit is named and left out. Without a GPU it runs at small sizes on the CPU, to s
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -82,7 +83,18 @@ def training(*words: str) -> loop.Training:
 
 
 def tests(out: Path) -> None:
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests", "-n", "8" if CUDA else "2", "--maxfail=400"]
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-n",
+        "8" if CUDA else "2",
+        "tests/norms",
+        "tests/training",
+    ]
     with (out / "tests.log").open("w") as log:
         subprocess.run(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=200, check=False)
     lines = (out / "tests.log").read_text().splitlines()
@@ -106,15 +118,39 @@ def updates() -> None:
     say("plain_again_ms", ms(plain.update, 60))
 
 
-def processes() -> None:
+@contextmanager
+def mps() -> Iterator[None]:
+    """Within the context processes use the GPU at once (NVIDIA's Multi-Process Service), where its program is found."""
+    program = shutil.which("nvidia-cuda-mps-control", path=f"{os.environ['PATH']}:/usr/local/nvidia/bin")
+    if not program:
+        raise FileNotFoundError("nvidia-cuda-mps-control")
+    with tempfile.TemporaryDirectory() as folder:
+        places = {f"CUDA_MPS_{name}_DIRECTORY": folder for name in ("PIPE", "LOG")}
+        os.environ.update(places)
+        try:
+            subprocess.run([program, "-d"], check=True, timeout=20)
+            yield
+        finally:
+            subprocess.run([program], input="quit\n", text=True, capture_output=True, timeout=30, check=False)
+            for name in places:
+                del os.environ[name]
+
+
+def under_mps(left: Callable[[], float]) -> None:
+    with mps():
+        processes((8, 16), "mps_")
+        sweeps(left, {"mps_8_processes": 8})
+
+
+def processes(numbers: tuple[int, ...] = (4, 8) if CUDA else (2,), prefix: str = "") -> None:
     """Updates a second of several processes on one GPU, each with a run of its own, counted in one window of time."""
     seconds = 4 if CUDA else 2
-    for n in (4, 8) if CUDA else (2,):
+    for n in numbers:
         with tempfile.TemporaryDirectory() as folder:
             line = [sys.executable, __file__, "--worker", folder, str(n), str(seconds)]
             workers = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for _ in range(n)]
             done = sum(int(worker.communicate()[0].split()[-1]) for worker in workers)
-        say(f"processes_{n}_updates_per_s", round(done / seconds))
+        say(f"{prefix}processes_{n}_updates_per_s", round(done / seconds))
 
 
 def worker(folder: str, n: int, seconds: float) -> None:
@@ -132,12 +168,13 @@ def worker(folder: str, n: int, seconds: float) -> None:
     print(done)
 
 
-def sweeps(left: Callable[[], float]) -> None:
-    """Seconds of whole sweeps of the bare default, from command to merged table."""
+def sweeps(left: Callable[[], float], named: dict[str, int] | None = None) -> None:
+    """Seconds of whole sweeps of the bare default, from command to merged table, by so many processes."""
     n = 64 if CUDA else 2
     seeds = ",".join(map(str, range(n)))
-    kinds = {"one_run": ["seed=1"]}
-    kinds |= {f"{jobs}_processes": ["-m", f"seed={seeds}", f"hydra.launcher.jobs={jobs}"] for jobs in (8, 16, 4)}
+    kinds = {} if named else {"one_run": ["seed=1"]}
+    for name, jobs in (named or {f"{jobs}_processes": jobs for jobs in (8, 16, 4)}).items():
+        kinds[name] = ["-m", f"seed={seeds}", f"hydra.launcher.jobs={jobs}"]
     for kind, words in kinds.items():
         if left() < 60:
             say(f"sweep_{kind}_s", "left out: no time")
@@ -163,6 +200,18 @@ def _parts(folder: Path) -> dict[str, float]:
     return {name: round(statistics.mean(table[name][0].as_py() for table in tables), 3) for name in names}
 
 
+def kernels(call: Callable[[], object], times: int = 5) -> tuple[float, list[str]]:
+    """Milliseconds of the GPU that a call takes, and the ten kernels that take most of it."""
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(times):
+            call()
+        sync()
+    events = sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    top = [f"{e.self_device_time_total / total:.0%} {e.count / times:.0f}x {e.key[:70]}" for e in events[:10]]
+    return round(total / times / 1e3, 3), top
+
+
 def where_the_time_goes() -> None:
     """The kernels of an update, and the floor for these shapes."""
     one = training()
@@ -174,14 +223,8 @@ def where_the_time_goes() -> None:
         x, w, g = (torch.randn(*shape, device="cuda") for shape in ((2048, d_in), (d_in, d_out), (2048, d_out)))
         products += [(x, w), (g, w.mT), (g.mT, x)]
     say("linear_products_alone_ms", ms(lambda: [a @ b for a, b in products], 20))
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        for _ in range(5):
-            one.update()
-        sync()
-    events = sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)
-    total = sum(event.self_device_time_total for event in events)
-    say("kernels_ms_an_update", round(total / 5e3, 3))
-    top = [f"{e.self_device_time_total / total:.0%} {e.count / 5:.0f}x {e.key[:70]}" for e in events[:10]]
+    total, top = kernels(one.update)
+    say("kernels_ms_an_update", total)
     say("top_kernels", top)
     for name, call in (("validation", one.validation_loss), ("diagnose", one.diagnose)):
         call()
@@ -189,7 +232,8 @@ def where_the_time_goes() -> None:
 
 
 def probe() -> None:
-    """Analysis of our GPT at GPT-2's shape, random weights, (8, 1024), against a forward and backward pass: time, memory."""
+    """Our GPT at GPT-2's shape, random weights, (8, 1024): time and memory of `measure` against a forward and backward pass,
+    of `watch` against the step that it watches."""
     words = ["model.n_layer=12", "model.n_head=12", "model.n_embd=768", "model.block_size=1024"] if CUDA else SMALL
     config = compose(f"device={DEVICE}", "method=bp", *words)
     model = gpt.build(config, 50304 if CUDA else 64).to(DEVICE)
@@ -199,15 +243,27 @@ def probe() -> None:
     def loss(model: Any, batch: Any) -> tuple[torch.Tensor, int]:
         return model(*batch)[1], batch[1].numel()
 
+    measuring, optimizer = probe_of(model), torch.optim.AdamW(model.parameters(), lr=1e-4)
+
     def plain() -> None:
         model.zero_grad(set_to_none=True)
         loss(model, batch)[0].backward()
+
+    def step() -> None:
+        plain()
+        optimizer.step()
+
+    def watch() -> None:
         model.zero_grad(set_to_none=True)
+        with measuring.watch() as seen:
+            mean, tokens = loss(model, batch)
+            seen.tokens(tokens)
+            mean.backward()
+        optimizer.step()
 
-    def measure() -> None:
-        probe_of(model).measure([batch], loss)
-
-    for name, call in (("pass", plain), ("measure", measure)):
+    ways = {"pass": plain, "measure": lambda: measuring.measure([batch], loss), "step": step, "watch": watch}
+    for name, call in ways.items():
+        model.zero_grad(set_to_none=True)
         if CUDA:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -215,9 +271,11 @@ def probe() -> None:
         if CUDA:
             say(f"probe_{name}_peak_gb", round(torch.cuda.max_memory_allocated() / 1e9, 2))
         say(f"probe_{name}_ms", ms(call, 10, 1))
-    say("probe_time_ratio", round(found["probe_measure_ms"] / found["probe_pass_ms"], 3))
-    if CUDA:
-        say("probe_memory_ratio", round(found["probe_measure_peak_gb"] / found["probe_pass_peak_gb"], 3))
+    for name, base in (("measure", "pass"), ("watch", "step")):
+        say(f"probe_{name}_time_ratio", round(found[f"probe_{name}_ms"] / found[f"probe_{base}_ms"], 3))
+        if CUDA:
+            say(f"probe_{name}_memory_ratio", round(found[f"probe_{name}_peak_gb"] / found[f"probe_{base}_peak_gb"], 3))
+            say(f"probe_{name}_top_kernels", kernels(ways[name])[1])
 
 
 @contextmanager
@@ -246,6 +304,7 @@ def main(out: Path, seconds: float) -> None:
         ("where the time goes", where_the_time_goes),
         ("sweeps", lambda: sweeps(left)),
         ("processes", processes),
+        ("MPS", lambda: under_mps(left)),
     ]
     for name, part in parts:
         if left() < 20:
