@@ -246,7 +246,8 @@ def prepare(folder: Path, text: str, val_fraction: float = 0.1) -> None:
     Raises:
         ConfigError: the folder holds tokens of another program, the text is too short, or the disk cannot be written.
     """
-    if not (folder / MARKER).exists() and any(file.exists() for file in _files(folder)):
+    # in this order: another process that prepares the folder now writes the marker first
+    if any(file.exists() for file in _files(folder)) and not (folder / MARKER).exists():
         raise ConfigError(
             f"{folder} holds another's tokens, which are left alone: use data=nanogpt data.dir={folder} to train on them, "
             "or set data.dir to a folder of its own"
