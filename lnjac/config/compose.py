@@ -243,17 +243,32 @@ class Composed(NamedTuple):
         """The chosen member of each group."""
         return self.base.choices
 
+    @property
+    def words(self) -> list[str]:
+        """The overrides of the script's own keys and groups, as their user typed them."""
+        return [self.composer.typed(str(override.input_line)) for override in self._own]
+
+    @property
+    def _own(self) -> "list[Override]":
+        return [override for override in self.overrides if not override.is_hydra_override()]
+
+    def value(self, key: str) -> Any:
+        """Return what the config has by this key; None if it has no such key."""
+        from omegaconf import OmegaConf
+
+        given = [override.value() for override in self.plain if override.key_or_group == key]
+        return given[-1] if given else OmegaConf.select(self.base.config, key)
+
     def full(self) -> "DictConfig":
         """Return the config as Hydra composes it, with Hydra's own part. Raises a HydraException for what it refuses."""
         from hydra._internal.config_loader_impl import get_overrides_dirname
 
         config = copy.deepcopy(self.base.config)
         self.composer.put(self.plain, config)
-        ours = [override for override in self.overrides if not override.is_hydra_override()]
-        config.hydra.overrides.task = [self.composer.typed(str(override.input_line)) for override in ours]
+        config.hydra.overrides.task = self.words
         names = config.hydra.job.config.override_dirname
         config.hydra.job.override_dirname = get_overrides_dirname(
-            overrides=ours, kv_sep=names.kv_sep, item_sep=names.item_sep, exclude_keys=names.exclude_keys
+            overrides=self._own, kv_sep=names.kv_sep, item_sep=names.item_sep, exclude_keys=names.exclude_keys
         )
         return config
 

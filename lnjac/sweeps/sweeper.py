@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lnjac.sweeps import grid, own_script, protocol, settings
 from lnjac.sweeps.handing import HandOver
-from lnjac.sweeps.launchers.engine import Engine, reason, require_folder
+from lnjac.sweeps.launchers.engine import Engine, Todo, reason, require_folder
 from lnjac.sweeps.protocol import UNRECORDED, UNSTARTED
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 TABLES_SHOWN = 8
 REPORT = "report.html"
+NO_RESULT = "its process ended without a result"
 
 
 class Interrupted(SystemExit, KeyboardInterrupt):
@@ -238,6 +240,11 @@ class Sweeper(HydraSweeper):
             raise CompactHydraException("\n".join([head, *listed, *advice]))
         return jobs
 
+    def _todo(self, job: "Job", number: int) -> Todo:
+        """Return what the launcher is to know of a job."""
+        composed = job.composed
+        return Todo(number, composed.words, job.folder, composed.value, partial(self._full, job))
+
     def _full(self, job: "Job") -> DictConfig:
         """Return the job's config as Hydra composes it, with its folder."""
         config = job.composed.full()
@@ -299,39 +306,45 @@ class Sweeper(HydraSweeper):
 
     def _launch(self, jobs: "Sequence[Job]") -> list[JobReturn]:
         """Run the jobs. Whatever ends a job's process or the launcher, each is accounted for in its own status."""
-        from lnjac.runs.state import State
         from lnjac.sweeps.jobs import settle
 
-        reasons: dict[Path, str] = {}
-        returned: list[JobReturn] = []
+        returned: dict[int, JobReturn] = {}
+        why = NO_RESULT
         try:
             if isinstance(self.launcher, Engine):
-                configs = [self._full(job) for job in jobs]  # large, so made when they are needed
                 self.launcher.stop_on_failure = self.stop_on_failure
-                returned = list(self.launcher.launch_composed(configs))
+                todo = [self._todo(job, number) for number, job in enumerate(jobs)]
+                with closing(self.launcher.launched(todo)) as outcomes:
+                    for i, back in outcomes:
+                        back.cfg = back.hydra_cfg = None  # large, and the job's folder has them
+                        returned[i] = back
+                        _settle(jobs[i], back)
             else:
                 words = [[*job.overrides, *self._given(job)] for job in jobs]
-                returned = list(self.launcher.launch(words, initial_job_idx=0))
-            reasons = {
-                job.folder: reason(back)
-                for job, back in zip(jobs, returned, strict=True)
-                if back.status == JobStatus.FAILED
-            }
+                for i, back in enumerate(self.launcher.launch(words, initial_job_idx=0)):
+                    returned[i] = back
+                    _settle(jobs[i], back)
         except CompactHydraException:
             raise
-        except Exception as error:  # the launcher itself gave up: its jobs are judged by what they left
+        except Exception as error:  # the launcher itself gave up: its other jobs are judged by what they left
             log.exception("the launcher failed")
-            reasons = dict.fromkeys((job.folder for job in jobs), f"the launcher failed: {error}")
-        ended_well = {job.folder for job in jobs[: len(returned)]} - set(reasons)
-        unstarted = {job.folder for job, back in zip(jobs, returned, strict=False) if back.status == JobStatus.UNKNOWN}
-        for job in jobs:
-            if job.folder in unstarted:
-                job.state = State(UNSTARTED)
-                continue
-            settle(
-                job, reasons.get(job.folder, "its process ended without a result"), ended_well=job.folder in ended_well
-            )
-        return returned
+            why = f"the launcher failed: {error}"
+        for i, job in enumerate(jobs):
+            if i not in returned:
+                settle(job, why)
+        return [returned[i] for i in sorted(returned)]
+
+
+def _settle(job: "Job", returned: JobReturn) -> None:
+    """Bring the state of a job that has ended up to date."""
+    from lnjac.runs.state import State
+    from lnjac.sweeps.jobs import settle
+
+    if returned.status == JobStatus.UNKNOWN:
+        job.state = State(UNSTARTED)
+        return
+    failed = returned.status == JobStatus.FAILED
+    settle(job, reason(returned) if failed else NO_RESULT, ended_well=not failed)
 
 
 def _in_one_line(error: Exception) -> str:

@@ -7,12 +7,13 @@ import secrets
 import sys
 import time
 from abc import abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle
 from hydra.core.singleton import Singleton
@@ -27,7 +28,7 @@ from hydra.core.utils import (
 from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 log = logging.getLogger(__name__)
 
@@ -53,48 +54,83 @@ class Engine(Launcher):
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        load = self.hydra_context.config_loader.load_sweep_config
-        return self.launch_composed([load(self.config, list(words)) for words in job_overrides], initial_job_idx)
+        load, jobs = self.hydra_context.config_loader.load_sweep_config, []
+        for number, words in enumerate(job_overrides, initial_job_idx):
+            config = numbered(load(self.config, list(words)), number)
+            place = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir)
+            own = list(config.hydra.overrides.task)
+            jobs.append(Todo(number, own, place, partial(OmegaConf.select, config), partial(_same, config)))
+        with closing(self.launched(jobs)) as outcomes:
+            returned = dict(outcomes)
+        return [returned[i] for i in range(len(jobs))]
 
-    def launch_composed(self, configs: Sequence[DictConfig], first: int = 0) -> Sequence[JobReturn]:
-        """Run jobs that are composed already; `first` is the number of the first one in the sweep.
+    def launched(self, jobs: "Sequence[Todo]") -> Outcomes:
+        """Run the jobs; log, and yield the index and outcome of each, as it ends. Closing it stops what runs.
 
         With `stop_on_failure`, a job that was not begun has the status UNKNOWN.
         """
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        for number, config in enumerate(configs, first):
-            with open_dict(config):
-                config.hydra.job.id, config.hydra.job.num = str(number), number
-        names = _names([list(filter_overrides(config.hydra.overrides.task)) for config in configs])
-        returned: dict[int, JobReturn] = {}
-        started = time.monotonic()
-        if self.stop_on_failure and configs:
-            self.stop = Path(configs[0].hydra.sweep.dir).absolute() / f".stop-{secrets.token_hex(8)}"
+        names = _names([list(filter_overrides(job.words)) for job in jobs])
+        ended, started = 0, time.monotonic()
+        if self.stop_on_failure and jobs:
+            self.stop = jobs[0].folder.absolute().parent / f".stop-{secrets.token_hex(8)}"
         try:
-            with closing(self.map(configs)) as outcomes:
-                for i, job in outcomes:
-                    returned[i] = job
-                    if job.status == JobStatus.UNKNOWN:
-                        continue
-                    done = sum(one.status != JobStatus.UNKNOWN for one in returned.values())
-                    outcome, after_s = _outcome(job, configs[i]), time.monotonic() - started
-                    log.info(
-                        "[%d/%d] %s after %.0f s: #%d %s", done, len(configs), outcome, after_s, first + i, names[i]
-                    )
-                    if self.stop and job.status == JobStatus.FAILED:
-                        self.stop.touch()
+            with closing(self.map(jobs)) as outcomes:
+                for i, returned in outcomes:
+                    if returned.status != JobStatus.UNKNOWN:
+                        ended += 1
+                        outcome, after_s = _outcome(returned, jobs[i].folder), time.monotonic() - started
+                        log.info(
+                            "[%d/%d] %s after %.0f s: #%d %s",
+                            *(ended, len(jobs), outcome, after_s, jobs[i].number, names[i]),
+                        )
+                        if self.stop and returned.status == JobStatus.FAILED:
+                            self.stop.touch()
+                    yield i, returned
         finally:
             if self.stop:
                 self.stop.unlink(missing_ok=True)
-        return [returned[i] for i in range(len(configs))]
 
     @abstractmethod
-    def map(self, configs: Sequence[DictConfig]) -> Outcomes:
+    def map(self, jobs: "Sequence[Todo]") -> Outcomes:
         """Run the jobs; yield the index and outcome of each as it ends, in any order. Closing it stops what runs."""
 
     def prepare(self) -> None:
         """Begin what takes a while: called when a sweep makes sense, and its jobs are about to be checked."""
+
+
+class Todo(NamedTuple):
+    """A job that is to run. Its whole config takes 0.15 MB, so it is made when the job begins.
+
+    Attributes:
+        number: in the sweep.
+        words: its overrides as their user typed them, without Hydra's own.
+        folder: where it writes.
+        value: gives what its config has by one of the script's keys; None if it has no such key.
+        full: makes its whole config.
+    """
+
+    number: int
+    words: Sequence[str]
+    folder: Path
+    value: Callable[[str], Any]
+    full: Callable[[], DictConfig]
+
+    def config(self) -> DictConfig:
+        """Make the config with which the job is called."""
+        return numbered(self.full(), self.number)
+
+
+def numbered(config: DictConfig, number: int) -> DictConfig:
+    """Return the config, which now has the job's number."""
+    with open_dict(config):
+        config.hydra.job.id, config.hydra.job.num = str(number), number
+    return config
+
+
+def _same(config: DictConfig) -> DictConfig:
+    return config
 
 
 class Call:
@@ -180,11 +216,11 @@ class Failure(Exception):
     """The reason why a job failed, in words alone."""
 
 
-def lost(config: DictConfig, why: str) -> JobReturn:
+def lost(job: Todo, why: str) -> JobReturn:
     """Return the outcome of a job whose process ended without giving one."""
-    job = JobReturn(overrides=list(config.hydra.overrides.task), status=JobStatus.FAILED)
-    job.return_value = Failure(why)
-    return job
+    returned = JobReturn(overrides=list(job.words), status=JobStatus.FAILED)
+    returned.return_value = Failure(why)
+    return returned
 
 
 def not_started(config: DictConfig) -> JobReturn:
@@ -209,12 +245,12 @@ def count(n: int, noun: str) -> str:
     return f"{n} {noun}" + ("" if n == 1 else "s")
 
 
-def _outcome(job: JobReturn, config: DictConfig) -> str:
+def _outcome(returned: JobReturn, folder: Path) -> str:
     from lnjac.runs.folder import read_status
 
-    if job.status != JobStatus.COMPLETED:
-        return f"FAILED ({reason(job)})"
-    status = read_status(Path(config.hydra.sweep.dir, config.hydra.sweep.subdir))
+    if returned.status != JobStatus.COMPLETED:
+        return f"FAILED ({reason(returned)})"
+    status = read_status(folder)
     loss = status.get("val_loss_nats")
     return str(status.get("status", "ended")) + ("" if loss is None else f", validation loss {loss:.4f},")
 

@@ -19,11 +19,11 @@ from typing import Any
 import cloudpickle
 from hydra.core.utils import JobStatus, configure_log
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lnjac.machine import cores
 from lnjac.sweeps import protocol
-from lnjac.sweeps.launchers.engine import Call, Engine, Failure, Outcomes, count, lost, reason
+from lnjac.sweeps.launchers.engine import Call, Engine, Failure, Outcomes, Todo, count, lost, reason
 
 log = logging.getLogger(__name__)
 
@@ -53,36 +53,36 @@ class LocalLauncher(Engine):
 
             used = [name for name in ("torch",) if name in sys.modules]  # by the script
             wanted = getattr(protocol.script(self.task_function), "preload", used)
-            context.set_forkserver_preload(["__main__", *wanted, __name__])
+            context.set_forkserver_preload(["__main__", *wanted, __name__, f"{__package__}.frozen"])
             before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is this process's affair
             forkserver.ensure_running()
             signal.signal(signal.SIGINT, before)
 
-    def map(self, configs: Sequence[DictConfig]) -> Outcomes:
-        gpu = len(configs) > 1 and self.jobs != 1 and _gpu(configs)
-        fit = max(1, cores() // max(map(_threads, configs), default=1))
-        processes = min(self.jobs or (min(fit, GPU_PROCESSES) if gpu else fit), len(configs))
+    def map(self, jobs: Sequence[Todo]) -> Outcomes:
+        gpu = len(jobs) > 1 and self.jobs != 1 and _gpu(jobs)
+        fit = max(1, cores() // max(map(_threads, jobs), default=1))
+        processes = min(self.jobs or (min(fit, GPU_PROCESSES) if gpu else fit), len(jobs))
         threads = max(1, cores() // processes)
-        jobs = count(len(configs), "job")
+        counted = count(len(jobs), "job")
         if processes <= 1:
-            log.info("%s, one after the other in this process", jobs)
-            return self._in_turn(configs)
+            log.info("%s, one after the other in this process", counted)
+            return self._in_turn(jobs)
         where = ", on the GPU" if gpu else ""
-        log.info("%s, in %d processes of %s%s", jobs, processes, count(threads, "thread"), where)
-        return self._side_by_side(configs, processes, threads)
+        log.info("%s, in %d processes of %s%s", counted, processes, count(threads, "thread"), where)
+        return self._side_by_side(jobs, processes, threads)
 
-    def _in_turn(self, configs: Sequence[DictConfig]) -> Outcomes:
+    def _in_turn(self, jobs: Sequence[Todo]) -> Outcomes:
         call = Call(self)
-        for i, config in enumerate(configs):
-            returned = call(config)
+        for i, job in enumerate(jobs):
+            returned = call(job.config())
             configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
             yield i, returned
 
-    def _side_by_side(self, configs: Sequence[DictConfig], processes: int, threads: int) -> Outcomes:
+    def _side_by_side(self, jobs: Sequence[Todo], processes: int, threads: int) -> Outcomes:
         """Keep so many workers busy; one that dies loses its job and is replaced."""
         self.prepare()  # if that has not been done
         sys.modules.setdefault("__mp_main__", sys.modules["__main__"])  # as workers call it, in what they send back
-        call, waiting = _Call(self), deque(range(len(configs)))
+        call, waiting = _Call(self), deque(range(len(jobs)))
         idle: list[_Worker] = []
         busy: list[_Worker] = []
         try:
@@ -90,7 +90,7 @@ class LocalLauncher(Engine):
                 while waiting and len(busy) < processes:
                     worker = idle.pop() if idle else _Worker(call, threads)
                     busy.append(worker)
-                    worker.start(job := waiting.popleft(), configs[job])
+                    worker.start(job := waiting.popleft(), jobs[job].config())
                 ready = connections.wait([worker.connection for worker in busy])
                 for worker in [worker for worker in busy if worker.connection in ready]:
                     try:
@@ -101,7 +101,7 @@ class LocalLauncher(Engine):
                         idle.append(worker)
                     except (EOFError, OSError):
                         worker.process.join()
-                        returned = lost(configs[worker.job], _death(worker))
+                        returned = lost(jobs[worker.job], _death(worker))
                     busy.remove(worker)
                     yield worker.job, returned
         finally:
@@ -138,18 +138,16 @@ def _is_imported() -> bool:
     return any(name.startswith("init_main_from") for name in spawn.get_preparation_data("worker"))
 
 
-def _threads(config: DictConfig) -> int:
+def _threads(job: Todo) -> int:
     """Return the CPU threads that a job's own config asks for."""
-    asked = OmegaConf.select(config, "threads")
+    asked = job.value("threads")
     return asked if isinstance(asked, int) and asked > 0 else 1
 
 
-def _gpu(configs: Sequence[DictConfig]) -> bool:
+def _gpu(jobs: Sequence[Todo]) -> bool:
     """Return whether the jobs share a GPU: the script uses torch, which finds one, and no config turns it down."""
     torch = sys.modules.get("torch")
-    return bool(
-        torch and torch.cuda.is_available() and all(OmegaConf.select(config, "device") != "cpu" for config in configs)
-    )
+    return bool(torch and torch.cuda.is_available() and all(job.value("device") != "cpu" for job in jobs))
 
 
 def _processes() -> Any:

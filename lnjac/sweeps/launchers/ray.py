@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig
 
-from lnjac.sweeps.launchers.engine import Call, Engine, Outcomes, count, extra, lost
+from lnjac.sweeps.launchers.engine import Call, Engine, Outcomes, Todo, count, extra, lost
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +20,7 @@ class RayLauncher(Engine):
         self.ray: Any = extra("ray", "ray")
         self.init, self.options = dict(init), options
 
-    def map(self, configs: Sequence[DictConfig]) -> Outcomes:
+    def map(self, jobs: Sequence[Todo]) -> Outcomes:
         ray = self.ray
         if not ray.is_initialized():
             try:
@@ -33,7 +32,7 @@ class RayLauncher(Engine):
                 ) from None
         run = ray.remote(**self.options)(lambda call, config: call(config))
         call = ray.put(Call(self))
-        tasks = {run.remote(call, config): i for i, config in enumerate(configs)}
+        tasks = {run.remote(call, job.config()): i for i, job in enumerate(jobs)}
         log.info("%s on Ray", count(len(tasks), "job"))
         try:
             while tasks:
@@ -42,7 +41,7 @@ class RayLauncher(Engine):
                     try:
                         yield i, ray.get(done)
                     except ray.exceptions.RayError as error:
-                        yield i, lost(configs[i], f"Ray: {' '.join(str(error).split())[:300]}")
+                        yield i, lost(jobs[i], f"Ray: {' '.join(str(error).split())[:300]}")
         finally:
             for ref in tasks:
                 ray.cancel(ref, force=True)

@@ -10,7 +10,7 @@ from hydra.core.utils import JobReturn
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
-from lnjac.sweeps.launchers.engine import Call, Engine, Outcomes, count, extra, lost
+from lnjac.sweeps.launchers.engine import Call, Engine, Outcomes, Todo, count, extra, lost
 
 log = logging.getLogger(__name__)
 
@@ -29,23 +29,25 @@ class SlurmLauncher(Engine):
     def __init__(self, **_: Any) -> None:
         self.submitit: Any = extra("submitit", "slurm")
 
-    def map(self, configs: Sequence[DictConfig]) -> Outcomes:
+    def map(self, jobs: Sequence[Todo]) -> Outcomes:
+        configs = [job.config() for job in jobs]
         arrays: dict[str, list[int]] = {}
         for i, config in enumerate(configs):  # the resources may depend on the job: hydra.launcher.mem_gb=${...}
             arrays.setdefault(OmegaConf.to_yaml(config.hydra.launcher, resolve=True), []).append(i)
-        jobs: dict[int, Any] = {}
+        waiting: dict[int, Any] = {}
         try:
             for members in arrays.values():
                 submitted = self._submitted([configs[i] for i in members])
-                jobs |= dict(zip(members, submitted, strict=True))
-            ids = ", ".join(job.job_id for job in list(jobs.values())[:20])
-            log.info("%s on Slurm: %s", count(len(jobs), "job"), ids)
-            while jobs:
-                for i in [i for i, job in jobs.items() if job.done()]:
-                    yield i, self._outcome(jobs.pop(i), configs[i])
+                waiting |= dict(zip(members, submitted, strict=True))
+            configs.clear()  # Slurm has them
+            ids = ", ".join(job.job_id for job in list(waiting.values())[:20])
+            log.info("%s on Slurm: %s", count(len(waiting), "job"), ids)
+            while waiting:
+                for i in [i for i, job in waiting.items() if job.done()]:
+                    yield i, self._outcome(waiting.pop(i), jobs[i])
                 time.sleep(POLL_S)
         finally:
-            for job in jobs.values():
+            for job in waiting.values():
                 job.cancel(check=False)
 
     def _submitted(self, configs: Sequence[DictConfig]) -> Any:
@@ -68,11 +70,11 @@ class SlurmLauncher(Engine):
         except Exception as error:  # sbatch's own word, which submitit wraps in one of several of its errors
             raise CompactHydraException(f"Slurm refuses the jobs: {_line(error)[-300:]}") from None
 
-    def _outcome(self, job: Any, config: DictConfig) -> JobReturn:
+    def _outcome(self, submitted: Any, job: Todo) -> JobReturn:
         try:
-            returned: JobReturn = job.result()
+            returned: JobReturn = submitted.result()
         except Exception as error:  # submitit's, for a job that ended without a result
-            return lost(config, f"Slurm job {job.job_id} ended as {job.state}: {_line(error)[:300]}")
+            return lost(job, f"Slurm job {submitted.job_id} ended as {submitted.state}: {_line(error)[:300]}")
         return returned
 
 
