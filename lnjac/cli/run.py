@@ -1,5 +1,6 @@
 """`lnjac-run`, and run.py too: train, analyse and write one run, or with -m a sweep of them."""
 
+import gc
 import logging
 import os
 import signal
@@ -34,8 +35,10 @@ def task(cfg: "DictConfig") -> str:
     from lnjac.cli.starts import searched
     from lnjac.config import compose, schema
     from lnjac.escape import visible_lines
+    from lnjac.machine import keep_freed_memory
     from lnjac.training import run as train
 
+    keep_freed_memory()
     spare_compiler()
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
@@ -150,3 +153,5 @@ def main() -> None:
         number = stop.args[0] if stop.args else signal.SIGINT
         signal.signal(number, signal.SIG_DFL)  # die of the signal, so that a shell's loop ends too
         os.kill(os.getpid(), number)
+    finally:
+        gc.freeze()  # else Python looks for garbage in all that torch and pandas hold before it ends, for most of a second
