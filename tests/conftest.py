@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.pages import without_vega
 from support.paths import ROOT
 
 from lnjac.cli import main as cli
@@ -16,16 +17,27 @@ from lnjac.config import compose
 from lnjac.machine import cores
 
 
+@pytest.hookimpl(trylast=True)  # of those that -m leaves
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The slow ones first, in every process: none shall run a long one at the end, when the others have nothing left.
 
-    `--dist worksteal` gives each process as long a piece of the list, and then the rest of another's.
+    `--dist worksteal` gives each process as long a piece of the list, and then the rest of another's. A file's slow ones stay
+    in one process, which makes their fixtures once.
     """
     n = getattr(config, "workerinput", {}).get("workercount", 1)
-    slow = [item for item in items if item.get_closest_marker("slow")]
     fast = [item for item in items if not item.get_closest_marker("slow")]
-    cuts = [len(fast) * i // n for i in range(n + 1)]
-    items[:] = [item for i in range(n) for item in (*slow[i::n], *fast[cuts[i] : cuts[i + 1]])]
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow"):
+            files.setdefault(item.path, []).append(item)
+    pieces: list[list[pytest.Item]] = [[] for _ in range(n)]
+    for file in sorted(files.values(), key=len, reverse=True):
+        min(pieces, key=len).extend(file)
+    for piece in pieces:
+        cut = len(items) // n + 1 - len(piece)
+        piece += fast[:cut]
+        del fast[:cut]
+    items[:] = [item for piece in pieces for item in piece]
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -48,6 +60,11 @@ def _interruptible() -> None:
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_vega(monkeypatch)
 
 
 @pytest.fixture

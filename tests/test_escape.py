@@ -252,7 +252,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_study(tmp_path_factory.mktemp("two"), factors, blocks=1, seeds=2, steps=(0, 100))
 
 
-@pytest.mark.parametrize("name", ["study", "two"])
+@pytest.mark.parametrize("name", [pytest.param("study", marks=pytest.mark.rare), "two"])
 @pytest.mark.slow
 def test_charts_are_drawn_whatever_their_texts(name: str, tmp_path: Path, lnjac: Any, request: pytest.FixtureRequest):
     pytest.importorskip("vl_convert", reason="the extra [report] is not installed")

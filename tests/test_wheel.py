@@ -9,6 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+pytestmark = pytest.mark.rare
+
 
 @pytest.fixture(scope="module")
 def scripts(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -27,7 +29,6 @@ def scripts(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python.parent
 
 
-@pytest.mark.slow
 def test_a_sweep_in_an_empty_folder(scripts: Path, tmp_path: Path) -> None:
     line = [scripts / "lnjac-run", "-m", "attn_mode=softmax,sigmoid", "seed=1,2", "model=tiny", "steps=3", "sweep=A"]
     done = subprocess.run([*line, "eval.tokens=500"], cwd=tmp_path, capture_output=True, text=True)
@@ -37,7 +38,6 @@ def test_a_sweep_in_an_empty_folder(scripts: Path, tmp_path: Path) -> None:
     assert shown.returncode == 0
 
 
-@pytest.mark.slow
 def test_ones_own_members_beside_it(scripts: Path, tmp_path: Path) -> None:
     member = tmp_path / "conf" / "attn_mode" / "biased.yaml"
     member.parent.mkdir(parents=True)

@@ -39,7 +39,8 @@ def test_a_bad_value_exits_without_traceback(tmp_path: Path, bad: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "every"), [(signal.SIGINT, "300"), (signal.SIGTERM, "300"), (signal.SIGTERM, "null")]
+    ("number", "every"),
+    [(signal.SIGINT, "300"), pytest.param(signal.SIGTERM, "300", marks=pytest.mark.rare), (signal.SIGTERM, "null")],
 )
 def test_a_run_told_to_stop_keeps_a_checkpoint_and_no_half_written_file(
     tmp_path: Path, number: int, every: str

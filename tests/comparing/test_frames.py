@@ -39,6 +39,7 @@ def same(one: Any, other: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("light")
 def test_frames_give_what_their_files_give(merged: Path, frames: Frames, tmp_path: Path) -> None:
     both = [frames["layers"], frames["runs"]]
     found = lnjac.compare(both, "attn_mode")

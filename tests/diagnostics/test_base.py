@@ -162,7 +162,7 @@ def test_each_declares_its_table_its_columns_and_its_cost() -> None:
         assert {"run_id", "diag_id", "step"}.isdisjoint(column.name for column in each.columns)
 
 
-@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("many", [pytest.param(False, marks=pytest.mark.rare), True])
 @pytest.mark.slow
 def test_the_documented_one_works_from_the_command_line(
     many: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -41,7 +41,7 @@ def test_its_page_says_what_its_tables_say(monkeypatch: pytest.MonkeyPatch, caps
         assert site in said
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_killed_and_run_again_it_ends_with_the_same_tables_a_comparison_and_a_report(tmp_path: Path) -> None:
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()

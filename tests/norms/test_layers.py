@@ -254,7 +254,7 @@ class Several(nn.Module):
     [
         ("eager", NAMES),
         pytest.param("aot_eager", NAMES, marks=pytest.mark.slow),
-        pytest.param("inductor", ["projected"], marks=pytest.mark.slow),
+        pytest.param("inductor", ["projected"], marks=pytest.mark.rare),
     ],
 )
 def test_compiled_gradients_are_the_eager_ones(backend: str, names: list[str]) -> None:

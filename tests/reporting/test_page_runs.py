@@ -21,10 +21,7 @@ pytest.importorskip("vl_convert", reason="the extra [report] is not installed")
 TUTORIAL = ROOT / "studies" / "tiny" / "first"
 
 
-@pytest.fixture(autouse=True)
-def light(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "bundle_ahead", lambda: None)
-    monkeypatch.setattr(page, "_bundle", lambda: "window.vegaEmbed = null;")
+pytestmark = pytest.mark.usefixtures("light")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
+from support.pages import without_vega
 from support.studies import write_study
 
 from lnjac.comparing.tables import open_tables
@@ -32,19 +33,7 @@ pytest.importorskip("altair", reason="the extra [report] is not installed")
 pytest.importorskip("vl_convert", reason="the extra [report] is not installed")
 
 TWO = {"attn_mode": ["sigmoid", "softmax"]}
-BUNDLE = "window.vegaEmbed = null;"
 EVIL = "</script><script>alert(1)</script>"
-
-
-def without_vega(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(report, "bundle_ahead", lambda: None)
-    patch.setattr(page, "_bundle", lambda: BUNDLE)
-
-
-@pytest.fixture
-def light(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without Vega's own 0.9 MB, which take two seconds to put together."""
-    without_vega(monkeypatch)
 
 
 class Page(HTMLParser):
@@ -371,7 +360,7 @@ def test_a_missing_value_is_printed_in_one_way(tmp_path: Path):
     assert "scale=null" in html  # a level that is null is no missing value
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_six_hundred_runs_take_less_than_1_5_mb(tmp_path: Path):
     factors = {
         "attn_mode": ["sigmoid", "softmax"],

@@ -49,7 +49,9 @@ def test_a_single_run_is_handed_its_folder_and_config(folder: Path) -> None:
         assert (bad.returncode, bad.stderr) == (1, said)
 
 
-@pytest.mark.parametrize("launcher", [("hydra.launcher.jobs=2",), ("hydra/launcher=basic",)])
+@pytest.mark.parametrize(
+    "launcher", [("hydra.launcher.jobs=2",), pytest.param(("hydra/launcher=basic",), marks=pytest.mark.rare)]
+)
 def test_a_sweep_makes_each_run_once_and_merges(folder: Path, launcher: tuple[str, ...]) -> None:
     done = sweep(folder, "lr=1e-3,3e-3", "seed=1,2", *launcher)
     assert done.returncode == 0, done.stderr

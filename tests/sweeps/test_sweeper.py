@@ -33,7 +33,7 @@ from lnjac.sweeps.launchers import engine
 from lnjac.sweeps.protocol import Start
 
 PROCESSES = "hydra.launcher.jobs=2"
-LAUNCHERS = ["local", pytest.param("basic", marks=pytest.mark.rare)]
+LAUNCHERS = ["basic", pytest.param("local", marks=pytest.mark.rare)]
 SIGNALS = [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.rare)]
 
 
@@ -397,7 +397,7 @@ def test_sigkill_at_random_moments_loses_and_doubles_nothing(tmp_path: Path) -> 
         pd.testing.assert_frame_equal(one, other, check_exact=True)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_two_sweeps_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
     both = [started(tmp_path, *TINY, "seed=1,2", "hydra/launcher=basic") for _ in range(2)]
     for process in both:
@@ -408,7 +408,7 @@ def test_two_sweeps_of_one_second_have_folders_of_their_own(tmp_path: Path) -> N
     assert all(len(pd.read_parquet(path)) == 10 for path in merged)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL])
 def test_a_sweep_waits_for_what_another_command_runs(tmp_path: Path, number: int) -> None:
     first = started(tmp_path, *LONG, "seed=1")
