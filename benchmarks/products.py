@@ -18,6 +18,7 @@ from lnjac.config.compose import compose
 from lnjac.config.schema import RunConfig
 from lnjac.gpt.credit import linears
 from lnjac.gpt.products import product
+from lnjac.machine import keep_freed_memory
 from lnjac.training import loop
 from lnjac.training import run as train
 
@@ -59,6 +60,7 @@ def together(calls: list[Call]) -> Call:
 
 
 def main(rounds: int) -> None:
+    keep_freed_memory()  # as run.py does
     torch.set_num_threads(1)
     for width in (128, 64, 32, 16):
         config = compose("device=cpu", f"model.n_embd={width}")

@@ -46,6 +46,7 @@ def test_no_file_types_its_label(group: str) -> None:
         assert "name" not in yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "name"), CASES)
 def test_a_run_writes_its_rows(group: str, name: str, tmp_path: Path) -> None:
     config = compose(*small(group, name))
@@ -136,6 +137,7 @@ def test_a_surrogate_is_every_norms_backward_or_is_refused_in_a_line(group: str,
     assert {norm.backward_rule.name for _, norm in norms(model)} == ({"center_scale"} if not others else set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diagnostics", ["alignment", "attention", "swap", "full"])
 @pytest.mark.parametrize(("group", "name"), [case for case in CASES if case[0] in SHAPES])
 def test_a_diagnostic_works_with_a_norm_or_is_refused_in_a_line_each(

@@ -22,6 +22,8 @@ from support.studies import write_study
 from lnjac import escape
 from lnjac.cli import tables
 
+pytestmark = pytest.mark.slow
+
 MARKS = "\x00\x1b\x85\x9b\u00a0\u200e\u202e\u2028\u2066\ufeff\ufffe\n\r\t"
 TEXTS = st.text(st.one_of(st.characters(), st.sampled_from(MARKS + "\\|`*_<>&[]~$#%^{}\"'=+-@, ")))
 
@@ -253,7 +255,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", [pytest.param("study", marks=pytest.mark.rare), "two"])
-@pytest.mark.slow
 def test_charts_are_drawn_whatever_their_texts(name: str, tmp_path: Path, lnjac: Any, request: pytest.FixtureRequest):
     pytest.importorskip("vl_convert", reason="the extra [report] is not installed")
     from lnjac.reporting.charts import CHARTS
@@ -269,7 +270,6 @@ def test_charts_are_drawn_whatever_their_texts(name: str, tmp_path: Path, lnjac:
         assert any(part[:12] in shown for part in SHOWN)
 
 
-@pytest.mark.slow
 def test_no_section_of_a_report_is_lost(two: Path, tmp_path: Path, lnjac: Any):
     pytest.importorskip("vl_convert", reason="the extra [report] is not installed")
     code, text, err = lnjac(

@@ -51,9 +51,18 @@ def test_probe_and_record_need_neither_hydra_nor_config(root: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_runs_wait_for_no_compiler_and_wrap_the_optimizers_steps_once_a_process(root: Path, tmp_path: Path) -> None:
+def test_a_sweeps_process_imports_no_compiler_wraps_steps_once_and_makes_configs_in_turn(tmp_path: Path) -> None:
     code = """
-from lnjac.cli.run import main; main()
+from pathlib import Path
+from lnjac.cli.run import main
+from lnjac.sweeps.sweeper import Sweeper
+finished, full = [], Sweeper._full
+def counted(sweeper, job):
+    finished.append(len(list(Path("multirun/A").glob("*/run.parquet"))))
+    return full(sweeper, job)
+Sweeper._full = counted
+main()
+assert finished == [0, 1, 2, 3], finished  # when each job's whole config is made
 import sys, torch
 assert "torch._dynamo" not in sys.modules
 for step in (torch.optim.AdamW.step, torch.optim.SGD.step):
@@ -61,7 +70,7 @@ for step in (torch.optim.AdamW.step, torch.optim.SGD.step):
     while step := getattr(step, "__wrapped__", None): n += 1
     assert n == 2, n  # by no_grad, and by the optimizer's hooks
 """
-    words = ["-m", *TINY, "optimizer=adamw,sgd", "optimizer.lr=1e-3", "seed=1,2", "sweep=A", "hydra/launcher=basic"]
+    words = ["-m", *TINY, "optimizer=adamw,sgd", "optimizer.lr=1e-3", "seed=1,2", "sweep=A", "hydra.launcher.jobs=1"]
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(pd.read_parquet(tmp_path / "multirun/A/all.runs.parquet")) == 4

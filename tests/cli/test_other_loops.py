@@ -19,6 +19,8 @@ from lnjac.norms import formulas
 from lnjac.runs import folder as runs
 from lnjac.runs.record import Record
 
+pytestmark = pytest.mark.slow
+
 RUNNER = CliRunner()
 SITES = ("encoder.layers.9.norm_a", "encoder.layers.10.norm_a", "out_norm")
 FLOATS = [column.name for column in formulas.columns() if column.dtype == "float64"]

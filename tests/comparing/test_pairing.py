@@ -92,6 +92,7 @@ def test_a_third_level_does_not_keep_two_apart(tmp_path: Path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(12))
 def test_two_levels_are_compared_as_if_there_were_no_others(tmp_path: Path, number: int):
     """Law, on designs with holes: each pair's rows and the columns that move are those of a table of its runs alone."""

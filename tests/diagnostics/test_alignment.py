@@ -26,6 +26,8 @@ from lnjac.runs import folder as runs
 from lnjac.training import run as train
 from lnjac.training.loop import Training
 
+pytestmark = pytest.mark.slow
+
 VOCAB = 11
 Batch = tuple[Tensor, Tensor]
 

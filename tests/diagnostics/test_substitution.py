@@ -32,6 +32,8 @@ from lnjac.training import run as train
 from lnjac.training.loop import Training
 
 Rows = list[dict[str, Any]]
+
+pytestmark = pytest.mark.slow
 ONE = [(tokens(3, 8), tokens(3, 8, seed=1))]
 TWO = [*ONE, (tokens(2, 5, seed=2), tokens(2, 5, seed=3))]
 
@@ -171,7 +173,6 @@ def test_a_shared_norm_is_one_site_of_several_calls() -> None:
         ("optimizer=sgd", "optimizer.nesterov=true", "optimizer.weight_decay=0.3"),
     ],
 )
-@pytest.mark.slow
 def test_updates_are_those_of_a_copied_optimizer(overrides: tuple[str, ...]) -> None:
     training = subject("method=fa", *overrides)
     rows = measured(training)
@@ -237,7 +238,6 @@ def test_preconditioned_rows_and_descent_by_plain_sums(overrides: tuple[str, ...
 
 
 @pytest.mark.parametrize("method", ["bp", "fa", "dfa"])
-@pytest.mark.slow
 def test_small_steps_decrease_the_loss_as_predicted(method: str) -> None:
     training = subject(f"method={method}", "optimizer.eps=0.1")
     errors = []
@@ -460,7 +460,6 @@ def finished(folder: Path, *overrides: str) -> lnjac.Run:
     return lnjac.load_run(folder)
 
 
-@pytest.mark.slow
 def test_a_run_with_swaps_trains_as_without_and_writes_their_table(tmp_path: Path) -> None:
     every = (
         "diagnostics.schedule=linear",

@@ -79,6 +79,7 @@ def assert_commands_run(lines: str) -> None:
         assert done.exit_code == 0, done.output
 
 
+@pytest.mark.slow
 def test_own_model_code_runs_on_a_transformer_encoder(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

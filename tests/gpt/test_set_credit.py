@@ -336,6 +336,7 @@ def test_autocast_gives_the_methods_gradients_in_float32(dtype: torch.dtype) -> 
         assert (grad - expected[name]).norm() < 0.05 * expected[name].norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False], ids=["compiled before", "compiled after"])
 def test_compiled_models_have_the_same_gradients_and_lose_them(before: bool) -> None:
     torch._dynamo.reset()

@@ -29,6 +29,8 @@ from lnjac.runs.schema import FROZEN
 
 pytest.importorskip("altair", reason="the extra [report] is not installed")
 
+pytestmark = pytest.mark.slow
+
 TWO = {"attn_mode": ["sigmoid", "softmax"]}
 EVERYTHING = TWO | {
     "ln_backward": ["exact", "ste"],

@@ -21,7 +21,7 @@ pytest.importorskip("vl_convert", reason="the extra [report] is not installed")
 TUTORIAL = ROOT / "studies" / "tiny" / "first"
 
 
-pytestmark = pytest.mark.usefixtures("light")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("light")]
 
 
 @pytest.fixture

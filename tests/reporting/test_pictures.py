@@ -13,6 +13,8 @@ from lnjac.reporting import pictures
 pytest.importorskip("altair", reason="the extra [report] is not installed")
 pytest.importorskip("vl_convert", reason="the extra [report] is not installed")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["rows", "joined", "map", "curves", "steps", "depth", "sizes"])
 def test_every_drawing_is_valid_vega_lite_and_a_picture(tmp_path: Path, name: str):

@@ -32,6 +32,8 @@ from lnjac.runs.schema import FROZEN
 pytest.importorskip("altair", reason="the extra [report] is not installed")
 pytest.importorskip("vl_convert", reason="the extra [report] is not installed")
 
+pytestmark = pytest.mark.slow
+
 TWO = {"attn_mode": ["sigmoid", "softmax"]}
 EVIL = "</script><script>alert(1)</script>"
 
@@ -154,7 +156,6 @@ def test_runs_that_cannot_be_compared_have_a_page_that_names_the_reason(
 
 
 @pytest.mark.usefixtures("light")
-@pytest.mark.slow
 def test_the_dictionary_is_of_the_tables_that_are_there(tmp_path: Path):
     path = write_study(tmp_path, {"attn_mode": ["a", "b"]})
     assert "Columns of swaps" not in made(path).html
@@ -327,7 +328,6 @@ def test_the_policy_allows_what_is_in_the_page_and_no_more(whole: report.Report)
         assert not str(attributes.get("href", "#")).startswith("http")
 
 
-@pytest.mark.slow
 def test_the_real_bundle_ends_no_script_early():
     bundle = page._bundle()
     assert "vegaEmbed" in bundle

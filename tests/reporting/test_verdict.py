@@ -397,6 +397,7 @@ def t_interval(x: "np.ndarray[Any, Any]", confidence: float = 0.95) -> tuple[flo
     return float(low), float(high), float(test.pvalue)
 
 
+@pytest.mark.slow
 @quick
 @given(samples, scales, st.integers(-60, 60), st.sampled_from([None, 0.02, 0.3]))
 def test_a_difference_claims_what_its_interval_says(noise: list[int], scale: float, shift: int, margin: float | None):
@@ -437,6 +438,7 @@ def test_a_difference_claims_what_its_interval_says(noise: list[int], scale: flo
         assert ("difference is undecided" in said) == (not equivalent and not different)
 
 
+@pytest.mark.slow
 @settings(quick, max_examples=10)
 @given(st.lists(samples.map(lambda x: (x * 4)[:4]), min_size=3, max_size=5), scales, st.integers(0, 30))
 def test_many_differences_are_counted_as_holm_does(noise: list[list[int]], scale: float, shift: int):
@@ -469,6 +471,7 @@ def test_many_differences_are_counted_as_holm_does(noise: list[list[int]], scale
         assert bound >= max(max(-low, high) for low, high, _ in tests) * (1 - 1e-9)
 
 
+@pytest.mark.slow
 @quick
 @given(samples, samples, scales, st.integers(-30, 60))
 def test_costs_claim_what_their_intervals_say(first: list[int], second: list[int], scale: float, shift: int):
@@ -506,6 +509,7 @@ def test_costs_claim_what_their_intervals_say(first: list[int], second: list[int
     assert ("is clear of zero (adjusted p" in tail) == (p < 0.05)
 
 
+@pytest.mark.slow
 @quick
 @given(samples, samples, scales, st.integers(-60, 60))
 def test_the_floor_claims_what_its_interval_says(first: list[int], second: list[int], scale: float, shift: int):

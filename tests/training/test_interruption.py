@@ -20,6 +20,8 @@ from lnjac.runs.record import Record
 from lnjac.training import checkpoint, loop
 from lnjac.training import run as train
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_diverging_run_stops_and_keeps_what_it_has(tmp_path: Path) -> None:
     wild = compose(*SMALL, "optimizer=sgd", "optimizer.lr=1e30", "diagnostics=trajectory", "steps=50", "method=bp")

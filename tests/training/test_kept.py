@@ -17,6 +17,8 @@ from lnjac.runs.schema import FROZEN, with_role
 from lnjac.training import loop
 from lnjac.training import run as train
 
+pytestmark = pytest.mark.slow
+
 TINY = (*SMALL, "model.n_layer=1", "diagnostics.swap_parts=model")
 STATE = "keep_state=true"
 
