@@ -253,11 +253,12 @@ class Composed(NamedTuple):
         return [override for override in self.overrides if not override.is_hydra_override()]
 
     def value(self, key: str) -> Any:
-        """Return what the config has by this key; None if it has no such key."""
+        """Return what the config has by this key of its first level; None if it has no such key."""
         from omegaconf import OmegaConf
 
         given = [override.value() for override in self.plain if override.key_or_group == key]
-        return given[-1] if given else OmegaConf.select(self.base.config, key)
+        written = given[-1] if given else self.base.values.get(key)
+        return OmegaConf.select(self.full(), key) if isinstance(written, str) and "${" in written else written
 
     def full(self) -> "DictConfig":
         """Return the config as Hydra composes it, with Hydra's own part. Raises a HydraException for what it refuses."""

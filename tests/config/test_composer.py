@@ -64,10 +64,13 @@ def composing(tmp_path: Path) -> Iterator[Composing]:
 def test_as_hydra(words: list[str], composing: Composing) -> None:
     expected = composing.hydra(words)
     for _ in range(2):  # the second time from what is known
-        found = composing.composer.compose(words).full()
+        composed = composing.composer.compose(words)
+        found = composed.full()
         assert OmegaConf.to_container(found) == OmegaConf.to_container(expected)
         assert found._metadata == expected._metadata
         assert OmegaConf.is_struct(found) == OmegaConf.is_struct(expected)
+        for key in ("lr", "seed", "absent", *(["double"] if "lr" in expected else [])):
+            assert composed.value(key) == OmegaConf.select(expected, key)
     assert len(composing.asked) == 1
 
 
