@@ -19,12 +19,12 @@ from lnjac.gpt import model as gpt
 from lnjac.gpt import optimizers as optim
 from lnjac.gpt.credit import is_feedback
 from lnjac.gpt.settings import Precision
+from lnjac.interruption import held_back
 from lnjac.progress import progress
 from lnjac.runs.record import Record
 from lnjac.seeding import stream
 from lnjac.training.checkpoint import Timer
 from lnjac.training.graph import Passes, captured
-from lnjac.training.interruption import held_back
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp64: torch.float64}
 

@@ -149,7 +149,7 @@ def test_a_sweep_told_to_stop_names_the_command_and_shows_no_traceback(
     wait_for(lambda: "done" in statuses(folder))
     os.kill(process.pid, number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + number, out + err
     assert "interrupted: to resume, run the same command with hydra.sweeper.sweep=A" in out
     assert "Traceback" not in out + err
     assert len(pd.read_parquet(folder / "multirun/A/all.runs.parquet")) < 4

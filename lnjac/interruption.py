@@ -1,4 +1,4 @@
-"""Obey Ctrl-C, SIGTERM and a cluster's notice between two updates, where a run can be resumed later."""
+"""Obey Ctrl-C, SIGTERM and a cluster's notice where nothing is half done, as between two updates."""
 
 import signal
 import threading
@@ -12,7 +12,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "S
 
 @contextmanager
 def held_back() -> Iterator[Callable[[Callable[[], None]], None]]:
-    """Hold signals back until the function that this yields is called, between two updates.
+    """Hold signals back until the function that this yields is called, where nothing is half done.
 
     Called as `due(save)`, it does nothing unless a signal came; then it saves and does what the signal's own handler
     does, which as a rule raises. A second signal is not held back. Signals without a Python handler, and all of them
