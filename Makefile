@@ -22,8 +22,8 @@ test: lint
 test-fast: $(VENV)/.installed-dev
 	$(PYTEST) --ignore=$(ZOO) -m "not slow and not rare"
 
-# Slow, and rarely broken: a sweep killed at random moments, Hydra's own suites in several processes, somebody else's script that
-# raises, dies or is stopped, and the probe in the processes of DDP and FSDP2.
+# Slow, and rarely broken: the wheel in an environment of its own, a sweep killed at random moments, Hydra's own suites in several
+# processes, somebody else's script that raises, dies or is stopped, and the probe in the processes of DDP and FSDP2.
 test-rare: $(VENV)/.installed-dev
 	$(PYTEST) --ignore=$(ZOO) -m rare
 
