@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lnjac.config.compose import Composed
 from lnjac.escape import visible
+from lnjac.interruption import held_back
 from lnjac.runs import folder as runs
 from lnjac.runs import state as states
 from lnjac.sweeps.protocol import UNRECORDED, UNSTARTED, Planned, Start
@@ -41,7 +42,11 @@ class Job:
 
     def look(self) -> states.State:
         """Bring the state up to date with the folder."""
-        self.state = states.state(self.folder, self.plan.identity)
+        with (
+            held_back() as due
+        ):  # the first one imports pandas, of which Ctrl-C would leave a half that no merge can use
+            self.state = states.state(self.folder, self.plan.identity)
+            due(lambda: None)
         return self.state
 
 

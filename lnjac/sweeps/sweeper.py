@@ -23,7 +23,6 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lnjac.interruption import held_back
 from lnjac.sweeps import grid, own_script, protocol, settings
 from lnjac.sweeps.handing import HandOver
 from lnjac.sweeps.launchers.engine import Engine, Todo, reason, require_folder
@@ -345,9 +344,7 @@ def _settle(job: "Job", returned: JobReturn) -> None:
         job.state = State(UNSTARTED)
         return
     failed = returned.status == JobStatus.FAILED
-    with held_back() as due:  # the first imports pandas, of which Ctrl-C would leave a half that no merge can use
-        settle(job, reason(returned) if failed else NO_RESULT, ended_well=not failed)
-        due(lambda: None)
+    settle(job, reason(returned) if failed else NO_RESULT, ended_well=not failed)
 
 
 def _in_one_line(error: Exception) -> str:

@@ -31,9 +31,9 @@ from lnjac.runs import folder as runs
 from lnjac.training import run as train
 from lnjac.training.loop import Training
 
-Rows = list[dict[str, Any]]
-
 pytestmark = pytest.mark.slow
+
+Rows = list[dict[str, Any]]
 ONE = [(tokens(3, 8), tokens(3, 8, seed=1))]
 TWO = [*ONE, (tokens(2, 5, seed=2), tokens(2, 5, seed=3))]
 

@@ -206,6 +206,7 @@ def test_a_mode_that_looks_at_values_is_launched_kernel_by_kernel(
     for name, value in launched.weights.items():
         assert torch.equal(value, looking.weights[name]), name
         assert torch.equal(value, replayed.weights[name]), name
+    assert_same(replayed, looking, 1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
